@@ -1,0 +1,497 @@
+"""Direct convolution on the register tile: forward, backward to the input and to the weights.
+
+No im2col matrix is built. A thread copies the padded window of one block of output rows to scratch, then runs the
+tile over it with offset tables (see `geometry`). The sums are those of Dumoulin & Visin, "A guide to
+convolution arithmetic for deep learning" (2016), sections 2 and 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from .. import checks
+from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from . import geometry, simd
+from .geometry import Correlation
+from .tile import add_panel, overwrite_panel, padded_rows
+from .workspace import scratch
+
+# Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
+# or in fewer where the pieces would take more memory than the second number says.
+_PIECES = 16
+_FEWEST_PIECES = 4
+_PIECES_BYTES = 1 << 25
+# Multiply-adds that take about as long as moving one byte: the unit of thread_count.
+_MULTIPLY_ADDS_PER_BYTE = 10
+
+
+@kernel
+def _fill_window(x, n, b, h0, rows, window):
+    """Copy a block's input rows, from `h0` on, to `window`, with zeros where the image ends."""
+    row = b.window_w * b.channels
+    left = min(max(-b.origin_w, 0), b.window_w)
+    first = max(b.origin_w, 0)
+    copied = max(min(b.image_w - first, b.window_w - left), 0)
+    for r in range(rows):
+        target = window[r * row : (r + 1) * row]
+        h = h0 + r
+        if h < 0 or h >= b.image_h:
+            target[:] = 0
+        else:
+            source = ((n * b.image_h + h) * b.image_w + first) * b.channels
+            target[: left * b.channels] = 0
+            target[left * b.channels : (left + copied) * b.channels] = x[
+                source : source + copied * b.channels
+            ]
+            target[(left + copied) * b.channels :] = 0
+
+
+@kernel
+def _correlate_part(thread, threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
+    keep_out_of_line()
+    groups, panels, depth, width = packed.shape
+    weights = packed.reshape(packed.size)
+    window = windows[thread]
+    image_out = y.size // images
+    lo, hi = share(thread, threads, images * b.blocks)
+    for task in range(lo, hi):
+        n = task // b.blocks
+        first = (task - n * b.blocks) * b.rows
+        is_last = first + b.rows >= b.height
+        r0, r1 = (b.tail, pixels.size) if is_last else (0, b.tail)
+        h0 = b.origin_h + first * b.step
+        a = x
+        a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
+        if b.in_place == 0:
+            rows = b.window_h - (b.rows - (b.height - first)) * b.step if is_last else b.window_h
+            _fill_window(x, n, b, h0, rows, window)
+            a = window
+            a0 = 0
+        c0 = n * image_out + b.out_first + first * b.out_row
+        for g in range(groups):
+            for p in range(panels):
+                panel = g * panels + p
+                overwrite_panel(
+                    a,
+                    a0 + g * (b.channels // groups),
+                    pixels,
+                    taps,
+                    r0,
+                    r1,
+                    depth,
+                    weights,
+                    panel * depth * width,
+                    width,
+                    start,
+                    panel * width,
+                    y,
+                    c0 + g * columns + p * width,
+                    spread,
+                    min(columns - p * width, width),
+                )
+
+
+@parallel
+def _correlate(threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
+    for thread in prange(threads):
+        _correlate_part(
+            thread, threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows
+        )
+
+
+@kernel
+def _pack_part(thread, threads, weight, positions, transposed, columns, packed):
+    keep_out_of_line()
+    groups, panels, depth, width = packed.shape
+    filters = weight.shape[2] // groups
+    inner = depth // max(positions.size, 1)
+    lo, hi = share(thread, threads, groups * panels)
+    for task in range(lo, hi):
+        g = task // panels
+        p = task - g * panels
+        many = min(columns - p * width, width)
+        for t in range(positions.size):
+            for i in range(inner):
+                target = packed[g, p, t * inner + i]
+                if transposed:
+                    for j in range(many):
+                        target[j] = weight[positions[t], p * width + j, g * filters + i]
+                else:
+                    for j in range(many):
+                        target[j] = weight[positions[t], i, g * filters + p * width + j]
+                target[many:] = 0
+
+
+@parallel
+def _pack(threads, weight, positions, transposed, columns, packed):
+    for thread in prange(threads):
+        _pack_part(thread, threads, weight, positions, transposed, columns, packed)
+
+
+@kernel
+def _weight_part(
+    thread, threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares
+):
+    keep_out_of_line()
+    pieces, groups, panels, depth, width = partial.shape
+    window = windows[thread]
+    spare = spares[thread]
+    filters = groups * columns
+    lo, hi = share(thread, threads, pieces)
+    for piece in range(lo, hi):
+        sums = partial[piece].reshape(groups * panels * depth * width)
+        sums[:] = 0
+        task0, task1 = share(piece, pieces, images * b.blocks)
+        for task in range(task0, task1):
+            n = task // b.blocks
+            first = (task - n * b.blocks) * b.rows
+            is_last = first + b.rows >= b.height
+            grid_rows = b.height - first if is_last else b.rows
+            count = grid_rows * b.width
+            window_pixels = pixels[b.tail :] if is_last else pixels[: b.tail]
+            h0 = b.origin_h + first * b.step
+            a = x
+            a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
+            if b.in_place == 0:
+                _fill_window(x, n, b, h0, b.window_h - (b.rows - grid_rows) * b.step, window)
+                a = window
+                a0 = 0
+            for g in range(groups):
+                for p in range(panels):
+                    source = dout
+                    b0 = (n * b.height + first) * b.width * filters + g * columns + p * width
+                    ldb = filters
+                    many = min(columns - p * width, width)
+                    if b0 + (count - 1) * ldb + width > dout.size:
+                        # Whole vectors would read past the end of dout.
+                        for k in range(count):
+                            spare[k * width : k * width + many] = dout[b0 + k * ldb : b0 + k * ldb + many]
+                        source = spare
+                        b0 = 0
+                        ldb = width
+                    add_panel(
+                        a,
+                        a0 + g * (b.channels // groups),
+                        taps,
+                        window_pixels,
+                        0,
+                        taps.size,
+                        count,
+                        source,
+                        b0,
+                        ldb,
+                        sums,
+                        (g * panels + p) * depth * width,
+                        places,
+                        many,
+                    )
+
+
+@parallel
+def _weight(threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
+    for thread in prange(threads):
+        _weight_part(
+            thread, threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares
+        )
+
+
+@kernel
+def _reduce_part(thread, threads, partial, columns, accumulate, dweight):
+    keep_out_of_line()
+    pieces, groups, panels, depth, width = partial.shape
+    lo, hi = share(thread, threads, depth)
+    for k in range(lo, hi):
+        if not accumulate:
+            dweight[k] = 0
+        for g in range(groups):
+            for p in range(panels):
+                many = min(columns - p * width, width)
+                target = dweight[k, g * columns + p * width : g * columns + p * width + many]
+                total = partial[0, g, p, k]
+                for piece in range(1, pieces):
+                    for j in range(many):
+                        total[j] += partial[piece, g, p, k, j]
+                for j in range(many):
+                    target[j] += total[j]
+
+
+@parallel
+def _reduce(threads, partial, columns, accumulate, dweight):
+    for thread in prange(threads):
+        _reduce_part(thread, threads, partial, columns, accumulate, dweight)
+
+
+class _Layer:
+    """A convolution's checked arguments and sizes, the same for its three passes."""
+
+    def __init__(self, x_shape, kernel_size, filters, channels, stride, padding, dilation, groups):
+        self.images, self.height, self.width, self.channels = x_shape
+        self.kernel = checks.pair("kernel_size", kernel_size, 1)
+        self.stride = checks.pair("stride", stride, 1)
+        self.dilation = checks.pair("dilation", dilation, 1)
+        self.padding = checks.padding2d(padding)
+        self.groups = checks.integer("groups", groups, 1)
+        self.filters = filters
+        if self.channels % self.groups or filters % self.groups:
+            raise ValueError(
+                f"groups: {groups} does not divide the input's {self.channels} channels and the {filters} filters"
+            )
+        if channels is not None and channels * self.groups != self.channels:
+            raise ValueError(
+                f"weight: {channels} channels for each of {self.groups} groups are not the input's {self.channels}"
+            )
+        self.out_h, self.out_w = (
+            checks.window_output(size, kernel, stride, padding, dilation)
+            for size, kernel, stride, padding, dilation in zip(
+                (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.images, self.out_h, self.out_w, self.filters
+
+    @property
+    def multiply_adds(self) -> int:
+        taps = self.kernel[0] * self.kernel[1] * (self.channels // self.groups)
+        return self.images * self.out_h * self.out_w * self.filters * taps
+
+    def forward_tables(self) -> Correlation:
+        rows, columns = (
+            geometry.forward_axis(count, stride, padding[0], kernel, dilation)
+            for count, stride, padding, kernel, dilation in zip(
+                (self.out_h, self.out_w), self.stride, self.padding, self.kernel, self.dilation, strict=True
+            )
+        )
+        return geometry.correlation(
+            rows,
+            columns,
+            (self.height, self.width),
+            self.channels,
+            self.channels // self.groups,
+            self.out_w,
+            self.filters,
+        )
+
+    def input_tables(self) -> list[tuple[Correlation, np.ndarray]]:
+        """For each phase of the input: its tables over dout, and the kernel positions of its taps."""
+        row_phases, column_phases = (
+            geometry.input_axes(size, stride, padding[0], kernel, dilation)
+            for size, stride, padding, kernel, dilation in zip(
+                (self.height, self.width), self.stride, self.padding, self.kernel, self.dilation, strict=True
+            )
+        )
+        tables = []
+        for rows, kernel_rows in row_phases:
+            for columns, kernel_columns in column_phases:
+                positions = np.add.outer(
+                    np.array(kernel_rows, np.intp) * self.kernel[1], np.array(kernel_columns)
+                )
+                table = geometry.correlation(
+                    rows,
+                    columns,
+                    (self.out_h, self.out_w),
+                    self.filters,
+                    self.filters // self.groups,
+                    self.width,
+                    self.channels,
+                )
+                tables.append((table, positions.ravel().astype(np.intp)))
+        return tables
+
+    def run(self, x, images, table, weight, positions, transposed, bias, y) -> None:
+        """Correlate `x` with the weights at `positions`, plus `bias`, into `y`."""
+        columns = (self.channels if transposed else self.filters) // self.groups
+        packed = self._packed(weight, positions, transposed, columns)
+        start = scratch("start", packed.shape[0] * packed.shape[1] * packed.shape[3], x.dtype)
+        start[:] = 0
+        if bias is not None:
+            start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
+        b = table.blocks
+        threads = thread_count(images * b.blocks, self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        flat = y.reshape(-1)
+        tables = (b, table.pixels, table.taps, table.spread)
+        _correlate(
+            threads,
+            x.reshape(-1),
+            images,
+            packed,
+            start,
+            flat,
+            *tables,
+            columns,
+            _windows(threads, b, x.dtype),
+        )
+
+    def _packed(self, weight, positions, transposed, columns):
+        width = simd.panel_width(weight.dtype)
+        panels = -(-columns // width)
+        inner = (self.filters if transposed else self.channels) // self.groups
+        shape = (self.groups, panels, len(positions) * inner, width)
+        packed = scratch("weights", int(np.prod(shape)), weight.dtype).reshape(shape)
+        threads = thread_count(self.groups * panels, packed.nbytes)
+        _pack(threads, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
+        return packed
+
+
+def _windows(threads: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
+    size = 1 if b.in_place else b.window_h * b.window_w * b.channels
+    return scratch("windows", threads * size, dtype).reshape(threads, size)
+
+
+def conv2d_forward(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Two-dimensional cross-correlation, as neural networks call convolution.
+
+    y[n, i, j, f] = bias[f] + sum over kh, kw, c of
+    x[n, i * stride + kh * dilation - padding, ..., c] * weight[kh, kw, c, f]
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    weight : (kH, kW, C / groups, F), of x's dtype
+    bias : (F,) or None
+    stride, dilation : int or (h, w)
+    padding : int, (h, w), or ((top, bottom), (left, right)), zeros on each side
+    groups : int
+        The channels and filters are cut into this many groups that don't see each other.
+    out : (N, Ho, Wo, F), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, Ho, Wo, F) array, Ho = floor((H + top + bottom - dilation * (kH - 1) - 1) / stride) + 1
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, or the kernel is larger than the padded image.
+    """
+    x = checks.floating("x", x, 4)
+    weight = checks.floating("weight", weight, 4, x.dtype)
+    kh, kw, channels, filters = weight.shape
+    layer = _Layer(x.shape, (kh, kw), filters, channels, stride, padding, dilation, groups)
+    if bias is not None:
+        bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
+    y = checks.output("out", out, layer.out_shape, x.dtype)
+    if y.size:
+        positions = np.arange(kh * kw)
+        layer.run(x, layer.images, layer.forward_tables(), weight, positions, False, bias, y)
+    return y
+
+
+def conv2d_backward_input(
+    dout: np.ndarray,
+    weight: np.ndarray,
+    x_shape: tuple[int, int, int, int],
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Gradient of `conv2d_forward` with respect to x.
+
+    Parameters
+    ----------
+    dout : (N, Ho, Wo, F) float32 or float64
+    weight : (kH, kW, C / groups, F)
+    x_shape : (N, H, W, C)
+    stride, padding, dilation, groups
+        Those of the forward pass.
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array
+    """
+    dout = checks.floating("dout", dout, 4)
+    weight = checks.floating("weight", weight, 4, dout.dtype)
+    shape = checks.shape4("x_shape", x_shape)
+    kh, kw, channels, filters = weight.shape
+    layer = _Layer(shape, (kh, kw), filters, channels, stride, padding, dilation, groups)
+    checks.same_shape("dout", dout, layer.out_shape)
+    dx = checks.output("out", out, shape, dout.dtype)
+    if dx.size:
+        for table, positions in layer.input_tables():
+            layer.run(dout, layer.images, table, weight, positions, True, None, dx)
+    return dx
+
+
+def conv2d_backward_weight(
+    dout: np.ndarray,
+    x: np.ndarray,
+    kernel_size: Any,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    out: np.ndarray | None = None,
+    accumulate: bool = False,
+) -> np.ndarray:
+    """Gradient of `conv2d_forward` with respect to the weight.
+
+    Parameters
+    ----------
+    dout : (N, Ho, Wo, F) float32 or float64
+    x : (N, H, W, C)
+    kernel_size : int or (kH, kW)
+    stride, padding, dilation, groups
+        Those of the forward pass.
+    out : (kH, kW, C / groups, F), optional
+        Overwritten with the result, or added to if `accumulate` is true.
+
+    Returns
+    -------
+    (kH, kW, C / groups, F) array
+    """
+    dout = checks.floating("dout", dout, 4)
+    x = checks.floating("x", x, 4, dout.dtype)
+    layer = _Layer(x.shape, kernel_size, dout.shape[3], None, stride, padding, dilation, groups)
+    checks.same_shape("dout", dout, layer.out_shape)
+    shape = (*layer.kernel, layer.channels // layer.groups, layer.filters)
+    dweight = checks.output("out", out, shape, dout.dtype)
+    if out is None or not accumulate:
+        accumulate = False
+    if not dweight.size or not dout.size:
+        if not accumulate:
+            dweight[...] = 0
+        return dweight
+    table = layer.forward_tables()
+    b = table.blocks
+    columns = layer.filters // layer.groups
+    width = simd.panel_width(dout.dtype)
+    panels = -(-columns // width)
+    depth = table.taps.size
+    piece = layer.groups * panels * depth * width
+    most = max(_FEWEST_PIECES, min(_PIECES, _PIECES_BYTES // (piece * dout.itemsize)))
+    pieces = min(layer.images * b.blocks, most)
+    partial = scratch("partial", pieces * piece, dout.dtype).reshape(
+        pieces, layer.groups, panels, depth, width
+    )
+    threads = thread_count(pieces, layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+    spares = scratch("spares", threads * b.tail * width, dout.dtype).reshape(threads, -1)
+    places = padded_rows(np.arange(depth) * width)
+    flat, images = dout.reshape(-1), layer.images
+    tables = (b, table.pixels, padded_rows(table.taps), places)
+    _weight(
+        threads, x.reshape(-1), images, flat, *tables, columns, partial, _windows(threads, b, x.dtype), spares
+    )
+    threads = thread_count(depth, partial.nbytes)
+    _reduce(threads, partial, columns, int(accumulate), dweight.reshape(depth, layer.filters))
+    return dweight

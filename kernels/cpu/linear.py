@@ -1,0 +1,200 @@
+"""Matrix products on the register tile: the linear layer and its two gradients.
+
+One driver computes C (+)= A B for any strides of A and B. A is read in place through offset tables; a panel of
+B's columns is packed a block of k at a time, so that it stays in the first-level cache while all rows of A pass.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from .. import checks
+from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from . import simd
+from .tile import add_panel, overwrite_panel, padded_rows
+from .workspace import scratch
+
+_BLOCK_K = 256
+_BLOCK_ROWS = 96
+_MULTIPLY_ADDS_PER_BYTE = 10
+
+
+class Product(NamedTuple):
+    """Sizes of C = A B and the element strides of A (rows, k) and of B (k, columns)."""
+
+    rows: int
+    depth: int
+    columns: int
+    a_row: int
+    a_k: int
+    b_k: int
+    b_column: int
+    block_rows: int  # rows of A in one task
+    tail: int  # where the tables of the last block of rows begin
+    accumulate: int  # 1: add to C; 0: overwrite it with start + product
+
+
+@kernel
+def _pack_panel(b, p, k0, depth, first, many, width, panel):
+    """Copy `depth` rows and `many` columns of B to `panel`, with zeros up to `width` columns."""
+    for k in range(depth):
+        target = panel[k * width : (k + 1) * width]
+        source = (k0 + k) * p.b_k + first * p.b_column
+        for j in range(many):
+            target[j] = b[source + j * p.b_column]
+        target[many:] = 0
+
+
+@kernel
+def _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed):
+    keep_out_of_line()
+    panel = packed[thread]
+    width = panel.size // col.size
+    panels = (p.columns + width - 1) // width
+    blocks = (p.rows + p.block_rows - 1) // p.block_rows
+    lo, hi = share(thread, threads, panels * blocks)
+    for task in range(lo, hi):
+        block = task // panels
+        first = (task - block * panels) * width
+        many = min(p.columns - first, width)
+        r0, r1 = (p.tail, row.size) if block == blocks - 1 else (0, p.tail)
+        a0 = block * p.block_rows * p.a_row
+        c0 = block * p.block_rows * p.columns + first
+        for k0 in range(0, max(p.depth, 1), col.size):
+            depth = min(p.depth - k0, col.size)
+            _pack_panel(b, p, k0, depth, first, many, width, panel)
+            a1 = a0 + k0 * p.a_k
+            if k0 == 0 and p.accumulate == 0:
+                overwrite_panel(
+                    a, a1, row, col, r0, r1, depth, panel, 0, width, start, first, c, c0, crow, many
+                )
+            else:
+                add_panel(a, a1, row, col, r0, r1, depth, panel, 0, width, c, c0, crow, many)
+
+
+@parallel
+def _multiply(threads, a, b, start, c, p, row, crow, col, packed):
+    for thread in prange(threads):
+        _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed)
+
+
+@lru_cache(maxsize=512)
+def _tables(
+    rows: int, columns: int, a_row: int, a_k: int
+) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of a block, where the last block's tables begin, and the tables of A's rows, C's rows and k."""
+    block = min(rows, _BLOCK_ROWS)
+    last = rows - (-(-rows // block) - 1) * block
+    row, crow = ([padded_rows(np.arange(many) * step) for many in (block, last)] for step in (a_row, columns))
+    col = np.arange(_BLOCK_K) * a_k
+    return block, len(row[0]), np.concatenate(row), np.concatenate(crow), col
+
+
+def _product(a, a_strides, b, b_strides, depth, bias, c, accumulate) -> None:
+    """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns."""
+    rows, columns = c.shape
+    if not c.size:
+        return
+    width = simd.panel_width(c.dtype)
+    block, tail, row, crow, col = _tables(rows, columns, *a_strides)
+    product = Product(rows, depth, columns, *a_strides, *b_strides, block, tail, int(accumulate))
+    start = scratch("start", -(-columns // width) * width, c.dtype)
+    start[:] = 0
+    if bias is not None:
+        start[:columns] = bias
+    tasks = -(-columns // width) * -(-rows // block)
+    threads = thread_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
+    packed = scratch("weights", threads * _BLOCK_K * width, c.dtype).reshape(threads, -1)
+    _multiply(threads, a.reshape(-1), b.reshape(-1), start, c.reshape(-1), product, row, crow, col, packed)
+
+
+def linear_forward(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Linear map of each row: y = x @ weight + bias.
+
+    Parameters
+    ----------
+    x : (M, K) float32 or float64
+    weight : (K, F), of x's dtype
+    bias : (F,) or None
+    out : (M, F), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (M, F) array
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit.
+    """
+    x = checks.floating("x", x, 2)
+    weight = checks.floating("weight", weight, 2, x.dtype)
+    (rows, depth), (inputs, filters) = x.shape, weight.shape
+    if depth != inputs:
+        raise ValueError(f"weight: {weight.shape} takes {inputs} features, but x has {depth}: {x.shape}")
+    if bias is not None:
+        bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
+    y = checks.output("out", out, (rows, filters), x.dtype)
+    _product(x, (depth, 1), weight, (filters, 1), depth, bias, y, False)
+    return y
+
+
+def linear_backward_input(
+    dout: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Gradient of `linear_forward` with respect to x: dout @ weight.T.
+
+    Parameters
+    ----------
+    dout : (M, F) float32 or float64
+    weight : (K, F)
+    out : (M, K), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (M, K) array
+    """
+    dout = checks.floating("dout", dout, 2)
+    weight = checks.floating("weight", weight, 2, dout.dtype)
+    (rows, filters), (inputs, columns) = dout.shape, weight.shape
+    if filters != columns:
+        raise ValueError(
+            f"dout: {dout.shape} has {filters} columns, but weight {weight.shape} makes {columns}"
+        )
+    dx = checks.output("out", out, (rows, inputs), dout.dtype)
+    _product(dout, (filters, 1), weight, (1, filters), filters, None, dx, False)
+    return dx
+
+
+def linear_backward_weight(
+    dout: np.ndarray, x: np.ndarray, *, out: np.ndarray | None = None, accumulate: bool = False
+) -> np.ndarray:
+    """Gradient of `linear_forward` with respect to the weight: x.T @ dout.
+
+    Parameters
+    ----------
+    dout : (M, F) float32 or float64
+    x : (M, K)
+    out : (K, F), optional
+        Overwritten with the result, or added to if `accumulate` is true.
+
+    Returns
+    -------
+    (K, F) array
+    """
+    dout = checks.floating("dout", dout, 2)
+    x = checks.floating("x", x, 2, dout.dtype)
+    (rows, filters), (many, inputs) = dout.shape, x.shape
+    if rows != many:
+        raise ValueError(f"dout: {dout.shape} has {rows} rows, but x has {many}: {x.shape}")
+    dweight = checks.output("out", out, (inputs, filters), dout.dtype)
+    _product(x, (1, inputs), dout, (filters, 1), rows, None, dweight, accumulate and out is not None)
+    return dweight
