@@ -25,7 +25,7 @@ class _Writable:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """`array` as kernels take it: C-contiguous, aligned, native bytes, writable; copied only where it must be."""
+    """`array` as kernels take it: C-contiguous, aligned, native, writable; copied only where it must be."""
     array = np.asarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -139,7 +139,7 @@ def window_output(size: int, kernel: int, stride: int, padding: tuple[int, int],
     room = size + padding[0] + padding[1] - extent
     if room < 0:
         raise ValueError(
-            f"kernel_size: {kernel} with dilation {dilation} spans {extent} pixels, more than the padded input's "
-            f"{size + padding[0] + padding[1]}"
+            f"kernel_size: {kernel} with dilation {dilation} spans {extent} pixels, more than the "
+            f"{size + padding[0] + padding[1]} of the padded input"
         )
     return room // stride + 1

@@ -151,8 +151,8 @@ def kernel(func: Callable) -> Any:
 def keep_out_of_line(typing_context):
     """Forbid LLVM to inline the function that says this.
 
-    A part of the work that two drivers run must be one piece of machine code: inlined twice, its sums could be
-    reordered in two ways, and the result would depend on the number of threads.
+    A part of the work that two drivers run must be one piece of machine code: inlined twice, its sums could
+    be reordered in two ways, and the result would depend on the number of threads.
     """
 
     def codegen(context, builder, signature, arguments):

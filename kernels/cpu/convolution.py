@@ -1,13 +1,15 @@
 """Direct convolution on the register tile: forward, backward to the input and to the weights.
 
-No im2col matrix is built. A thread copies the padded window of one block of output rows to scratch, then runs the
-tile over it with offset tables (see `geometry`). The sums are those of Dumoulin & Visin, "A guide to
+No im2col matrix is built. A thread copies the padded window of one block of output rows to scratch, then runs
+the tile over it with offset tables (see `geometry`). The sums are those of Dumoulin & Visin, "A guide to
 convolution arithmetic for deep learning" (2016), sections 2 and 4.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -199,13 +201,11 @@ def _weight(threads, x, images, dout, b, pixels, taps, places, columns, partial,
 
 
 @kernel
-def _reduce_part(thread, threads, partial, columns, accumulate, dweight):
+def _reduce_part(thread, threads, partial, columns, dweight):
     keep_out_of_line()
     pieces, groups, panels, depth, width = partial.shape
     lo, hi = share(thread, threads, depth)
     for k in range(lo, hi):
-        if not accumulate:
-            dweight[k] = 0
         for g in range(groups):
             for p in range(panels):
                 many = min(columns - p * width, width)
@@ -219,90 +219,98 @@ def _reduce_part(thread, threads, partial, columns, accumulate, dweight):
 
 
 @parallel
-def _reduce(threads, partial, columns, accumulate, dweight):
+def _reduce(threads, partial, columns, dweight):
     for thread in prange(threads):
-        _reduce_part(thread, threads, partial, columns, accumulate, dweight)
+        _reduce_part(thread, threads, partial, columns, dweight)
+
+
+class _Side(NamedTuple):
+    """A convolution along one axis."""
+
+    size: int
+    kernel: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+
+    @property
+    def count(self) -> int:
+        """Outputs along this axis."""
+        return checks.window_output(*self)
+
+    @property
+    def skips(self) -> bool:
+        """Whether some inputs may meet no tap at all."""
+        return self.stride > 1 and (self.stride > self.kernel or self.dilation > 1)
+
+    def forward(self) -> geometry.Axis:
+        return geometry.forward_axis(self.count, self.stride, self.padding[0], self.kernel, self.dilation)
+
+    def phases(self) -> list[tuple[geometry.Axis, tuple[int, ...]]]:
+        return geometry.input_axes(self.size, self.stride, self.padding[0], self.kernel, self.dilation)
 
 
 class _Layer:
-    """A convolution's checked arguments and sizes, the same for its three passes."""
+    """A convolution's sizes and tables, the same for its three passes."""
 
-    def __init__(self, x_shape, kernel_size, filters, channels, stride, padding, dilation, groups):
-        self.images, self.height, self.width, self.channels = x_shape
-        self.kernel = checks.pair("kernel_size", kernel_size, 1)
-        self.stride = checks.pair("stride", stride, 1)
-        self.dilation = checks.pair("dilation", dilation, 1)
-        self.padding = checks.padding2d(padding)
-        self.groups = checks.integer("groups", groups, 1)
+    def __init__(
+        self, image: tuple[int, int], channels: int, filters: int, groups: int, sides: Sequence[_Side]
+    ):
+        self.image = image
+        self.channels = channels
         self.filters = filters
-        if self.channels % self.groups or filters % self.groups:
-            raise ValueError(
-                f"groups: {groups} does not divide the input's {self.channels} channels and the {filters} filters"
-            )
-        if channels is not None and channels * self.groups != self.channels:
-            raise ValueError(
-                f"weight: {channels} channels for each of {self.groups} groups are not the input's {self.channels}"
-            )
-        self.out_h, self.out_w = (
-            checks.window_output(size, kernel, stride, padding, dilation)
-            for size, kernel, stride, padding, dilation in zip(
-                (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        self.groups = groups
+        self.rows, self.columns = sides
+        self.out_image = (self.rows.count, self.columns.count)
+        taps = self.rows.kernel * self.columns.kernel * (channels // groups)
+        self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 
-    @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        return self.images, self.out_h, self.out_w, self.filters
-
-    @property
-    def multiply_adds(self) -> int:
-        taps = self.kernel[0] * self.kernel[1] * (self.channels // self.groups)
-        return self.images * self.out_h * self.out_w * self.filters * taps
-
+    @cached_property
     def forward_tables(self) -> Correlation:
-        rows, columns = (
-            geometry.forward_axis(count, stride, padding[0], kernel, dilation)
-            for count, stride, padding, kernel, dilation in zip(
-                (self.out_h, self.out_w), self.stride, self.padding, self.kernel, self.dilation, strict=True
-            )
-        )
         return geometry.correlation(
-            rows,
-            columns,
-            (self.height, self.width),
+            self.rows.forward(),
+            self.columns.forward(),
+            self.image,
             self.channels,
             self.channels // self.groups,
-            self.out_w,
+            self.out_image[1],
             self.filters,
         )
 
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Every position in the kernel, as kh * kW + kw."""
+        return np.arange(self.rows.kernel * self.columns.kernel)
+
+    @cached_property
     def input_tables(self) -> list[tuple[Correlation, np.ndarray]]:
         """For each phase of the input: its tables over dout, and the kernel positions of its taps."""
-        row_phases, column_phases = (
-            geometry.input_axes(size, stride, padding[0], kernel, dilation)
-            for size, stride, padding, kernel, dilation in zip(
-                (self.height, self.width), self.stride, self.padding, self.kernel, self.dilation, strict=True
-            )
-        )
         tables = []
-        for rows, kernel_rows in row_phases:
-            for columns, kernel_columns in column_phases:
-                positions = np.add.outer(
-                    np.array(kernel_rows, np.intp) * self.kernel[1], np.array(kernel_columns)
-                )
+        for rows, kernel_rows in self.rows.phases():
+            for columns, kernel_columns in self.columns.phases():
+                first = np.array(kernel_rows, np.intp) * self.columns.kernel
                 table = geometry.correlation(
                     rows,
                     columns,
-                    (self.out_h, self.out_w),
+                    self.out_image,
                     self.filters,
                     self.filters // self.groups,
-                    self.width,
+                    self.image[1],
                     self.channels,
                 )
-                tables.append((table, positions.ravel().astype(np.intp)))
+                tables.append((table, np.add.outer(first, np.array(kernel_columns, np.intp)).ravel()))
         return tables
 
-    def run(self, x, images, table, weight, positions, transposed, bias, y) -> None:
+    def run(
+        self,
+        x: np.ndarray,
+        table: Correlation,
+        weight: np.ndarray,
+        positions: np.ndarray,
+        transposed: bool,
+        bias: np.ndarray | None,
+        y: np.ndarray,
+    ) -> None:
         """Correlate `x` with the weights at `positions`, plus `bias`, into `y`."""
         columns = (self.channels if transposed else self.filters) // self.groups
         packed = self._packed(weight, positions, transposed, columns)
@@ -311,30 +319,75 @@ class _Layer:
         if bias is not None:
             start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
         b = table.blocks
-        threads = thread_count(images * b.blocks, self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        flat = y.reshape(-1)
+        images = x.shape[0]
+        threads = thread_count(images * b.blocks, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        windows = _windows(threads, b, x.dtype)
         tables = (b, table.pixels, table.taps, table.spread)
-        _correlate(
-            threads,
-            x.reshape(-1),
-            images,
-            packed,
-            start,
-            flat,
-            *tables,
-            columns,
-            _windows(threads, b, x.dtype),
-        )
+        _correlate(threads, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
+
+    def add_weight_gradient(self, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+        """Add the gradient of the weights to `dweight`."""
+        table = self.forward_tables
+        b = table.blocks
+        images = x.shape[0]
+        columns = self.filters // self.groups
+        width = simd.panel_width(dout.dtype)
+        panels = -(-columns // width)
+        depth = table.taps.size
+        piece = self.groups * panels * depth * width
+        most = max(_FEWEST_PIECES, min(_PIECES, _PIECES_BYTES // (piece * dout.itemsize)))
+        pieces = min(images * b.blocks, most)
+        partial = scratch("partial", pieces * piece, dout.dtype)
+        partial = partial.reshape(pieces, self.groups, panels, depth, width)
+        threads = thread_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        spares = scratch("spares", threads * b.tail * width, dout.dtype).reshape(threads, -1)
+        windows = _windows(threads, b, x.dtype)
+        tables = (b, table.pixels, padded_rows(table.taps), padded_rows(np.arange(depth) * width))
+        _weight(threads, x.reshape(-1), images, dout.reshape(-1), *tables, columns, partial, windows, spares)
+        threads = thread_count(depth, partial.nbytes)
+        _reduce(threads, partial, columns, dweight.reshape(depth, self.filters))
 
     def _packed(self, weight, positions, transposed, columns):
         width = simd.panel_width(weight.dtype)
         panels = -(-columns // width)
         inner = (self.filters if transposed else self.channels) // self.groups
-        shape = (self.groups, panels, len(positions) * inner, width)
-        packed = scratch("weights", int(np.prod(shape)), weight.dtype).reshape(shape)
+        depth = len(positions) * inner
+        packed = scratch("weights", self.groups * panels * depth * width, weight.dtype)
+        packed = packed.reshape(self.groups, panels, depth, width)
         threads = thread_count(self.groups * panels, packed.nbytes)
         _pack(threads, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
         return packed
+
+
+@lru_cache(maxsize=512)
+def _cached_layer(
+    image, channels, filters, weight_channels, groups, kernel, stride, padding, dilation
+) -> _Layer:
+    if channels % groups or filters % groups:
+        raise ValueError(
+            f"groups: {groups} does not divide both the input's {channels} channels and the {filters} filters"
+        )
+    if weight_channels * groups != channels:
+        raise ValueError(
+            f"weight: {weight_channels} channels in each of {groups} groups are not the input's {channels}"
+        )
+    sides = [_Side(*side) for side in zip(image, kernel, stride, padding, dilation, strict=True)]
+    return _Layer(image, channels, filters, groups, sides)
+
+
+def _layer(x_shape, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> _Layer:
+    groups = checks.integer("groups", groups, 1)
+    return _cached_layer(
+        x_shape[1:3],
+        x_shape[3],
+        filters,
+        x_shape[3] // groups if weight_channels is None else weight_channels,
+        groups,
+        checks.pair("kernel_size", kernel_size, 1),
+        checks.pair("stride", stride, 1),
+        checks.padding2d(padding),
+        checks.pair("dilation", dilation, 1),
+    )
 
 
 def _windows(threads: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
@@ -382,13 +435,12 @@ def conv2d_forward(
     x = checks.floating("x", x, 4)
     weight = checks.floating("weight", weight, 4, x.dtype)
     kh, kw, channels, filters = weight.shape
-    layer = _Layer(x.shape, (kh, kw), filters, channels, stride, padding, dilation, groups)
+    layer = _layer(x.shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
-    y = checks.output("out", out, layer.out_shape, x.dtype)
+    y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
     if y.size:
-        positions = np.arange(kh * kw)
-        layer.run(x, layer.images, layer.forward_tables(), weight, positions, False, bias, y)
+        layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
     return y
 
 
@@ -423,12 +475,14 @@ def conv2d_backward_input(
     weight = checks.floating("weight", weight, 4, dout.dtype)
     shape = checks.shape4("x_shape", x_shape)
     kh, kw, channels, filters = weight.shape
-    layer = _Layer(shape, (kh, kw), filters, channels, stride, padding, dilation, groups)
-    checks.same_shape("dout", dout, layer.out_shape)
+    layer = _layer(shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
+    checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        for table, positions in layer.input_tables():
-            layer.run(dout, layer.images, table, weight, positions, True, None, dx)
+        if layer.rows.skips or layer.columns.skips:
+            dx.fill(0)
+        for table, positions in layer.input_tables:
+            layer.run(dout, table, weight, positions, True, None, dx)
     return dx
 
 
@@ -462,36 +516,13 @@ def conv2d_backward_weight(
     """
     dout = checks.floating("dout", dout, 4)
     x = checks.floating("x", x, 4, dout.dtype)
-    layer = _Layer(x.shape, kernel_size, dout.shape[3], None, stride, padding, dilation, groups)
-    checks.same_shape("dout", dout, layer.out_shape)
-    shape = (*layer.kernel, layer.channels // layer.groups, layer.filters)
+    images, filters = x.shape[0], dout.shape[3]
+    layer = _layer(x.shape, kernel_size, None, filters, stride, padding, dilation, groups)
+    checks.same_shape("dout", dout, (images, *layer.out_image, filters))
+    shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
-    if out is None or not accumulate:
-        accumulate = False
-    if not dweight.size or not dout.size:
-        if not accumulate:
-            dweight[...] = 0
-        return dweight
-    table = layer.forward_tables()
-    b = table.blocks
-    columns = layer.filters // layer.groups
-    width = simd.panel_width(dout.dtype)
-    panels = -(-columns // width)
-    depth = table.taps.size
-    piece = layer.groups * panels * depth * width
-    most = max(_FEWEST_PIECES, min(_PIECES, _PIECES_BYTES // (piece * dout.itemsize)))
-    pieces = min(layer.images * b.blocks, most)
-    partial = scratch("partial", pieces * piece, dout.dtype).reshape(
-        pieces, layer.groups, panels, depth, width
-    )
-    threads = thread_count(pieces, layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-    spares = scratch("spares", threads * b.tail * width, dout.dtype).reshape(threads, -1)
-    places = padded_rows(np.arange(depth) * width)
-    flat, images = dout.reshape(-1), layer.images
-    tables = (b, table.pixels, padded_rows(table.taps), places)
-    _weight(
-        threads, x.reshape(-1), images, flat, *tables, columns, partial, _windows(threads, b, x.dtype), spares
-    )
-    threads = thread_count(depth, partial.nbytes)
-    _reduce(threads, partial, columns, int(accumulate), dweight.reshape(depth, layer.filters))
+    if not accumulate or out is None:
+        dweight.fill(0)
+    if dweight.size and dout.size:
+        layer.add_weight_gradient(dout, x, dweight)
     return dweight

@@ -1,7 +1,7 @@
 """What a convolution reads and writes, as offset tables for the engine: made once a shape, then cached.
 
-A `Correlation` describes out[n, i, j] = sum over taps of x[n, origin + step * (i, j) + tap] times weights, on a
-grid (i, j) of outputs that may itself be spread over the result. With it the same driver runs the forward
+A `Correlation` describes out[n, i, j] = sum over taps of x[n, origin + step * (i, j) + tap] times weights, on
+a grid (i, j) of outputs that may itself be spread over the result. With it the same driver runs the forward
 pass (step = stride, taps = dilation * (kh, kw)) and each phase of the backward pass to the input
 (step = 1, result spread by the stride).
 
@@ -11,7 +11,6 @@ area that stays in the cache, unless no tap ever leaves the image; then the imag
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Tables for `TILE_ROWS` and one memory layout; `pixels` and `spread` hold a full block, then the last."""
+    """Tables for one memory layout; `pixels` and `spread` hold a full block's, then the last block's."""
 
     blocks: Blocks
     pixels: np.ndarray  # offsets in the window of each grid point's first tap
@@ -70,7 +69,7 @@ class Axis(NamedTuple):
 
     @property
     def extent(self) -> int:
-        return max(self.taps, default=0) + 1
+        return max(self.taps) + 1
 
 
 def forward_axis(count: int, stride: int, before: int, kernel: int, dilation: int) -> Axis:
@@ -83,15 +82,17 @@ def input_axes(
 ) -> list[tuple[Axis, tuple[int, ...]]]:
     """The backward pass to the input along one axis: a phase for each residue of the input modulo the stride.
 
-    Input h takes dout[i] * weight[k] wherever h + before = stride * i + dilation * k. With h = stride * q + r that
-    is i = q + (r + before - dilation * k) / stride, for the k for which the division is exact. Returned with
-    each phase: the kernel positions k of its taps.
+    Input h takes dout[i] * weight[k] wherever h + before = stride * i + dilation * k. With h = stride * q + r
+    that is i = q + (r + before - dilation * k) / stride, for the k for which the division is exact. Returned
+    with each phase: the kernel positions k of its taps. Inputs that no tap reaches are in no phase.
     """
     phases = []
     for residue in range(min(stride, size)):
         exact = [k for k in range(kernel) if (residue + before - dilation * k) % stride == 0]
+        if not exact:
+            continue
         steps = [(residue + before - dilation * k) // stride for k in exact]
-        origin = min(steps, default=0)
+        origin = min(steps)
         count = (size - residue + stride - 1) // stride
         taps = tuple(step - origin for step in steps)
         phases.append((Axis(count, 1, origin, taps, residue, stride), tuple(exact)))
@@ -99,7 +100,7 @@ def input_axes(
 
 
 def _rows_per_block(rows: int, width: int, step: int, extent: int, row_bytes: int) -> int:
-    """Rows of the grid in a block: few wasted tile rows and little overlap between windows, within the cache."""
+    """Rows of the grid in a block: few wasted tile rows, little overlap of windows, all within the cache."""
     best, best_cost = 1, np.inf
     for count in range(1, rows + 1):
         pixels = count * width
@@ -116,7 +117,6 @@ def _rows_per_block(rows: int, width: int, step: int, extent: int, row_bytes: in
     return best
 
 
-@lru_cache(maxsize=512)
 def correlation(
     rows: Axis,
     columns: Axis,

@@ -1,7 +1,7 @@
 """Matrix products on the register tile: the linear layer and its two gradients.
 
-One driver computes C (+)= A B for any strides of A and B. A is read in place through offset tables; a panel of
-B's columns is packed a block of k at a time, so that it stays in the first-level cache while all rows of A pass.
+One driver computes C (+)= A B for any strides of A and B. A is read in place through offset tables; a panel
+of B's columns is packed a block of k at a time, so that it stays in the cache while all rows of A pass.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ for a panel of columns n. The tables `row`, `col` and `crow` say what the operat
 shape, in elements. The tile emits LLVM vector code for a literal number of rows and vectors, keeps
 that piece of C in registers over the whole sum, and reads each element of A as a broadcast.
 
-Contract of the tables: `row` and `crow` have a multiple of `TILE_ROWS` entries from the first one used on; the last
-valid entry is repeated to fill up. Repeated rows compute and store the same value twice, which is why a
-tile that adds to C reads all of its C before it writes any.
+Contract of the tables: `row` and `crow` are used in multiples of `TILE_ROWS` entries; the last valid entry is
+repeated to fill up. Repeated rows compute and store the same value twice, which is why a tile that adds to C
+reads all of its C before it writes any.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def tile(
 ):
     """One tile of `rows` x `vectors` vectors of C; see the top of this file.
 
-    The literals: `ragged` stores only the first `columns` columns; `add` adds the sum to C, else C is overwritten
-    by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Nothing is checked.
+    The literals: `ragged` stores only the first `columns` columns; `add` adds the sum to C, else C is
+    overwritten by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Nothing is checked.
     """
     literals = (rows, vectors, ragged, add)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):

@@ -1,0 +1,43 @@
+# make train   trains the default network on the embedded digits
+# make test    proves every part correct
+# Both make .venv where it is missing and install what they need, at the versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+SOURCES := pyproject.toml .ci/constraints.txt
+
+.PHONY: train test test-bounds lint bench clean
+
+train: .venv/.installed
+	$(BIN)/fastcnn train
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+# The same tests with every array index of the kernels checked.
+test-bounds: .venv/.installed-test
+	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest tests/test_parity.py
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python $(SOURCES)
+	$(PIP) --editable .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed-test
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
