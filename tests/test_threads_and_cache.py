@@ -1,0 +1,155 @@
+"""Kernels survive forks, several Python threads and an unwritable cache; results don't depend on threads."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastcnn.kernels import cpu, jit
+
+import fastcnn
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        timeout=300,
+        check=False,
+    )
+
+
+WORK = """
+    import numpy as np, fastcnn
+    from fastcnn.kernels import cpu
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 24, 24, 8)).astype(np.float32)
+    w = rng.standard_normal((3, 3, 8, 32)).astype(np.float32)
+    def work():
+        y = cpu.conv2d_forward(x, w, None, 1, 1)
+        return y, cpu.conv2d_backward_weight(y, x, 3, 1, 1)
+    expected = work()
+    def same(result):
+        return all(np.array_equal(a, b) for a, b in zip(result, expected))
+"""
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_forked_child_computes_the_same(layer):
+    code = """
+    import os, sys
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same(work()) else 3)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or (0 if same(work()) else 4))
+    """
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_THREADING_LAYER=layer)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_python_threads_share_the_kernels(layer):
+    code = """
+    import sys, threading
+    wrong = []
+    def many():
+        for _ in range(20):
+            if not same(work()):
+                wrong.append(1)
+    threads = [threading.Thread(target=many) for _ in range(4)]
+    [t.start() for t in threads]; [t.join() for t in threads]
+    sys.exit(len(wrong))
+    """
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_THREADING_LAYER=layer)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unwritable_cache_costs_nothing_but_time(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a directory")
+    code = """
+    from fastcnn.kernels import cpu
+    import numpy as np
+    assert cpu.relu_forward(np.array([-1.0, 2.0], np.float32)).tolist() == [0.0, 2.0]
+    """
+    done = run_python(code, FASTCNN_CACHE_DIR=str(blocker))
+    assert done.returncode == 0, done.stderr
+
+
+def test_damaged_cache_is_compiled_anew(tmp_path):
+    code = """
+    from fastcnn.kernels import cpu
+    import numpy as np
+    assert cpu.relu_forward(np.array([-1.0, 2.0], np.float32)).tolist() == [0.0, 2.0]
+    """
+    assert run_python(code, FASTCNN_CACHE_DIR=str(tmp_path)).returncode == 0
+    files = list(tmp_path.rglob("*.nbc"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    done = run_python(code, FASTCNN_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_cache_version_follows_every_kernel_source(monkeypatch):
+    before = jit._version_key()
+    read = Path.read_bytes
+
+    def edited(path):
+        return read(path) + (b"# edited" if path.name == "tile.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", edited)
+    assert jit._version_key() != before
+
+
+def test_number_of_threads_is_checked():
+    before = fastcnn.get_num_threads()
+    with pytest.raises(ValueError, match="threads: 0"):
+        fastcnn.set_num_threads(0)
+    with pytest.raises(ValueError, match="threads: 100000"):
+        fastcnn.set_num_threads(100_000)
+    with pytest.raises(TypeError, match="threads"):
+        fastcnn.set_num_threads(1.5)
+    assert fastcnn.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_results_have_the_same_bits_on_any_number_of_threads(threads):
+    code = """
+    import hashlib
+    fastcnn.set_num_threads({threads})
+    y, dw = work()
+    dx = cpu.conv2d_backward_input(y, w, x.shape, 1, 1)
+    z = cpu.linear_forward(x.reshape(16, -1), np.ones((24 * 24 * 8, 40), np.float32))
+    print(hashlib.sha256(b"".join(a.tobytes() for a in (y, dw, dx, z))).hexdigest())
+    """
+    done = run_python(
+        textwrap.dedent(WORK) + textwrap.dedent(code.format(threads=threads)), NUMBA_NUM_THREADS="4"
+    )
+    assert done.returncode == 0, done.stderr
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 24, 24, 8)).astype(np.float32)
+    w = rng.standard_normal((3, 3, 8, 32)).astype(np.float32)
+    y = cpu.conv2d_forward(x, w, None, 1, 1)
+    dw = cpu.conv2d_backward_weight(y, x, 3, 1, 1)
+    dx = cpu.conv2d_backward_input(y, w, x.shape, 1, 1)
+    z = cpu.linear_forward(x.reshape(16, -1), np.ones((24 * 24 * 8, 40), np.float32))
+
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in (y, dw, dx, z))).hexdigest()
+    assert done.stdout.strip() == digest
+
+
+def test_refuses_to_be_imported_under_another_name(tmp_path):
+    checkout = Path(fastcnn.__file__).resolve().parents[1]
+    if not (checkout / "kernels").is_dir():
+        pytest.skip("not a checkout")
+    done = run_python(f"import sys; sys.path.insert(0, {str(checkout)!r}); import kernels")
+    assert done.returncode != 0
+    assert "fastcnn.kernels" in done.stderr
