@@ -1,0 +1,307 @@
+"""Windows of images: their geometry, as rows of a matrix and back; and sums over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from .. import checks
+from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from .pieces import fold, piece_bounds, piece_count, row_width
+from .workspace import scratch
+
+
+class Windows(NamedTuple):
+    """Images and the windows that slide over them, as kernels read them."""
+
+    height: int
+    width: int
+    channels: int
+    out_h: int
+    out_w: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    top: int
+    left: int
+    dilation_h: int
+    dilation_w: int
+
+
+def window_count(
+    size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int, ceil_mode: bool
+) -> int:
+    """Windows along one axis. `ceil_mode` rounds up, but none may start beyond the image and its padding.
+
+    Raises
+    ------
+    ValueError
+        If there is no image, or no window fits.
+    """
+    if size < 1:
+        raise ValueError(f"x: an image needs at least 1 pixel along each axis, got {size}")
+    if not ceil_mode:
+        return checks.window_output(size, kernel, stride, padding, dilation)
+    # Rounding up lets a window reach stride - 1 pixels beyond the padding.
+    count = checks.window_output(size, kernel, stride, (padding[0], padding[1] + stride - 1), dilation)
+    count -= (count - 1) * stride >= size + padding[0]
+    if count < 1:
+        raise ValueError(f"kernel_size: {kernel} with dilation {dilation} does not fit into {size} pixels")
+    return count
+
+
+def windows(
+    x_shape: Sequence[int],
+    kernel_size: Any,
+    stride: Any,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    dilation: Any,
+    ceil_mode: bool = False,
+) -> Windows:
+    """The geometry of a call; `padding` has been checked."""
+    _, height, width, channels = x_shape
+    kernel_h, kernel_w = checks.pair("kernel_size", kernel_size, 1)
+    stride_h, stride_w = checks.pair("stride", stride, 1)
+    dilation_h, dilation_w = checks.pair("dilation", dilation, 1)
+    return Windows(
+        height,
+        width,
+        channels,
+        window_count(height, kernel_h, stride_h, padding[0], dilation_h, ceil_mode),
+        window_count(width, kernel_w, stride_w, padding[1], dilation_w, ceil_mode),
+        kernel_h,
+        kernel_w,
+        stride_h,
+        stride_w,
+        padding[0][0],
+        padding[1][0],
+        dilation_h,
+        dilation_w,
+    )
+
+
+@kernel
+def valid_range(out, stride, offset, size):
+    """First and last + 1 of the j in range(out) for which ``0 <= j * stride + offset < size``."""
+    first = min(out, max(0, -(offset // stride)))
+    last = min(out, -((offset - size) // stride))
+    return first, max(first, last)
+
+
+@kernel
+def _im2col_part(thread, threads, x, cols, g):
+    """Taps that are neighbours in memory are copied in one run: all kW of a row unless they are dilated."""
+    keep_out_of_line()
+    runs = 1 if g.dilation_w == 1 else g.kernel_w
+    run = g.kernel_w // runs
+    lo, hi = share(thread, threads, cols.shape[0])
+    for row in range(lo, hi):
+        line = row // g.out_w
+        j = row - line * g.out_w
+        n = line // g.out_h
+        i = line - n * g.out_h
+        for a in range(g.kernel_h):
+            h = i * g.stride_h - g.top + a * g.dilation_h
+            for b in range(0, g.kernel_w, run):
+                w = j * g.stride_w - g.left + b * g.dilation_w
+                first, last = valid_range(run, 1, w, g.width)
+                if h < 0 or h >= g.height:
+                    first = last = run
+                begin = (a * g.kernel_w + b) * g.channels
+                target = cols[row, begin : begin + run * g.channels]
+                target[: first * g.channels] = 0
+                if first < last:
+                    source = x[n * g.height + h, (w + first) * g.channels : (w + last) * g.channels]
+                    inside = target[first * g.channels : last * g.channels]
+                    for k in range(inside.size):
+                        inside[k] = source[k]
+                target[last * g.channels :] = 0
+
+
+@parallel
+def _im2col(threads, x, cols, g):
+    for thread in prange(threads):
+        _im2col_part(thread, threads, x, cols, g)
+
+
+def im2col(
+    x: np.ndarray,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: Any = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Copy every window of the zero-padded images into one row of a matrix.
+
+    ``cols[(n, i, j), (kh, kw, c)] = x[n, i * stride + kh * dilation - top, ..., c]``
+    with zeros outside the image.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    kernel_size, stride, dilation : int or (height, width)
+    padding : int, (height, width) or ((top, bottom), (left, right))
+    out : (N * Ho * Wo, kH * kW * C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N * Ho * Wo, kH * kW * C) array of x's dtype
+        Rows in the order (n, i, j), columns in the order (kh, kw, c).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, or the kernel is larger than the padded image.
+    """
+    x = checks.floating("x", x, 4)
+    g = windows(x.shape, kernel_size, stride, checks.padding2d(padding), dilation)
+    shape = (x.shape[0] * g.out_h * g.out_w, g.kernel_h * g.kernel_w * g.channels)
+    cols = checks.output("out", out, shape, x.dtype)
+    if cols.size:
+        lines = x.reshape(x.shape[0] * g.height, g.width * g.channels)
+        _im2col(thread_count(shape[0], cols.size), lines, cols, g)
+    return cols
+
+
+@kernel
+def _col2im_part(thread, threads, cols, x, g):
+    """Each row of an image gathers from all windows above it, always in the order kh, j, kw."""
+    keep_out_of_line()
+    runs = 1 if g.dilation_w == 1 else g.kernel_w
+    run = g.kernel_w // runs
+    lo, hi = share(thread, threads, x.shape[0])
+    for row in range(lo, hi):
+        n = row // g.height
+        line = x[row]
+        line[:] = 0
+        for a in range(g.kernel_h):
+            reach = row - n * g.height + g.top - a * g.dilation_h
+            i = reach // g.stride_h
+            if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
+                continue
+            for j in range(g.out_w):
+                window = cols[(n * g.out_h + i) * g.out_w + j]
+                for b in range(0, g.kernel_w, run):
+                    w = j * g.stride_w - g.left + b * g.dilation_w
+                    first, last = valid_range(run, 1, w, g.width)
+                    if first < last:
+                        begin = (a * g.kernel_w + b) * g.channels
+                        source = window[begin + first * g.channels : begin + last * g.channels]
+                        target = line[(w + first) * g.channels : (w + last) * g.channels]
+                        for k in range(target.size):
+                            target[k] += source[k]
+
+
+@parallel
+def _col2im(threads, cols, x, g):
+    for thread in prange(threads):
+        _col2im_part(thread, threads, cols, x, g)
+
+
+def col2im(
+    cols: np.ndarray,
+    x_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: Any = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Add every row of a matrix back to the window it would have been copied from: the adjoint of `im2col`.
+
+    Pixels that several windows share receive the sum.
+
+    Parameters
+    ----------
+    cols : (N * Ho * Wo, kH * kW * C) float32 or float64
+    x_shape : (N, H, W, C)
+    kernel_size, stride, dilation : int or (height, width)
+    padding : int, (height, width) or ((top, bottom), (left, right))
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array of cols' dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, or the kernel is larger than the padded image.
+    """
+    cols = checks.floating("cols", cols, 2)
+    shape = checks.shape4("x_shape", x_shape)
+    g = windows(shape, kernel_size, stride, checks.padding2d(padding), dilation)
+    rows = shape[0] * g.out_h * g.out_w
+    checks.same_shape("cols", cols, (rows, g.kernel_h * g.kernel_w * g.channels))
+    x = checks.output("out", out, shape, cols.dtype)
+    if x.size:
+        lines = x.reshape(shape[0] * g.height, g.width * g.channels)
+        _col2im(thread_count(len(lines), cols.size), cols, lines, g)
+    return x
+
+
+@kernel
+def _sum_part(thread, threads, x, slabs):
+    keep_out_of_line()
+    pieces, width = slabs.shape
+    lo, hi = share(thread, threads, pieces)
+    for piece in range(lo, hi):
+        sums = slabs[piece]
+        sums[:] = 0
+        first, last = piece_bounds(piece, pieces, x.size, width)
+        for start in range(first, last, width):
+            row = x[start : min(start + width, last)]
+            for k in range(row.size):
+                sums[k] += row[k]
+
+
+@parallel
+def _sum(threads, x, slabs):
+    for thread in prange(threads):
+        _sum_part(thread, threads, x, slabs)
+
+
+def conv2d_backward_bias(
+    dout: np.ndarray, *, out: np.ndarray | None = None, accumulate: bool = False
+) -> np.ndarray:
+    """Gradient to a bias that was added along the last axis: dout summed over all other axes, in float64.
+
+    Parameters
+    ----------
+    dout : (..., F) float32 or float64
+    out : (F,), optional
+        Overwritten with the result, or added to if `accumulate` is true.
+
+    Returns
+    -------
+    (F,) array of dout's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or sizes don't fit.
+    """
+    dout = checks.floating("dout", dout)
+    if not dout.ndim:
+        raise ValueError("dout: expected (..., F), got a scalar")
+    channels = dout.shape[-1]
+    dbias = checks.output("out", out, (channels,), dout.dtype)
+    accumulate = accumulate and out is not None
+    if not dout.size:
+        if not accumulate:
+            dbias[...] = 0
+        return dbias
+    pieces, width = piece_count(dout.size), row_width(channels)
+    slabs = scratch("sums", pieces * width, np.float64).reshape(pieces, width)
+    _sum(thread_count(pieces, dout.size), dout.reshape(-1), slabs)
+    fold(slabs, dbias, int(accumulate))
+    return dbias

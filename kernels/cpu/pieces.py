@@ -1,0 +1,56 @@
+"""How arrays are cut among threads, so that no result depends on their number."""
+
+from __future__ import annotations
+
+from ..jit import kernel, share
+
+# Threads get whole blocks of elements: a boundary between them never falls inside a vector, so that every
+# element is computed by the same instruction however many threads there are.
+BLOCK = 1024
+
+# Sums are cut into at most this many pieces, each with its own slab; more threads than that would idle.
+PIECES = 16
+
+# Channels-last rows shorter than this are taken several at a time, so that inner loops are long.
+WIDTH = 256
+
+
+@kernel
+def share_elements(thread, threads, size):
+    """First and last + 1 of the `size` elements that `thread` of `threads` does, in whole blocks."""
+    first, last = share(thread, threads, (size + BLOCK - 1) // BLOCK)
+    return first * BLOCK, min(last * BLOCK, size)
+
+
+def blocks(size: int) -> int:
+    """Number of tasks that `share_elements` cuts `size` elements into."""
+    return -(-size // BLOCK)
+
+
+def row_width(channels: int) -> int:
+    """The smallest multiple of `channels` that makes a long inner loop."""
+    return channels * -(-WIDTH // channels)
+
+
+def piece_count(size: int) -> int:
+    """Number of pieces in which `size` elements are summed: it depends on nothing else."""
+    return max(1, min(PIECES, size // (16 * BLOCK)))
+
+
+@kernel
+def piece_bounds(piece, pieces, size, width):
+    """First and last + 1 of the elements of a piece, which starts at a whole row of `width`."""
+    first, last = share(piece, pieces, (size + width - 1) // width)
+    return min(first * width, size), min(last * width, size)
+
+
+@kernel
+def fold(slabs, out, accumulate):
+    """Write to ``out[c]`` (or add to it) the sum of all ``slabs[:, c::out.size]``, in a fixed order."""
+    pieces, width = slabs.shape
+    for c in range(out.size):
+        total = 0.0
+        for piece in range(pieces):
+            for k in range(c, width, out.size):
+                total += slabs[piece, k]
+        out[c] = out[c] + total if accumulate else total
