@@ -19,7 +19,7 @@ from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
 from . import geometry, simd
 from .geometry import Correlation
 from .tile import add_panel, overwrite_panel, padded_rows
-from .workspace import scratch
+from .workspace import clear, copy, scratch
 
 # Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
 # or in fewer where the pieces would take more memory than the second number says.
@@ -37,18 +37,17 @@ def _fill_window(x, n, b, h0, rows, window):
     left = min(max(-b.origin_w, 0), b.window_w)
     first = max(b.origin_w, 0)
     copied = max(min(b.image_w - first, b.window_w - left), 0)
+    begin = left * b.channels
+    end = (left + copied) * b.channels
     for r in range(rows):
-        target = window[r * row : (r + 1) * row]
         h = h0 + r
         if h < 0 or h >= b.image_h:
-            target[:] = 0
+            clear(window, r * row, row)
         else:
             source = ((n * b.image_h + h) * b.image_w + first) * b.channels
-            target[: left * b.channels] = 0
-            target[left * b.channels : (left + copied) * b.channels] = x[
-                source : source + copied * b.channels
-            ]
-            target[(left + copied) * b.channels :] = 0
+            clear(window, r * row, begin)
+            copy(x, source, window, r * row + begin, end - begin)
+            clear(window, r * row + end, row - end)
 
 
 @kernel
@@ -100,7 +99,7 @@ def _correlate_part(thread, threads, x, images, packed, start, y, b, pixels, tap
 def _correlate(threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
     for thread in prange(threads):
         _correlate_part(
-            thread, threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows
+            np.intp(thread), threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows
         )
 
 
@@ -124,13 +123,13 @@ def _pack_part(thread, threads, weight, positions, transposed, columns, packed):
                 else:
                     for j in range(many):
                         target[j] = weight[positions[t], i, g * filters + p * width + j]
-                target[many:] = 0
+                clear(target, many, width - many)
 
 
 @parallel
 def _pack(threads, weight, positions, transposed, columns, packed):
     for thread in prange(threads):
-        _pack_part(thread, threads, weight, positions, transposed, columns, packed)
+        _pack_part(np.intp(thread), threads, weight, positions, transposed, columns, packed)
 
 
 @kernel
@@ -145,7 +144,7 @@ def _weight_part(
     lo, hi = share(thread, threads, pieces)
     for piece in range(lo, hi):
         sums = partial[piece].reshape(groups * panels * depth * width)
-        sums[:] = 0
+        clear(sums, 0, sums.size)
         task0, task1 = share(piece, pieces, images * b.blocks)
         for task in range(task0, task1):
             n = task // b.blocks
@@ -170,7 +169,7 @@ def _weight_part(
                     if b0 + (count - 1) * ldb + width > dout.size:
                         # Whole vectors would read past the end of dout.
                         for k in range(count):
-                            spare[k * width : k * width + many] = dout[b0 + k * ldb : b0 + k * ldb + many]
+                            copy(dout, b0 + k * ldb, spare, k * width, many)
                         source = spare
                         b0 = 0
                         ldb = width
@@ -196,7 +195,19 @@ def _weight_part(
 def _weight(threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
     for thread in prange(threads):
         _weight_part(
-            thread, threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares
+            np.intp(thread),
+            threads,
+            x,
+            images,
+            dout,
+            b,
+            pixels,
+            taps,
+            places,
+            columns,
+            partial,
+            windows,
+            spares,
         )
 
 
@@ -209,7 +220,7 @@ def _reduce_part(thread, threads, partial, columns, dweight):
         for g in range(groups):
             for p in range(panels):
                 many = min(columns - p * width, width)
-                target = dweight[k, g * columns + p * width : g * columns + p * width + many]
+                target = dweight[k, g * columns + p * width :]
                 total = partial[0, g, p, k]
                 for piece in range(1, pieces):
                     for j in range(many):
@@ -221,7 +232,7 @@ def _reduce_part(thread, threads, partial, columns, dweight):
 @parallel
 def _reduce(threads, partial, columns, dweight):
     for thread in prange(threads):
-        _reduce_part(thread, threads, partial, columns, dweight)
+        _reduce_part(np.intp(thread), threads, partial, columns, dweight)
 
 
 class _Side(NamedTuple):

@@ -16,7 +16,7 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
 from . import simd
 from .tile import add_panel, overwrite_panel, padded_rows
-from .workspace import scratch
+from .workspace import clear, scratch
 
 _BLOCK_K = 256
 _BLOCK_ROWS = 96
@@ -46,7 +46,7 @@ def _pack_panel(b, p, k0, depth, first, many, width, panel):
         source = (k0 + k) * p.b_k + first * p.b_column
         for j in range(many):
             target[j] = b[source + j * p.b_column]
-        target[many:] = 0
+        clear(target, many, width - many)
 
 
 @kernel
@@ -79,7 +79,7 @@ def _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed):
 @parallel
 def _multiply(threads, a, b, start, c, p, row, crow, col, packed):
     for thread in prange(threads):
-        _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed)
+        _multiply_part(np.intp(thread), threads, a, b, start, c, p, row, crow, col, packed)
 
 
 @lru_cache(maxsize=512)

@@ -1,4 +1,7 @@
-"""Scratch memory of the CPU kernels: one growing buffer for each use and Python thread, never shared."""
+"""Scratch memory of the CPU kernels, and the two loops that fill it.
+
+The loops stand in for slice assignments, whose error messages cost seconds of compilation.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,35 @@ import threading
 
 import numpy as np
 
+from ..jit import kernel
+
 _local = threading.local()
 
 
 def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     """`size` elements of uninitialised memory, 1-D, valid until this thread asks for the same `use` again.
 
-    The pages are kept from call to call, so that a training step allocates nothing after its first.
+    There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
+    a training step allocates nothing after its first.
     """
     buffers = _local.__dict__
-    key = f"{use}-{np.dtype(dtype).char}"
+    key = (use, np.dtype(dtype).char)
     buffer = buffers.get(key)
     if buffer is None or buffer.size < size:
         buffer = np.empty(max(size, 1), dtype)
         buffers[key] = buffer
     return buffer[:size]
+
+
+@kernel
+def copy(source, s0, target, t0, size):
+    """target[t0 : t0 + size] = source[s0 : s0 + size], both 1-D."""
+    for i in range(size):
+        target[t0 + i] = source[s0 + i]
+
+
+@kernel
+def clear(target, t0, size):
+    """target[t0 : t0 + size] = 0, 1-D."""
+    for i in range(size):
+        target[t0 + i] = 0
