@@ -10,7 +10,7 @@ from numba import prange
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
-from .pieces import fold, piece_bounds, piece_count, row_width
+from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .workspace import scratch
 
 
@@ -113,13 +113,13 @@ def _im2col_part(thread, threads, x, cols, g):
                     first = last = run
                 begin = (a * g.kernel_w + b) * g.channels
                 target = cols[row, begin : begin + run * g.channels]
-                target[: first * g.channels] = 0
+                fill(target[: first * g.channels], 0)
                 if first < last:
                     source = x[n * g.height + h, (w + first) * g.channels : (w + last) * g.channels]
                     inside = target[first * g.channels : last * g.channels]
                     for k in range(inside.size):
                         inside[k] = source[k]
-                target[last * g.channels :] = 0
+                fill(target[last * g.channels :], 0)
 
 
 @parallel
@@ -180,7 +180,7 @@ def _col2im_part(thread, threads, cols, x, g):
     for row in range(lo, hi):
         n = row // g.height
         line = x[row]
-        line[:] = 0
+        fill(line, 0)
         for a in range(g.kernel_h):
             reach = row - n * g.height + g.top - a * g.dilation_h
             i = reach // g.stride_h
@@ -256,7 +256,7 @@ def _sum_part(thread, threads, x, slabs):
     lo, hi = share(thread, threads, pieces)
     for piece in range(lo, hi):
         sums = slabs[piece]
-        sums[:] = 0
+        fill(sums, 0)
         first, last = piece_bounds(piece, pieces, x.size, width)
         for start in range(first, last, width):
             row = x[start : min(start + width, last)]

@@ -16,6 +16,13 @@ WIDTH = 256
 
 
 @kernel
+def fill(row, value):
+    """Overwrite a 1-D array; compiles in a tenth of the time that ``row[:] = value`` takes."""
+    for k in range(row.size):
+        row[k] = value
+
+
+@kernel
 def share_elements(thread, threads, size):
     """First and last + 1 of the `size` elements that `thread` of `threads` does, in whole blocks."""
     first, last = share(thread, threads, (size + BLOCK - 1) // BLOCK)

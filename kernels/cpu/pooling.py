@@ -1,0 +1,600 @@
+"""Max, average, adaptive average and global average pooling, with their gradients.
+
+Output sizes and window bounds follow PyTorch. All kernels go through the images a row at a time, so that the
+innermost loop runs over channels at a fixed distance between source and target. A gradient is computed by
+rows of dx, each gathering from the windows above it: no two threads ever write to one pixel, and the order of
+the sums is fixed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from .. import checks
+from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from .columns import Windows, valid_range, window_count, windows
+from .pieces import fill
+
+
+def _pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    kernel = checks.pair("kernel_size", kernel_size, 1)
+    pads = checks.padding2d(padding)
+    for size, sides in zip(kernel, pads, strict=True):
+        if max(sides) > size // 2:
+            raise ValueError(f"padding: {padding!r} is more than half of kernel_size {kernel}")
+    return pads
+
+
+@kernel
+def _first_tap(offset, dilation, taps, size):
+    """The first tap of a window from `offset` on that lies in the image; -1 if none does."""
+    tap = max(0, -(offset // dilation))
+    return tap if tap < taps and offset + tap * dilation < size else -1
+
+
+@kernel
+def _start_window_row(i, best, where, g):
+    """-inf, at the first tap in the image (0 if there is none): the answer where nothing is larger."""
+    a = _first_tap(i * g.stride_h - g.top, g.dilation_h, g.kernel_h, g.height)
+    fill(best, -np.inf)
+    fill(where, max(a, 0) * g.kernel_w)
+    j = 0
+    while a >= 0 and j < g.out_w and j * g.stride_w < g.left:
+        b = _first_tap(j * g.stride_w - g.left, g.dilation_w, g.kernel_w, g.width)
+        tap = a * g.kernel_w + b if b >= 0 else 0
+        fill(where[j * g.channels : (j + 1) * g.channels], tap)
+        j += 1
+
+
+@kernel
+def _max_pool_part(thread, threads, x, y, argmax, g):
+    keep_out_of_line()
+    channels = np.uintp(g.channels)
+    step = np.uintp(g.stride_w * g.channels)
+    lo, hi = share(thread, threads, y.shape[0])
+    for row in range(lo, hi):
+        n = row // g.out_h
+        i = row - n * g.out_h
+        best = y[row]
+        where = argmax[row]
+        _start_window_row(i, best, where, g)
+        for a in range(g.kernel_h):
+            h = i * g.stride_h - g.top + a * g.dilation_h
+            if h < 0 or h >= g.height:
+                continue
+            line = x[n * g.height + h]
+            for b in range(g.kernel_w):
+                offset = b * g.dilation_w - g.left
+                first, last = valid_range(g.out_w, g.stride_w, offset, g.width)
+                tap = argmax.dtype.type(a * g.kernel_w + b)
+                source = np.uintp((first * g.stride_w + offset) * g.channels)
+                target = np.uintp(first * g.channels)
+                for _ in range(first, last):
+                    for c in range(channels):
+                        value = line[source + c]
+                        take = value > best[target + c] or value != value
+                        best[target + c] = value if take else best[target + c]
+                        where[target + c] = tap if take else where[target + c]
+                    source += step
+                    target += channels
+
+
+@parallel
+def _max_pool(threads, x, y, argmax, g):
+    for thread in prange(threads):
+        _max_pool_part(thread, threads, x, y, argmax, g)
+
+
+def max_pool2d_forward(
+    x: np.ndarray,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: Any = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: np.ndarray | None = None,
+    out_argmax: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Largest value of each window, and where in the window it was.
+
+    Padding is never chosen. Of equal values the first wins (row by row); NaN wins over everything, the last
+    NaN of a window over its others.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    kernel_size, dilation : int or (height, width)
+    stride : int or (height, width), optional
+        `kernel_size` where it is None.
+    padding : int, (height, width) or ((top, bottom), (left, right)), at most half of `kernel_size`
+    ceil_mode : bool
+        Round the number of windows up, but drop a last one that would start beyond the image and the padding
+        before it.
+    out : (N, Ho, Wo, C), optional
+        Overwritten with y.
+    out_argmax : (N, Ho, Wo, C), optional
+        Overwritten with argmax.
+
+    Returns
+    -------
+    y : (N, Ho, Wo, C) array of x's dtype
+    argmax : (N, Ho, Wo, C) array of the smallest unsigned dtype that holds kH * kW - 1
+        Offset kh * kW + kw within the window. A dilated window that sees padding only gives -inf and 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, no window fits, or the padding exceeds half the kernel.
+    """
+    x = checks.floating("x", x, 4)
+    stride = kernel_size if stride is None else stride
+    g = windows(x.shape, kernel_size, stride, _pool_padding(padding, kernel_size), dilation, ceil_mode)
+    shape = (x.shape[0], g.out_h, g.out_w, g.channels)
+    y = checks.output("out", out, shape, x.dtype)
+    argmax = checks.output("out_argmax", out_argmax, shape, _argmax_dtype(g))
+    if y.size:
+        rows = (shape[0] * g.out_h, g.out_w * g.channels)
+        lines = x.reshape(shape[0] * g.height, g.width * g.channels)
+        _max_pool(thread_count(rows[0], x.size), lines, y.reshape(rows), argmax.reshape(rows), g)
+    return y, argmax
+
+
+def _argmax_dtype(g: Windows) -> np.dtype:
+    return np.min_scalar_type(g.kernel_h * g.kernel_w - 1)
+
+
+@kernel
+def _max_pool_backward_part(thread, threads, dout, argmax, dx, g):
+    keep_out_of_line()
+    channels = np.uintp(g.channels)
+    step = np.uintp(g.stride_w * g.channels)
+    zero = dx.dtype.type(0)
+    lo, hi = share(thread, threads, dx.shape[0])
+    for row in range(lo, hi):
+        n = row // g.height
+        line = dx[row]
+        fill(line, 0)
+        for a in range(g.kernel_h):
+            reach = row - n * g.height + g.top - a * g.dilation_h
+            i = reach // g.stride_h
+            if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
+                continue
+            gradient = dout[n * g.out_h + i]
+            where = argmax[n * g.out_h + i]
+            for b in range(g.kernel_w):
+                offset = b * g.dilation_w - g.left
+                first, last = valid_range(g.out_w, g.stride_w, offset, g.width)
+                tap = argmax.dtype.type(a * g.kernel_w + b)
+                source = np.uintp(first * g.channels)
+                target = np.uintp((first * g.stride_w + offset) * g.channels)
+                for _ in range(first, last):
+                    for c in range(channels):
+                        line[target + c] += gradient[source + c] if where[source + c] == tap else zero
+                    source += channels
+                    target += step
+
+
+@parallel
+def _max_pool_backward(threads, dout, argmax, dx, g):
+    for thread in prange(threads):
+        _max_pool_backward_part(thread, threads, dout, argmax, dx, g)
+
+
+def max_pool2d_backward(
+    dout: np.ndarray,
+    argmax: np.ndarray,
+    x_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: Any = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Gradient of `max_pool2d_forward`: dout goes to the pixel that each window chose.
+
+    A pixel that several windows chose receives the sum.
+
+    Parameters
+    ----------
+    dout : (N, Ho, Wo, C) float32 or float64
+    argmax : (N, Ho, Wo, C) unsigned integers
+        From the forward call.
+    x_shape : (N, H, W, C)
+    kernel_size, stride, padding, dilation
+        Those of the forward call; its `ceil_mode` shows in the shape of `dout`.
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array of dout's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes are not those of a forward call.
+    """
+    dout = checks.floating("dout", dout, 4)
+    shape = checks.shape4("x_shape", x_shape)
+    stride = kernel_size if stride is None else stride
+    pads = _pool_padding(padding, kernel_size)
+    g = windows(shape, kernel_size, stride, pads, dilation, ceil_mode=True)
+    rows = _rounded_either_way(dout.shape[1], g.height, g.kernel_h, g.stride_h, pads[0], g.dilation_h)
+    columns = _rounded_either_way(dout.shape[2], g.width, g.kernel_w, g.stride_w, pads[1], g.dilation_w)
+    if not rows or not columns or dout.shape[::3] != shape[::3]:
+        raise ValueError(f"dout: shape {dout.shape} is no output of pooling x_shape {shape}")
+    g = g._replace(out_h=dout.shape[1], out_w=dout.shape[2])
+    if argmax.dtype != _argmax_dtype(g):
+        raise TypeError(f"argmax: dtype {argmax.dtype} is not {_argmax_dtype(g)}")
+    argmax = checks.contiguous(checks.same_shape("argmax", argmax, dout.shape))
+    dx = checks.output("out", out, shape, dout.dtype)
+    if dx.size:
+        rows = (shape[0] * g.out_h, g.out_w * g.channels)
+        lines = dx.reshape(shape[0] * g.height, g.width * g.channels)
+        threads = thread_count(len(lines), dx.size)
+        _max_pool_backward(threads, dout.reshape(rows), argmax.reshape(rows), lines, g)
+    return dx
+
+
+def _rounded_either_way(
+    count: int, size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int
+) -> bool:
+    """Whether one axis has `count` windows, with ceil_mode or without."""
+    room = size + sum(padding) - dilation * (kernel - 1) - 1
+    return count in (room // stride + 1, window_count(size, kernel, stride, padding, dilation, True))
+
+
+# The windows of every kind of average pooling are the product of two tables, one for each axis of the image,
+# with a row for each output: first pixel, last pixel + 1, and a factor of the divisor.
+
+
+@lru_cache(maxsize=512)
+def _sliding_table(
+    size: int,
+    kernel: int,
+    stride: int,
+    padding: tuple[int, int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> np.ndarray:
+    count = window_count(size, kernel, stride, padding, 1, ceil_mode)
+    first = np.arange(count) * stride - padding[0]
+    # A window of ceil_mode may reach beyond the padding: what lies there never counts.
+    last = np.minimum(first + kernel, size + padding[1])
+    inside = first.clip(0), last.clip(max=size)
+    counted = last - first if count_include_pad else inside[1] - inside[0]
+    if divisor is not None:
+        counted[:] = divisor
+    return np.stack([*inside, counted], axis=1).astype(np.int64)
+
+
+@lru_cache(maxsize=512)
+def _adaptive_table(size: int, count: int) -> np.ndarray:
+    """Window i spans floor(i * size / count) to ceil((i + 1) * size / count)."""
+    if size < 1:
+        raise ValueError(f"x: an image needs at least 1 pixel along each axis, got {size}")
+    first = np.arange(count) * size // count
+    last = -(-np.arange(1, count + 1) * size // count)
+    return np.stack([first, last, last - first], axis=1).astype(np.int64)
+
+
+@kernel
+def _mean_part(thread, threads, x, y, rows, columns, height, channels):
+    keep_out_of_line()
+    step = np.uintp(channels)
+    lo, hi = share(thread, threads, y.shape[0])
+    for row in range(lo, hi):
+        n = row // rows.shape[0]
+        i = row - n * rows.shape[0]
+        total = y[row]
+        fill(total, 0)
+        for h in range(rows[i, 0], rows[i, 1]):
+            line = x[n * height + h]
+            target = np.uintp(0)
+            for j in range(columns.shape[0]):
+                source = np.uintp(columns[j, 0]) * step
+                for _ in range(columns[j, 0], columns[j, 1]):
+                    for c in range(step):
+                        total[target + c] += line[source + c]
+                    source += step
+                target += step
+        target = np.uintp(0)
+        for j in range(columns.shape[0]):
+            divisor = y.dtype.type(rows[i, 2] * columns[j, 2])
+            for c in range(step):
+                total[target + c] /= divisor
+            target += step
+
+
+@parallel
+def _mean(threads, x, y, rows, columns, height, channels):
+    for thread in prange(threads):
+        _mean_part(thread, threads, x, y, rows, columns, height, channels)
+
+
+@kernel
+def _mean_backward_part(thread, threads, dout, dx, rows, columns, height, channels):
+    keep_out_of_line()
+    step = np.uintp(channels)
+    one = dx.dtype.type(1)
+    lo, hi = share(thread, threads, dx.shape[0])
+    for row in range(lo, hi):
+        n = row // height
+        h = row - n * height
+        line = dx[row]
+        fill(line, 0)
+        for i in range(rows.shape[0]):
+            if h < rows[i, 0] or h >= rows[i, 1]:
+                continue
+            gradient = dout[n * rows.shape[0] + i]
+            source = np.uintp(0)
+            for j in range(columns.shape[0]):
+                factor = one / dx.dtype.type(rows[i, 2] * columns[j, 2])
+                target = np.uintp(columns[j, 0]) * step
+                for _ in range(columns[j, 0], columns[j, 1]):
+                    for c in range(step):
+                        line[target + c] += gradient[source + c] * factor
+                    target += step
+                source += step
+
+
+@parallel
+def _mean_backward(threads, dout, dx, rows, columns, height, channels):
+    for thread in prange(threads):
+        _mean_backward_part(thread, threads, dout, dx, rows, columns, height, channels)
+
+
+def _run_mean(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, y: np.ndarray) -> np.ndarray:
+    n, height, width, channels = x.shape
+    if y.size:
+        lines = x.reshape(n * height, width * channels)
+        totals = y.reshape(n * len(rows), len(columns) * channels)
+        _mean(thread_count(len(totals), x.size), lines, totals, rows, columns, height, channels)
+    return y
+
+
+def _run_mean_backward(dout: np.ndarray, rows: np.ndarray, columns: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    n, height, width, channels = dx.shape
+    if dx.size:
+        gradients = dout.reshape(n * len(rows), len(columns) * channels)
+        lines = dx.reshape(n * height, width * channels)
+        _mean_backward(thread_count(len(lines), dx.size), gradients, lines, rows, columns, height, channels)
+    return dx
+
+
+def _average_tables(
+    x_shape: Sequence[int],
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    kernel = checks.pair("kernel_size", kernel_size, 1)
+    step = kernel if stride is None else checks.pair("stride", stride, 1)
+    pads = _pool_padding(padding, kernel_size)
+    # The divisor is the product of both tables' factors.
+    divisors: tuple[int | None, int | None] = (None, None)
+    if divisor_override is not None:
+        if divisor_override == 0:
+            raise ValueError("divisor_override: must not be 0")
+        divisors = (operator.index(divisor_override), 1)
+    rows, columns = (
+        _sliding_table(
+            x_shape[1 + axis],
+            kernel[axis],
+            step[axis],
+            pads[axis],
+            bool(ceil_mode),
+            bool(count_include_pad),
+            divisors[axis],
+        )
+        for axis in (0, 1)
+    )
+    return rows, columns
+
+
+def avg_pool2d_forward(
+    x: np.ndarray,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Sum of each window over its divisor: `divisor_override`, or the pixels of the window.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    kernel_size : int or (height, width)
+    stride : int or (height, width), optional
+        `kernel_size` where it is None.
+    padding : int, (height, width) or ((top, bottom), (left, right)), at most half of `kernel_size`
+    ceil_mode : bool
+    count_include_pad : bool
+        Whether padding counts among the pixels of a window. What `ceil_mode` adds beyond it never does.
+    divisor_override : int, optional
+    out : (N, Ho, Wo, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, Ho, Wo, C) array of x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, no window fits, the padding exceeds half the kernel, or the
+        divisor is 0.
+    """
+    x = checks.floating("x", x, 4)
+    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    tables = _average_tables(x.shape, *settings)
+    shape = (x.shape[0], len(tables[0]), len(tables[1]), x.shape[3])
+    return _run_mean(x, *tables, checks.output("out", out, shape, x.dtype))
+
+
+def avg_pool2d_backward(
+    dout: np.ndarray,
+    x_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Gradient of `avg_pool2d_forward`: each pixel of a window receives dout over the window's divisor.
+
+    Parameters
+    ----------
+    dout : (N, Ho, Wo, C) float32 or float64
+    x_shape : (N, H, W, C)
+    kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        Those of the forward call.
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array of dout's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes are not those of a forward call.
+    """
+    dout = checks.floating("dout", dout, 4)
+    shape = checks.shape4("x_shape", x_shape)
+    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    tables = _average_tables(shape, *settings)
+    checks.same_shape("dout", dout, (shape[0], len(tables[0]), len(tables[1]), shape[3]))
+    return _run_mean_backward(dout, *tables, checks.output("out", out, shape, dout.dtype))
+
+
+def adaptive_avg_pool2d_forward(
+    x: np.ndarray, output_size: int | Sequence[int], *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean of the windows that cut the image into `output_size` pieces of (nearly) equal size.
+
+    Window i of `count` along an axis of `size` spans floor(i * size / count) to ceil((i + 1) * size / count),
+    so that neighbours overlap by a pixel where `count` does not divide `size`.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    output_size : int or (height, width)
+    out : (N, oh, ow, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, oh, ow, C) array of x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, or the image or the output has no pixels.
+    """
+    x = checks.floating("x", x, 4)
+    n, height, width, channels = x.shape
+    oh, ow = checks.pair("output_size", output_size, 1)
+    y = checks.output("out", out, (n, oh, ow, channels), x.dtype)
+    return _run_mean(x, _adaptive_table(height, oh), _adaptive_table(width, ow), y)
+
+
+def adaptive_avg_pool2d_backward(
+    dout: np.ndarray, x_shape: Sequence[int], *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Gradient of `adaptive_avg_pool2d_forward`: each pixel of a window receives dout over the window's size.
+
+    Parameters
+    ----------
+    dout : (N, oh, ow, C) float32 or float64
+    x_shape : (N, H, W, C)
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array of dout's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes are not those of a forward call.
+    """
+    dout = checks.floating("dout", dout, 4)
+    shape = checks.shape4("x_shape", x_shape)
+    oh, ow = checks.pair("dout", dout.shape[1:3], 1)
+    checks.same_shape("dout", dout, (shape[0], oh, ow, shape[3]))
+    dx = checks.output("out", out, shape, dout.dtype)
+    return _run_mean_backward(dout, _adaptive_table(shape[1], oh), _adaptive_table(shape[2], ow), dx)
+
+
+def global_avg_pool2d_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    """Mean of each channel over the whole image.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 or float64
+    out : (N, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, C) array of x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, ranks or sizes don't fit, or the images have no pixels.
+    """
+    x = checks.floating("x", x, 4)
+    n, height, width, channels = x.shape
+    y = checks.output("out", out, (n, channels), x.dtype)
+    return _run_mean(x, _adaptive_table(height, 1), _adaptive_table(width, 1), y)
+
+
+def global_avg_pool2d_backward(
+    dout: np.ndarray, x_shape: Sequence[int], *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Gradient of `global_avg_pool2d_forward`: every pixel receives dout / (H * W).
+
+    Parameters
+    ----------
+    dout : (N, C) float32 or float64
+    x_shape : (N, H, W, C)
+    out : (N, H, W, C), optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    (N, H, W, C) array of dout's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes are not those of a forward call.
+    """
+    dout = checks.floating("dout", dout, 2)
+    shape = checks.shape4("x_shape", x_shape)
+    checks.same_shape("dout", dout, (shape[0], shape[3]))
+    dx = checks.output("out", out, shape, dout.dtype)
+    return _run_mean_backward(dout, _adaptive_table(shape[1], 1), _adaptive_table(shape[2], 1), dx)
