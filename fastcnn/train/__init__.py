@@ -4,7 +4,6 @@ from .callbacks import Callback, StepInfo
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .evaluation import evaluate, predict
 from .files import CheckpointError
-from .gradients import clip_gradients, gradient_norm
 from .history import History
 from .metrics import Confusion, Metrics, accuracy, confusion_matrix, f1, precision, recall
 from .nonfinite import NonFiniteLossError
@@ -21,11 +20,9 @@ __all__ = [
     "StepInfo",
     "Trainer",
     "accuracy",
-    "clip_gradients",
     "confusion_matrix",
     "evaluate",
     "f1",
-    "gradient_norm",
     "load_checkpoint",
     "precision",
     "predict",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import files
 from .files import CheckpointError
 from .history import History
-from .state import pack, unpack
+from .state import pack, same, unpack
 
 _FORMAT = "fastcnn checkpoint"
 _VERSION = 1
@@ -98,6 +98,9 @@ class Checkpoint:
         try:
             for live, state in states:
                 live.load_state_dict(copy.deepcopy(state))
+                # What a loader fills in or casts is not what was saved.
+                if not same(live.state_dict(), state):
+                    raise ValueError(f"{type(live).__name__} did not take its state as it was saved")
         except BaseException as error:
             for live, state in before:
                 live.load_state_dict(state)

@@ -51,8 +51,8 @@ class History:
     """Losses and scores of each completed epoch.
 
     ``history["val_loss"]`` is the list of a column, ``history.rows()`` gives one dict an epoch; `COLUMNS`
-    names the columns. The training loss and accuracy are those of the batches as they were trained on. Without
-    validation the ``val_`` columns hold None.
+    names the columns. The training loss and accuracy are those of the batches as they were trained on.
+    Without validation the ``val_`` columns hold None.
 
     Attributes
     ----------

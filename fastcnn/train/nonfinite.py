@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..nn import Sequential
+from ..nn import Parameter, Sequential
+from ..nn.parameter import flat, runs
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -49,12 +50,23 @@ class Culprit(NamedTuple):
         return f"{self.what} of " + (f"layer {self.layer!r} ({self.kind})" if self.layer else self.kind)
 
 
+def gradients_finite(parameters: Sequence[Parameter]) -> bool:
+    """Whether no gradient holds NaN or infinity."""
+    grads = [flat(parameters[first:last])[1] for first, last in runs(parameters)]
+    # One pass without a temporary. Only a sum of squares that is not finite needs the exact question.
+    if all(math.isfinite(np.vdot(grad, grad)) for grad in grads):
+        return True
+    return all(_finite(grad) for grad in grads)
+
+
 def _leaves(name: str, module: Any) -> Iterator[tuple[str, Any]]:
-    """The layers that run one after another; what is no Sequential counts as one layer."""
+    """The layers in the order in which they run; what is no Sequential counts as one layer."""
     if not isinstance(module, Sequential):
         yield name, module
         return
-    for child_name, child in module.named_children():
+    names = {id(child): child_name for child_name, child in module.named_children()}
+    for child in module:
+        child_name = names[id(child)]
         yield from _leaves(f"{name}.{child_name}" if name else child_name, child)
 
 
@@ -83,10 +95,19 @@ def _in_backward(layers: list[tuple[str, Any]], dout: NDArray) -> Culprit | None
         kind = type(layer).__name__
         dout = layer.backward(dout)
         for key, parameter in layer.named_parameters():
-            if parameter.grad is not None and not _finite(parameter.grad):
+            if not _finite(parameter.grad):
                 return Culprit(name, kind, f"the gradient of parameter {key!r}")
         if not _finite(dout):
             return Culprit(name, kind, "the gradient of the input")
+    return None
+
+
+def _in_whole_backward(model: Any, dout: NDArray) -> Culprit | None:
+    """As `_in_backward` where a layer runs twice, and can't go back through one of its runs by itself."""
+    model.backward(dout, input_grad=False)
+    for key, parameter in reversed(list(model.named_parameters())):
+        if not _finite(parameter.grad):
+            return Culprit("", type(model).__name__, f"the gradient of parameter {key!r}")
     return None
 
 
@@ -113,7 +134,11 @@ def find_culprit(model: Any, loss_fn: Any, x: NDArray, y: NDArray, backward: boo
                 culprit = Culprit(None, "", "the loss itself, of finite outputs (is every label ignored?)")
             if culprit is None and backward:
                 model.zero_grad()
-                culprit = _in_backward(layers, loss_fn.backward())
+                if len({id(layer) for _, layer in layers}) == len(layers):
+                    culprit = _in_backward(layers, loss_fn.backward())
+                else:
+                    loss_fn(model(x), y)
+                    culprit = _in_whole_backward(model, loss_fn.backward())
     finally:
         model.load_state_dict(state)
         model.zero_grad()

@@ -103,3 +103,13 @@ def _unmark(mark: str, content: Any, arrays: Mapping[str, NDArray]) -> Any:
             raise ValueError(f"state: a key in {mark!r} is neither a number nor a string")
         return dict(pairs)
     raise ValueError(f"state: {mark!r} is unknown")
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two states are equal, bit for bit in their arrays."""
+    ones: dict[str, NDArray] = {}
+    others: dict[str, NDArray] = {}
+    if pack(first, "state", ones) != pack(second, "state", others):
+        return False
+    pairs = ((one, others[name]) for name, one in ones.items())
+    return all((a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()) for a, b in pairs)

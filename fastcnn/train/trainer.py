@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from .. import _random
 from ..nn import CrossEntropyLoss
+from ..optim import clip_grad_norm_
 from . import evaluation, files
 from .callbacks import Callback, StepInfo
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .files import CheckpointError
-from .gradients import all_finite, clip_gradients
 from .history import History, lower_is_better
 from .interrupts import deferred_interrupt
 from .metrics import Metrics, WeightedMean
-from .nonfinite import NonFiniteLossError, find_culprit
+from .nonfinite import NonFiniteLossError, find_culprit, gradients_finite
 
 _LAST, _BEST, _INTERRUPTED = "last", "best", "interrupted"
 
@@ -233,9 +233,11 @@ class Trainer:
                 raise FileExistsError(
                     f"run_dir: {self.run_dir} holds another run (resume continues it, overwrite replaces it)"
                 )
-            self._save(_LAST, self.checkpoint())
-            for name in (_BEST, _INTERRUPTED):
-                files.remove(self.run_dir / name)
+            with deferred_interrupt():
+                self._save(_LAST, self.checkpoint())
+                for name in (_BEST, _INTERRUPTED):
+                    files.remove(self.run_dir / name)
+                self._owns_run = True
         self._owns_run = True
 
     def _resume(self, path: Path) -> None:
@@ -334,12 +336,12 @@ class Trainer:
         loss = float(self.loss_fn(logits, y))
         if math.isfinite(loss):
             self.model.backward(self.loss_fn.backward(), input_grad=False)
-        if not math.isfinite(loss) or not all_finite(self._parameters):
+        if not math.isfinite(loss) or not gradients_finite(self._parameters):
             _random.default_generator().bit_generator.state = random_state
             culprit = find_culprit(self.model, self.loss_fn, x, y, backward=True)
             raise NonFiniteLossError(loss, epoch, self.step + 1, batch, culprit)
         if self.clip_norm is not None:
-            clip_gradients(self._parameters, self.clip_norm)
+            clip_grad_norm_(self._parameters, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
