@@ -1,0 +1,125 @@
+"""Aligned memory for activations and gradients, used again as soon as nobody holds it.
+
+A training step asks for the same sizes every time, so that after the first step it allocates nothing and
+touches no fresh pages. A buffer goes out again only when its reference count says that no array, memoryview
+or foreign tensor made from it is left: what a caller received is never overwritten by a later call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64  # bytes: one cache line, one 512-bit vector
+
+# Free buffers that this many requests passed by belong to a shape that is no longer in use.
+_FORGET_AFTER = 2000
+# Free buffers above this many bytes are dropped, the longest unused first, when another size is needed.
+_KEEP_BYTES = 1 << 30
+
+
+class _Buffer:
+    """Raw bytes and the offset of the first aligned one."""
+
+    __slots__ = ("last_used", "offset", "raw")
+
+    def __init__(self, size: int):
+        self.raw = np.empty(size + ALIGNMENT, np.uint8)
+        self.offset = -self.raw.__array_interface__["data"][0] % ALIGNMENT
+        self.last_used = 0
+
+    def references(self) -> int:
+        return sys.getrefcount(self.raw)
+
+
+# What `references` says of a buffer that nobody holds: measured, because it differs between Python versions.
+_UNHELD = _Buffer(0).references()
+
+
+class _Pool:
+    """Buffers by size, with the counters of `stats`."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, list[_Buffer]] = {}
+        self.lock = threading.Lock()
+        self.hits = 0
+        self.misses = 0
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An array over a buffer that nobody holds."""
+        size = -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        with self.lock:
+            for buffer in self.buffers.get(size, ()):
+                if buffer.references() == _UNHELD:
+                    self.hits += 1
+                    break
+            else:
+                self.misses += 1
+                self._forget()
+                buffer = _Buffer(size)
+                self.buffers.setdefault(size, []).append(buffer)
+            buffer.last_used = self.hits + self.misses
+            # NumPy makes the owner of the memory, and no array in between, the base of every later view.
+            return np.ndarray(shape, dtype, buffer.raw, buffer.offset)
+
+    def _forget(self) -> None:
+        """Drop free buffers: those out of use, and the oldest where there is too much of them."""
+        now = self.hits + self.misses
+        free = sorted(
+            (buffer for many in self.buffers.values() for buffer in many if buffer.references() == _UNHELD),
+            key=lambda buffer: buffer.last_used,
+            reverse=True,
+        )
+        kept = 0
+        dropped = set()
+        for buffer in free:
+            kept += buffer.raw.nbytes
+            if kept > _KEEP_BYTES or now - buffer.last_used > _FORGET_AFTER:
+                dropped.add(id(buffer))
+        if dropped:
+            for size, many in list(self.buffers.items()):
+                self.buffers[size] = [buffer for buffer in many if id(buffer) not in dropped]
+                if not self.buffers[size]:
+                    del self.buffers[size]
+
+
+_pool = _Pool()
+
+
+def _after_fork_in_child() -> None:
+    _pool.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An uninitialised C-contiguous array, aligned to 64 bytes, over memory that nobody else holds."""
+    return _pool.take(shape, np.dtype(dtype))
+
+
+def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
+    """`size` zeros, aligned to 64 bytes, in memory of their own."""
+    dtype = np.dtype(dtype)
+    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    return np.ndarray((size,), dtype, raw, -raw.__array_interface__["data"][0] % ALIGNMENT)
+
+
+def stats() -> dict[str, int]:
+    """Requests met from the pool (`hits`) and by new memory (`misses`), and the pool's `bytes`."""
+    with _pool.lock:
+        size = sum(buffer.raw.nbytes for many in _pool.buffers.values() for buffer in many)
+        return {"hits": _pool.hits, "misses": _pool.misses, "bytes": size}
+
+
+def clear() -> None:
+    """Forget all buffers; those that somebody holds stay valid."""
+    with _pool.lock:
+        _pool.buffers.clear()

@@ -1,0 +1,157 @@
+"""BatchNorm1d and BatchNorm2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _buffers
+from ..kernels import checks, cpu
+from ._arrays import channels_first, channels_last, float_dtype, floats, gradient
+from .module import Module
+from .parameter import Parameter
+
+
+class _BatchNorm(Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var of each channel (axis 1).
+
+    Ioffe & Szegedy, "Batch normalization" (2015), algorithm 1. Training takes the batch's mean and biased
+    variance, and moves the running ones, r = (1 - momentum) * r + momentum * batch, with the unbiased
+    variance; evaluation takes the running ones.
+
+    Parameters
+    ----------
+    num_features : int
+        C.
+    eps : float
+    momentum : float or None
+        None: the running statistics are the plain mean over all batches.
+    affine : bool
+        Whether there are weight and bias.
+    track_running_stats : bool
+        False: evaluation takes the batch's statistics too.
+    dtype : float32 or float64
+
+    Attributes
+    ----------
+    weight, bias : Parameter (C,) or None
+        Ones and zeros at first.
+    running_mean, running_var : (C,) array or None
+    num_batches_tracked : int64 array or None
+    """
+
+    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        dtype: Any = np.float32,
+    ):
+        super().__init__()
+        self.num_features = checks.integer("num_features", num_features, 1)
+        self.eps, self.momentum = eps, momentum
+        self.affine, self.track_running_stats = bool(affine), bool(track_running_stats)
+        dtype = float_dtype(dtype)
+        self.register_parameter("weight", Parameter(np.ones(num_features, dtype)) if affine else None)
+        self.register_parameter("bias", Parameter(np.zeros(num_features, dtype)) if affine else None)
+        tracked = self.track_running_stats
+        self.register_buffer("running_mean", np.zeros(num_features, dtype) if tracked else None)
+        self.register_buffer("running_var", np.ones(num_features, dtype) if tracked else None)
+        self.register_buffer("num_batches_tracked", np.array(0, np.int64) if tracked else None)
+
+    def reset_running_stats(self) -> None:
+        """Start the running statistics afresh."""
+        if self.track_running_stats:
+            self.running_mean[...] = 0
+            self.running_var[...] = 1
+            self.num_batches_tracked[...] = 0
+
+    def reset_parameters(self) -> None:
+        """Start running statistics, weight and bias afresh."""
+        self.reset_running_stats()
+        if self.affine:
+            self.weight.data[...] = 1
+            self.bias.data[...] = 0
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the input."""
+        return tuple(input_shape)
+
+    def _dtype(self) -> np.dtype | None:
+        known = self.weight if self.weight is not None else self.running_mean
+        return None if known is None else known.dtype
+
+    def _input(self, input: np.ndarray, batch_statistics: bool) -> np.ndarray:
+        x = floats("input", input, self._dtype())
+        if x.ndim not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise ValueError(f"input: expected {ranks} axes, got shape {x.shape}")
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"input: shape {x.shape} has {x.shape[1]} channels, the layer takes {self.num_features}"
+            )
+        if batch_statistics and x.size <= self.num_features:
+            raise ValueError(
+                f"input: the statistics of a batch need two values of each channel or more, got shape {x.shape}"
+            )
+        return channels_last(x)
+
+    def forward(self, input: np.ndarray) -> np.ndarray:
+        """Normalise (N, C, ...)."""
+        batch_statistics = self.training or not self.track_running_stats
+        x = self._input(input, batch_statistics)
+        track = self.training and self.track_running_stats
+        momentum = self.momentum
+        if track:
+            self.num_batches_tracked[...] += 1
+            if momentum is None:
+                momentum = 1 / int(self.num_batches_tracked)
+        running = (self.running_mean, self.running_var) if track or not batch_statistics else (None, None)
+        y = _buffers.empty(x.shape, x.dtype)
+        weight, bias = (None, None) if self.weight is None else (self.weight.memory, self.bias.memory)
+        _, mean, inv_std = cpu.batch_norm_forward(
+            x,
+            weight,
+            bias,
+            *running,
+            batch_statistics,
+            0.0 if momentum is None else momentum,
+            self.eps,
+            out=y,
+        )
+        self._keep(x, mean, inv_std, batch_statistics)
+        return channels_first(y)
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """Add to the gradients of weight and bias; return the input's."""
+        x, mean, inv_std, batch_statistics = self._kept()
+        dout = channels_last(gradient(dout, channels_first(x).shape, x.dtype))
+        dx = _buffers.empty(x.shape, x.dtype)
+        weight = None if self.weight is None else self.weight.memory
+        _, dweight, dbias = cpu.batch_norm_backward(dout, x, weight, mean, inv_std, batch_statistics, out=dx)
+        for parameter, grad in ((self.weight, dweight), (self.bias, dbias)):
+            if parameter is not None and parameter.requires_grad:
+                parameter.grad_memory[...] += grad
+        self._forget()
+        return channels_first(dx) if input_grad else None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+
+class BatchNorm1d(_BatchNorm):
+    __doc__ = f"Batch normalisation of (N, C) or (N, C, L).\n\n{_BatchNorm.__doc__}"
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    __doc__ = f"Batch normalisation of (N, C, H, W).\n\n{_BatchNorm.__doc__}"
+    _ranks = (4,)

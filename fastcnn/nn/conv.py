@@ -1,0 +1,211 @@
+"""Conv2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _buffers
+from ..kernels import checks, cpu
+from . import init
+from ._arrays import float_dtype, images, shown, stored
+from .module import Module
+from .parameter import Parameter
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# NumPy's names of PyTorch's padding modes.
+_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+class Conv2d(Module):
+    """Two-dimensional convolution (cross-correlation) of images (N, C, H, W) with filters (F, C / groups,
+    kH, kW).
+
+    y[n, f, i, j] = bias[f] + sum over c, kh, kw of x[n, c, i * stride + kh * dilation - padding, ...] *
+    weight[f, c, kh, kw]
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and F.
+    kernel_size, stride, dilation : int or (h, w)
+    padding : int, (h, w), ((top, bottom), (left, right)), 'valid' or 'same'
+        'same' keeps the image's size at stride 1; of an odd total the larger half goes to the bottom and
+        right.
+    groups : int
+        Channels and filters are cut into this many groups that don't see each other.
+    bias : bool
+    padding_mode : 'zeros', 'reflect', 'replicate' or 'circular'
+        What stands in the padding.
+    dtype : float32 or float64
+
+    Attributes
+    ----------
+    weight, bias : Parameter
+        Drawn from U(-b, b), b = 1 / sqrt(C / groups * kH * kW), as in PyTorch.
+
+    Notes
+    -----
+    torch.nn.Conv2d's signature; the padding of each side is an addition.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        dtype: Any = np.float32,
+    ):
+        super().__init__()
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        self.out_channels = checks.integer("out_channels", out_channels, 1)
+        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        self.stride = checks.pair("stride", stride, 1)
+        self.dilation = checks.pair("dilation", dilation, 1)
+        self.groups = checks.integer("groups", groups, 1)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"{name}: {channels} is not divisible by groups {groups}")
+        if padding_mode not in _MODES:
+            raise ValueError(f"padding_mode: {padding_mode!r} is none of {', '.join(_MODES)}")
+        self.padding_mode = padding_mode
+        self._pads = self._padding(padding)
+        self.padding = padding if isinstance(padding, str) else self._shown_padding(padding)
+        dtype = float_dtype(dtype)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = Parameter(np.zeros(shape, dtype), order=(2, 3, 1, 0))
+        self.register_parameter("bias", Parameter(np.zeros(out_channels, dtype)) if bias else None)
+        self.reset_parameters()
+
+    def _padding(self, padding: Any) -> Pads:
+        if not isinstance(padding, str):
+            return checks.padding2d(padding)
+        if padding not in ("valid", "same"):
+            raise ValueError(f"padding: {padding!r} is neither 'valid' nor 'same'")
+        if padding == "valid":
+            return (0, 0), (0, 0)
+        if self.stride != (1, 1):
+            raise ValueError(f"padding: 'same' is not defined for stride {self.stride}")
+        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return (height // 2, height - height // 2), (width // 2, width - width // 2)
+
+    def _shown_padding(self, padding: Any) -> Any:
+        return self._pads if np.ndim(padding) == 2 else checks.pair("padding", padding)
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values from the default generator."""
+        init.default_(self.weight, self.bias)
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(F, Ho, Wo) for images of (C, H, W).
+
+        Raises
+        ------
+        ValueError
+            If the kernel is larger than the padded image.
+        """
+        _, height, width = input_shape
+        top, left = (
+            checks.window_output(size, kernel, stride, pads, dilation)
+            for size, kernel, stride, pads, dilation in zip(
+                (height, width), self.kernel_size, self.stride, self._pads, self.dilation, strict=True
+            )
+        )
+        return self.out_channels, top, left
+
+    def forward(self, input: np.ndarray) -> np.ndarray:
+        """Convolve (N, C, H, W) or (C, H, W)."""
+        x = images(input, self.weight.dtype, self.in_channels)
+        n, h, w, c = x.shape
+        filters, out_h, out_w = self.output_shape((c, h, w))
+        padded, pads = self._pad(x)
+        y = _buffers.empty((n, out_h, out_w, filters), x.dtype)
+        bias = None if self.bias is None else self.bias.memory
+        cpu.conv2d_forward(
+            padded, self.weight.memory, bias, self.stride, pads, self.dilation, self.groups, out=y
+        )
+        batched = input.ndim == 4
+        self._keep(padded, x.shape, y.shape, batched)
+        return shown(y, batched)
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """Add to the gradients of weight and bias; return the input's."""
+        x, x_shape, y_shape, batched = self._kept()
+        dout = stored(dout, y_shape, x.dtype, batched)
+        pads = self._pads if self.padding_mode == "zeros" else 0
+        geometry = (self.stride, pads, self.dilation, self.groups)
+        if self.weight.requires_grad:
+            cpu.conv2d_backward_weight(
+                dout, x, self.kernel_size, *geometry, out=self.weight.grad_memory, accumulate=True
+            )
+        if self.bias is not None and self.bias.requires_grad:
+            cpu.conv2d_backward_bias(dout, out=self.bias.grad_memory, accumulate=True)
+        padded_shape = x.shape
+        # The input's memory may now become its gradient's.
+        del x
+        self._forget()
+        if not input_grad:
+            return None
+        dx = _buffers.empty(padded_shape, dout.dtype)
+        cpu.conv2d_backward_input(dout, self.weight.memory, padded_shape, *geometry, out=dx)
+        return shown(self._unpad(dx, x_shape), batched)
+
+    def _pad(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+        """The images for the kernel, and the zeros that it shall add itself."""
+        if self.padding_mode == "zeros":
+            return x, self._pads
+        for axis in (1, 2):
+            source = self._source(x.shape[axis], self._pads[axis - 1])
+            shape = (*x.shape[:axis], len(source), *x.shape[axis + 1 :])
+            # mode="clip" lets NumPy write to `out` directly; no index is out of range.
+            x = np.take(x, source, axis, out=_buffers.empty(shape, x.dtype), mode="clip")
+        return x, 0
+
+    def _unpad(self, dx: np.ndarray, x_shape: tuple[int, ...]) -> np.ndarray:
+        """The adjoint of `_pad`: add the gradient of every padded pixel to that of the pixel it shows."""
+        if self.padding_mode == "zeros":
+            return dx
+        for axis in (2, 1):
+            source = self._source(x_shape[axis], self._pads[axis - 1])
+            before = self._pads[axis - 1][0]
+            size = x_shape[axis]
+            padded = np.moveaxis(dx, axis, 0)
+            shape = (*dx.shape[:axis], size, *dx.shape[axis + 1 :])
+            dx = _buffers.empty(shape, dx.dtype)
+            sums = np.moveaxis(dx, axis, 0)
+            np.copyto(sums, padded[before : before + size])
+            for i in (*range(before), *range(before + size, len(source))):
+                sums[source[i]] += padded[i]
+        return dx
+
+    def _source(self, size: int, pads: tuple[int, int]) -> np.ndarray:
+        """Which row of the image stands in each row of the padded one."""
+        most = {"reflect": size - 1, "circular": size}.get(self.padding_mode)
+        if most is not None and max(pads) > most:
+            raise ValueError(
+                f"padding: {max(pads)} is more than {self.padding_mode!r} can fill from {size} pixels"
+            )
+        return np.pad(np.arange(size), pads, _MODES[self.padding_mode])
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        parts.append(f"stride={self.stride}")
+        if self.padding != (0, 0):
+            parts.append(f"padding={self.padding}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
+        return ", ".join(parts)

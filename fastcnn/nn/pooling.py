@@ -1,0 +1,287 @@
+"""MaxPool2d, AvgPool2d and AdaptiveAvgPool2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _buffers
+from ..kernels import checks, cpu
+from ._arrays import images, shown, stored
+from .module import Module
+
+
+def pool_output(
+    size: int, kernel: int, stride: int, padding: int, dilation: int = 1, ceil_mode: bool = False
+) -> int:
+    """Number of windows along one axis.
+
+    `ceil_mode` rounds up, unless the last window would start beyond the image and the padding before it.
+
+    Raises
+    ------
+    ValueError
+        If not even one window fits.
+    """
+    extent = dilation * (kernel - 1) + 1
+    if ceil_mode and size > 0:
+        room = size + 2 * padding - extent
+        windows = -(-room // stride) + 1
+        if (windows - 1) * stride >= size + padding:
+            windows -= 1
+        if windows >= 1:
+            return windows
+    return checks.window_output(size, kernel, stride, (padding, padding), dilation)
+
+
+class _Pool2d(Module):
+    """What the windows of both poolings have in common."""
+
+    ceil_mode: bool
+
+    def _set_window(
+        self, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    ) -> None:
+        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else checks.pair("stride", stride, 1)
+        self.padding = checks.pair("padding", padding)
+        self.dilation = checks.pair("dilation", dilation, 1)
+        self.ceil_mode = bool(ceil_mode)
+        if any(p > k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
+            raise ValueError(f"padding: {self.padding} is more than half of kernel_size {self.kernel_size}")
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, Ho, Wo) for images of (C, H, W).
+
+        Raises
+        ------
+        ValueError
+            If the kernel is larger than the padded image.
+        """
+        channels, height, width = input_shape
+        top, left = (
+            pool_output(size, kernel, stride, padding, dilation, self.ceil_mode)
+            for size, kernel, stride, padding, dilation in zip(
+                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return channels, top, left
+
+    def _output(self, x: np.ndarray) -> np.ndarray:
+        n, h, w, c = x.shape
+        _, out_h, out_w = self.output_shape((c, h, w))
+        return _buffers.empty((n, out_h, out_w, c), x.dtype)
+
+
+class MaxPool2d(_Pool2d):
+    """The largest value of each window; padding is never chosen, the first of equals is, and NaN wins.
+
+    Parameters
+    ----------
+    kernel_size : int or (h, w)
+    stride : int or (h, w), optional
+        kernel_size where it is None.
+    padding : int or (h, w)
+        At most half of kernel_size.
+    dilation : int or (h, w)
+    return_indices : bool
+        Whether ``forward`` returns also each maximum's place in its image, h * W + w, as int64.
+    ceil_mode : bool
+        Whether a last window that reaches beyond the image counts.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+    ):
+        super().__init__()
+        self._set_window(kernel_size, stride, padding, dilation, ceil_mode)
+        self.return_indices = bool(return_indices)
+        self._argmax_dtype = np.min_scalar_type(self.kernel_size[0] * self.kernel_size[1] - 1)
+
+    def forward(self, input: np.ndarray) -> Any:
+        """Pool (N, C, H, W) or (C, H, W)."""
+        x = images(input)
+        y = self._output(x)
+        argmax = _buffers.empty(y.shape, self._argmax_dtype)
+        cpu.max_pool2d_forward(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            out=y,
+            out_argmax=argmax,
+        )
+        batched = input.ndim == 4
+        self._keep(argmax, x.shape, y.dtype, batched)
+        if self.return_indices:
+            return shown(y, batched), shown(self._indices(argmax, x.shape[2]), batched)
+        return shown(y, batched)
+
+    def _indices(self, argmax: np.ndarray, width: int) -> np.ndarray:
+        """Offsets within windows as offsets within images."""
+        kh, kw = np.divmod(argmax.astype(np.int64), self.kernel_size[1])
+        _, out_h, out_w, _ = argmax.shape
+        rows = np.arange(out_h)[:, None, None] * self.stride[0] - self.padding[0] + kh * self.dilation[0]
+        columns = np.arange(out_w)[:, None] * self.stride[1] - self.padding[1] + kw * self.dilation[1]
+        return rows * width + columns
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """The gradient of the input: that of each window goes to its maximum."""
+        argmax, x_shape, dtype, batched = self._kept()
+        dout = stored(dout, argmax.shape, dtype, batched)
+        dx = None
+        if input_grad:
+            dx = _buffers.empty(x_shape, dtype)
+            cpu.max_pool2d_backward(
+                dout, argmax, x_shape, self.kernel_size, self.stride, self.padding, self.dilation, out=dx
+            )
+            dx = shown(dx, batched)
+        self._forget()
+        return dx
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={_short(self.kernel_size)}, stride={_short(self.stride)}, "
+            f"padding={_short(self.padding)}, dilation={_short(self.dilation)}, ceil_mode={self.ceil_mode}"
+        )
+
+
+class AvgPool2d(_Pool2d):
+    """The mean of each window.
+
+    Parameters
+    ----------
+    kernel_size : int or (h, w)
+    stride : int or (h, w), optional
+        kernel_size where it is None.
+    padding : int or (h, w)
+        Zeros on each side, at most half of kernel_size.
+    ceil_mode : bool
+        Whether a last window that reaches beyond the image counts.
+    count_include_pad : bool
+        Whether the zeros of the padding count in the mean.
+    divisor_override : int, optional
+        Divide by this instead of the number of pixels.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ):
+        super().__init__()
+        self._set_window(kernel_size, stride, padding, 1, ceil_mode)
+        self.count_include_pad = bool(count_include_pad)
+        if divisor_override is not None and divisor_override == 0:
+            raise ValueError("divisor_override: 0 divides nothing")
+        self.divisor_override = divisor_override
+
+    def _window(self) -> tuple:
+        return (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+    def forward(self, input: np.ndarray) -> np.ndarray:
+        """Pool (N, C, H, W) or (C, H, W)."""
+        x = images(input)
+        y = self._output(x)
+        cpu.avg_pool2d_forward(x, *self._window(), out=y)
+        batched = input.ndim == 4
+        self._keep(x.shape, y.shape, y.dtype, batched)
+        return shown(y, batched)
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """The gradient of the input: that of each window is shared out evenly."""
+        x_shape, y_shape, dtype, batched = self._kept()
+        dout = stored(dout, y_shape, dtype, batched)
+        self._forget()
+        if not input_grad:
+            return None
+        dx = _buffers.empty(x_shape, dtype)
+        cpu.avg_pool2d_backward(dout, x_shape, *self._window(), out=dx)
+        return shown(dx, batched)
+
+    def extra_repr(self) -> str:
+        sizes = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding}
+        return ", ".join(f"{name}={_short(size)}" for name, size in sizes.items())
+
+
+class AdaptiveAvgPool2d(Module):
+    """Means over windows that cut the image into `output_size` parts as even as can be.
+
+    Parameters
+    ----------
+    output_size : int or (h, w)
+        None for an axis keeps its size.
+    """
+
+    def __init__(self, output_size: Any):
+        super().__init__()
+        sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        if len(sizes) != 2:
+            raise ValueError(f"output_size: expected an int or two, got {output_size!r}")
+        self.output_size = tuple(
+            None if size is None else checks.integer("output_size", size, 1) for size in sizes
+        )
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, Ho, Wo) for images of (C, H, W)."""
+        channels, height, width = input_shape
+        out_h, out_w = self.output_size
+        return channels, height if out_h is None else out_h, width if out_w is None else out_w
+
+    def forward(self, input: np.ndarray) -> np.ndarray:
+        """Pool (N, C, H, W) or (C, H, W)."""
+        x = images(input)
+        n, h, w, c = x.shape
+        if h == 0 or w == 0:
+            raise ValueError(f"input: shape {input.shape} has no pixels")
+        _, out_h, out_w = self.output_shape((c, h, w))
+        y = _buffers.empty((n, out_h, out_w, c), x.dtype)
+        if (out_h, out_w) == (1, 1):
+            cpu.global_avg_pool2d_forward(x, out=y.reshape(n, c))
+        else:
+            cpu.adaptive_avg_pool2d_forward(x, (out_h, out_w), out=y)
+        batched = input.ndim == 4
+        self._keep(x.shape, y.shape, y.dtype, batched)
+        return shown(y, batched)
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """The gradient of the input: that of each window is shared out evenly."""
+        x_shape, y_shape, dtype, batched = self._kept()
+        dout = stored(dout, y_shape, dtype, batched)
+        self._forget()
+        if not input_grad:
+            return None
+        dx = _buffers.empty(x_shape, dtype)
+        if y_shape[1:3] == (1, 1):
+            cpu.global_avg_pool2d_backward(dout.reshape(y_shape[0], y_shape[3]), x_shape, out=dx)
+        else:
+            cpu.adaptive_avg_pool2d_backward(dout, x_shape, out=dx)
+        return shown(dx, batched)
+
+    def extra_repr(self) -> str:
+        return f"output_size={_short(self.output_size)}"
+
+
+def _short(value: tuple) -> Any:
+    """One number for two equal ones."""
+    return value[0] if value[0] == value[1] else value
