@@ -63,8 +63,8 @@ def im2col(
     kernel_h, kernel_w = pair("kernel_size", kernel_size)
     pad = pads(padding)
     (ho, wo), windows = _windows(np.shape(x), kernel_size, stride, pad, dilation)
-    padded = np.pad(x, ((0, 0), *pad, (0, 0)))
-    cols = np.empty((n, ho, wo, kernel_h, kernel_w, c), padded.dtype)
+    padded = np.pad(wide("x", x), ((0, 0), *pad, (0, 0)))
+    cols = np.empty((n, ho, wo, kernel_h, kernel_w, c), x.dtype)
     for i, j, window in windows:
         cols[:, i, j] = padded[window]
     return cols.reshape(n * ho * wo, kernel_h * kernel_w * c)

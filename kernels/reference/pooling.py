@@ -12,7 +12,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .shapes import Padding, Pads, Pair, image_shape, pads, pair, require_shape, wide, window_count
+from .shapes import (
+    Padding,
+    Pads,
+    Pair,
+    fitting_windows,
+    image_shape,
+    pads,
+    pair,
+    require_shape,
+    wide,
+    window_count,
+)
 
 Window = tuple[slice, slice, slice]
 
@@ -141,13 +152,10 @@ def max_pool2d_backward(
     step = pair("stride", kernel_size if stride is None else stride)
     pad = _pool_pads(padding, kernel)
     _, ho, wo, _ = image_shape("dout", dout.shape)
-    for axis, size in enumerate((ho, wo)):
-        sizes = [
-            window_count(x_shape[1 + axis], pad[axis], kernel[axis], step[axis], dilated[axis], ceil_mode)
-            for ceil_mode in (False, True)
-        ]
-        if size not in sizes:
-            raise ValueError(f"dout: shape {dout.shape} is no output of pooling {tuple(x_shape)}")
+    for axis, count in enumerate((ho, wo)):
+        along = ((h, w)[axis], pad[axis], kernel[axis], step[axis], dilated[axis])
+        if count < 1 or count not in (fitting_windows(*along), fitting_windows(*along, ceil_mode=True)):
+            raise ValueError(f"dout: shape {dout.shape} is not that of images {tuple(x_shape)} after pooling")
     require_shape("dout", dout, (n, ho, wo, c))
     require_shape("argmax", argmax, dout.shape)
 

@@ -54,28 +54,30 @@ def pads(padding: Padding) -> Pads:
     return (height, height), (width, width)
 
 
-def window_count(
+def fitting_windows(
     size: int, pad: tuple[int, int], kernel: int, stride: int, dilation: int = 1, ceil_mode: bool = False
 ) -> int:
     """Number of windows along one axis: floor((size + pad - dilation * (kernel - 1) - 1) / stride) + 1.
 
     `ceil_mode` rounds up, but drops a last window that would start beyond the input and the padding
-    before it.
-
-    Raises
-    ------
-    ValueError
-        If the axis is empty or no window fits.
+    before it. Not positive where no window fits.
     """
     before, after = pad
-    span = dilation * (kernel - 1) + 1
-    room = size + before + after - span
-    steps = -(-room // stride) if ceil_mode else room // stride
-    if ceil_mode and steps * stride >= size + before:
-        steps -= 1
-    if size < 1 or steps < 0:
+    room = size + before + after - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + before else count
+
+
+def window_count(
+    size: int, pad: tuple[int, int], kernel: int, stride: int, dilation: int = 1, ceil_mode: bool = False
+) -> int:
+    """`fitting_windows`, or a ValueError if there is none or no pixel."""
+    count = fitting_windows(size, pad, kernel, stride, dilation, ceil_mode)
+    if size < 1 or count < 1:
         raise ValueError(
-            f"kernel_size: {kernel} with dilation {dilation} spans {span} pixels, the padded input has "
-            f"{size + before + after} ({size} of them image)"
+            f"kernel_size: {kernel} with dilation {dilation} spans {dilation * (kernel - 1) + 1} pixels, "
+            f"the padded input has {size + sum(pad)} ({size} of them image)"
         )
-    return steps + 1
+    return count
