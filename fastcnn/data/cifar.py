@@ -82,6 +82,8 @@ def read_cifar(
         If a file is damaged or hostile. The Python version's pickles are never executed.
     """
     path = Path(path)
+    if split not in ("train", "test"):
+        raise ValueError(f"split: {split!r} is neither train nor test")
     if not path.exists():
         raise MissingDataError(f"{path}: does not exist")
     place = find_cifar(path, num_classes)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .dataset import Dataset, Skipped
 from .errors import DataError, WriteError
-from .named import Progress, load, names
+from .named import Progress, info, load, locate, names
 from .sources import Source, check_split, load_source, open_source
 
 # ITU-R 601, the weights of Pillow's conversion to grey.
@@ -59,7 +59,8 @@ def convert(
     """Write data as a compressed NPZ file with x, y and classes.
 
     x is (N, 1, H, W) for grey and (N, 3, H, W) for colour, float32 in [0, 1]; y is (N,) int64. Where the
-    source tells its train and test parts apart, x and y are the train part, x_test and y_test the test part.
+    source tells its parts apart, x and y are the train part, and x_test and y_test (and x_validation and
+    y_validation) the others.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def convert(
     destination : path of the .npz file
     size : pixels a side, or (H, W), to resize to; None leaves the size as it is, which then is one for all
     mode : "grey", "rgb", or None for what the source has
-    split : "all", or "train" or "test" to write one part only, as x and y
+    split : "all", or "train", "validation" or "test" to write one part only, as x and y
     overwrite : whether to replace a file that is there
     root, progress : as for `load`
 
@@ -92,7 +93,7 @@ def convert(
     skipped: list[Skipped] = []
     for part, data in _parts(source, split, height_width, mode, root, progress):
         data = _as_wanted(data, height_width, mode)
-        x, y = ("x_test", "y_test") if arrays else ("x", "y")
+        x, y = (f"x_{part}", f"y_{part}") if arrays else ("x", "y")
         arrays[x], arrays[y], arrays["classes"] = _planes(data.images), data.labels, np.array(data.classes)
         counts[part] = len(data)
         skipped += data.skipped
@@ -129,11 +130,12 @@ def _parts(
     progress: Progress | None,
 ) -> Iterator[tuple[str, Dataset]]:
     """The parts to write, by name."""
-    if os.fspath(source) in names():
+    text = os.fspath(source)
+    if text in names() and info(text).kind != "fer2013":
         for part in ("train", "test") if split == "all" else (split,):
             yield part, load(source, part, root, progress)
         return
-    opened = open_source(source)
+    opened = open_source(source if text not in names() else locate(text, root, progress))
     if split != "all" and split not in opened.splits:
         yield split, load_source(opened, split)
         return

@@ -26,7 +26,7 @@ def csv_splits(path: Path) -> tuple[str, ...]:
     """The parts that the file tells apart: none if it has no column Usage."""
     with open_plain(path) as stream:
         header = stream.readline(1000).decode("utf-8", "replace").lower().split(",")
-    return ("train", "test") if "usage" in [cell.strip() for cell in header] else ()
+    return tuple(_USAGE) if "usage" in [cell.strip() for cell in header] else ()
 
 
 def read_fer2013(path: str | Path, split: str = "all", name: str | None = None) -> Dataset:

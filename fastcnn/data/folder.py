@@ -18,19 +18,25 @@ _SUFFIXES = frozenset(
 )
 _PART_NAMES = {
     "train": ("train", "training"),
-    "test": ("test", "testing", "val", "valid", "validation"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
 }
 MODES = ("grey", "rgb")
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """The folders of `root` that hold its train and test parts; empty if `root` holds the classes itself."""
+    """The folders of `root` that hold its parts; empty if `root` holds the classes itself.
+
+    A validation part without a test part counts as the test part.
+    """
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     found = {}
     for split, names in _PART_NAMES.items():
         match = next((folders[name] for name in names if name in folders), None)
         if match is not None and class_folders(match):
             found[split] = match
+    if "validation" in found and "test" not in found:
+        found["test"] = found.pop("validation")
     return found if "train" in found else {}
 
 

@@ -202,6 +202,11 @@ def find(name: str, root: str | Path | None = None) -> Path | None:
     )
 
 
+def locate(name: str, root: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """Where a named data set is on this machine, after downloading it if need be; see `load`."""
+    return find(name, root) or _download(info(name), root, progress)
+
+
 def load(
     name_or_path: str | Path = "digits",
     split: str = "train",
@@ -214,8 +219,8 @@ def load(
     ----------
     name_or_path : one of `names()`, or the path of a folder of images by class, of IDX files or CIFAR files,
         of a CIFAR archive, of an .npz or of a FER2013 .csv; "./digits" is a path where "digits" is a name
-    split : "train", "test" or "all". Data at a path that tell no parts apart are split 4 to 1 by a fixed
-        seed.
+    split : "train", "test" or "all", and "validation" for those that have such a part. Data at a path that
+        tell no parts apart are split 4 to 1 by a fixed seed.
     root : folder in which a named data set is looked for and to which it is downloaded, in place of the usual
         ones
     progress : called while downloading with the file's name, the bytes so far and the bytes in all
@@ -236,14 +241,16 @@ def load(
             raise MissingDataError(f"{text!r} is neither a data set's name nor an existing path; {hint}")
         return load_source(open_source(text), split)
     entry = _BY_NAME[text]
-    if split == "all":
+    if split == "validation" and entry.kind != "fer2013":
+        raise MissingDataError(f"{text}: holds no validation part, only train and test")
+    if split == "all" and entry.kind != "fer2013":
         return concatenate([load(text, part, root, progress) for part in ("train", "test")])
     if entry.kind == "embedded":
         with importlib.resources.as_file(
             importlib.resources.files("fastcnn.data") / "digits/digits.npz"
         ) as path:
             return read_npz(path, split, entry.name)
-    folder = find(text, root) or _download(entry, root, progress)
+    folder = locate(text, root, progress)
     if entry.kind == "idx":
         return read_idx_folder(folder, split, entry.classes, entry.name)
     if entry.kind == "cifar":
@@ -270,7 +277,7 @@ def _holds(entry: Info, folder: Path) -> bool:
     if entry.kind == "cifar":
         return find_cifar(folder, int(entry.name.removeprefix("cifar"))) is not None
     try:
-        return open_source(folder).splits == ("train", "test")
+        return {"train", "test"} <= set(open_source(folder).splits)
     except MissingDataError:
         return False
 

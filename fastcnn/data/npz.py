@@ -26,7 +26,7 @@ def npz_splits(path: Path) -> tuple[str, ...]:
     """The parts that the file tells apart: none if it holds just x and y."""
     with _opened(path) as archive:
         keys = _keys(archive)
-    return tuple(split for split in ("train", "test") if _pair(keys, split))
+    return tuple(split for split in ("train", "validation", "test") if _pair(keys, split))
 
 
 def read_npz(path: str | Path, split: str = "all", name: str | None = None) -> Dataset:
@@ -38,8 +38,8 @@ def read_npz(path: str | Path, split: str = "all", name: str | None = None) -> D
 
     Parameters
     ----------
-    split : "train" or "test" for x_train and y_train, and so on; "all" for x and y, which also serve as
-        "train" in a file with a test part
+    split : "train", "validation" or "test" for x_train and y_train, and so on; "all" for x and y, which also
+        serve as "train" in a file with a test part
 
     Raises
     ------

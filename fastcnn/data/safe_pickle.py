@@ -2,7 +2,7 @@
 
 A pickle is a program. This reader admits the opcodes that arrays, bytes, strings, lists, dicts, tuples and
 ints need, and the few names that NumPy writes to rebuild an array. Each name stands for a function of this
-file, never for the real one, so that nothing a pickle says is called. Arrays are made here, from checked bytes.
+file, never for the real one, so that nothing a pickle says is called. Arrays are made from checked bytes.
 """
 
 from __future__ import annotations

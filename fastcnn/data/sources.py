@@ -15,7 +15,7 @@ from .fer2013 import csv_splits, read_fer2013
 from .idx import find_idx, read_idx_folder
 from .npz import npz_splits, read_npz
 
-SPLITS = ("train", "test", "all")
+SPLITS = ("train", "validation", "test", "all")
 _READABLE = (
     "a folder of images by class, of IDX files or of CIFAR's files, a CIFAR archive (.tar.gz), "
     "an .npz or a FER2013 .csv"
@@ -102,7 +102,7 @@ def _folder_source(path: Path) -> Source | None:
 
 
 def load_source(source: Source, split: str) -> Dataset:
-    """The "train", "test" or "all" of a source.
+    """The "train", "validation", "test" or "all" of a source.
 
     Where it tells no parts apart, "train" and "test" are four fifths and one fifth of every class, drawn by a
     fixed seed.
@@ -118,6 +118,8 @@ def load_source(source: Source, split: str) -> Dataset:
     if not source.splits:
         whole = source.read("all")
         return whole if split == "all" else whole.split(_TRAIN_SHARE, _SPLIT_SEED)[split == "test"]
+    if split == "all" and source.kind == "csv":
+        return source.read("all")
     if split == "all":
         return concatenate([source.read(part) for part in source.splits])
     raise MissingDataError(f"{source.path}: holds no {split} part, only {', '.join(source.splits)}")
