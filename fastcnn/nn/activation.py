@@ -34,6 +34,10 @@ class Identity(Module):
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         return dout if input_grad else None
 
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the input."""
+        return tuple(input_shape)
+
 
 class _Elementwise(Module):
     """y[i] = f(x[i]) for arrays of any rank, computed in the order of their memory."""
@@ -121,6 +125,8 @@ class PReLU(Module):
         The initial slope.
     dtype : float32 or float64
     """
+
+    weight: Parameter
 
     def __init__(self, num_parameters: int = 1, init: float = 0.25, dtype: Any = np.float32):
         super().__init__()

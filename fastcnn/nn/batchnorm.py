@@ -41,6 +41,11 @@ class _BatchNorm(Module):
     num_batches_tracked : int64 array or None
     """
 
+    weight: Parameter | None
+    bias: Parameter | None
+    running_mean: np.ndarray
+    running_var: np.ndarray
+    num_batches_tracked: np.ndarray
     _ranks: tuple[int, ...]
 
     def __init__(
@@ -74,7 +79,7 @@ class _BatchNorm(Module):
     def reset_parameters(self) -> None:
         """Start running statistics, weight and bias afresh."""
         self.reset_running_stats()
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             self.weight.data[...] = 1
             self.bias.data[...] = 0
 
@@ -97,7 +102,7 @@ class _BatchNorm(Module):
             )
         if batch_statistics and x.size <= self.num_features:
             raise ValueError(
-                f"input: the statistics of a batch need two values of each channel or more, got shape {x.shape}"
+                f"input: batch statistics need two values of each channel or more, got shape {x.shape}"
             )
         return channels_last(x)
 
@@ -113,7 +118,8 @@ class _BatchNorm(Module):
                 momentum = 1 / int(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if track or not batch_statistics else (None, None)
         y = _buffers.empty(x.shape, x.dtype)
-        weight, bias = (None, None) if self.weight is None else (self.weight.memory, self.bias.memory)
+        weight = None if self.weight is None else self.weight.memory
+        bias = None if self.bias is None else self.bias.memory
         _, mean, inv_std = cpu.batch_norm_forward(
             x,
             weight,

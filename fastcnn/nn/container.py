@@ -26,6 +26,8 @@ class _Container(Module):
     that call.
     """
 
+    _shared: set[int]
+
     def _order(self) -> list[Module]:
         raise NotImplementedError
 
@@ -156,7 +158,7 @@ class Sequential(_Container):
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape after the last layer of an input of `input_shape`, both without the batch's axis."""
         for layer in self:
-            input_shape = layer.output_shape(input_shape)  # type: ignore[operator]
+            input_shape = layer.output_shape(input_shape)
         return tuple(input_shape)
 
     def forward(self, input: np.ndarray) -> Any:
@@ -164,7 +166,7 @@ class Sequential(_Container):
         x: Any = input
         del input
         tapes = []
-        for layer in self._modules.values():
+        for layer in self._order():
             x = layer(x)
             tapes.append(self._tape_of(layer) if self._shared else None)
         self._keep(tapes)
@@ -206,6 +208,10 @@ class Residual(_Container):
         The identity where it is None; its output must have the shape of the body's.
     activation : Module, optional
     """
+
+    body: Module
+    shortcut: Module | None
+    activation: Module | None
 
     def __init__(self, body: Module, shortcut: Module | None = None, activation: Module | None = None):
         super().__init__()

@@ -16,7 +16,7 @@ from .parameter import Parameter
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # NumPy's names of PyTorch's padding modes.
-_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 class Conv2d(Module):
@@ -50,6 +50,9 @@ class Conv2d(Module):
     -----
     torch.nn.Conv2d's signature; the padding of each side is an addition.
     """
+
+    weight: Parameter
+    bias: Parameter | None
 
     def __init__(
         self,

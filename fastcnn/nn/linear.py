@@ -31,6 +31,9 @@ class Linear(Module):
         Both drawn from U(-b, b), b = 1 / sqrt(in_features), as in PyTorch.
     """
 
+    weight: Parameter
+    bias: Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: Any = np.float32):
         super().__init__()
         self.in_features = checks.integer("in_features", in_features, 1)

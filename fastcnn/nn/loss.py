@@ -33,6 +33,8 @@ class CrossEntropyLoss(Module):
     then returns the gradient of `input`.
     """
 
+    weight: np.ndarray | None
+
     def __init__(
         self,
         weight: Any = None,

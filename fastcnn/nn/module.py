@@ -38,6 +38,7 @@ class Module:
     _parameters: dict[str, Parameter | None]
     _buffers: dict[str, np.ndarray | None]
     _modules: dict[str, Module | None]
+    _not_saved: set[str]
 
     def __init__(self) -> None:
         self.__dict__.update(
@@ -121,6 +122,10 @@ class Module:
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of `input_shape`, both without the axis of the batch."""
+        raise NotImplementedError(f"{type(self).__name__} has no output_shape")
+
     def _keep(self, *values: Any) -> None:
         """Remember what backward needs; nothing inside ``no_grad()``."""
         self.__dict__["_saved"] = values if is_grad_enabled() else None
@@ -130,8 +135,8 @@ class Module:
         saved = self.__dict__["_saved"]
         if saved is None:
             raise RuntimeError(
-                f"{type(self).__name__}: backward needs a forward before it; each forward serves one backward, "
-                "and none inside no_grad()"
+                f"{type(self).__name__}: backward needs a forward before it; each forward serves one "
+                "backward, and none inside no_grad()"
             )
         return saved
 
