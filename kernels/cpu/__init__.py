@@ -1,13 +1,55 @@
 """The Numba CPU kernels: the names and results of `fastcnn.kernels.reference`, compiled and parallel."""
 
+from .activation import (
+    leaky_relu_backward,
+    leaky_relu_forward,
+    prelu_backward,
+    prelu_forward,
+    relu_backward,
+    relu_forward,
+)
+from .columns import col2im, conv2d_backward_bias, im2col
 from .convolution import conv2d_backward_input, conv2d_backward_weight, conv2d_forward
+from .dropout import dropout_backward, dropout_forward
 from .linear import linear_backward_input, linear_backward_weight, linear_forward
+from .normalization import batch_norm_backward, batch_norm_forward
+from .pooling import (
+    adaptive_avg_pool2d_backward,
+    adaptive_avg_pool2d_forward,
+    avg_pool2d_backward,
+    avg_pool2d_forward,
+    global_avg_pool2d_backward,
+    global_avg_pool2d_forward,
+    max_pool2d_backward,
+    max_pool2d_forward,
+)
 
 __all__ = [
+    "adaptive_avg_pool2d_backward",
+    "adaptive_avg_pool2d_forward",
+    "avg_pool2d_backward",
+    "avg_pool2d_forward",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "col2im",
+    "conv2d_backward_bias",
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "conv2d_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "global_avg_pool2d_backward",
+    "global_avg_pool2d_forward",
+    "im2col",
+    "leaky_relu_backward",
+    "leaky_relu_forward",
     "linear_backward_input",
     "linear_backward_weight",
     "linear_forward",
+    "max_pool2d_backward",
+    "max_pool2d_forward",
+    "prelu_backward",
+    "prelu_forward",
+    "relu_backward",
+    "relu_forward",
 ]
