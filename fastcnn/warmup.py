@@ -1,0 +1,508 @@
+"""Compile ahead of time what a network needs, in several processes, with progress.
+
+Numba compiles a kernel when it is first called and keeps the result on disk. A training run would so spend
+its first half minute in silence. `warmup` calls every layer of a network, the loss, the optimiser and the
+loader's kernels on small arrays in processes of their own, and then one training step of the whole network,
+which finds nearly everything compiled. A stamp in the kernel cache lets the next call return at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import llvmlite.binding as llvm
+import numpy as np
+
+from . import _random
+from .kernels.jit import cache_directory, get_num_threads, set_num_threads
+
+# Called with the number of finished jobs, the number of all, and what is being compiled.
+Progress = Callable[[int, int, str], None]
+
+_WHOLE = "whole network"
+# More processes than this gain little: the longest job decides, and each takes some 300 MB.
+_MOST_PROCESSES = 4
+# Elements of an input that keeps every thread busy, so that the parallel kernels are compiled too.
+_LARGE = 1 << 18
+
+
+class WarmupError(RuntimeError):
+    """Compiling failed, or a process that compiles came to an unexpected end."""
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """What `warmup` did.
+
+    Attributes
+    ----------
+    compiled : int
+        Number of kernels that were added to the cache.
+    seconds : float
+    cached : bool
+        Whether a stamp told that there was nothing to do.
+    """
+
+    compiled: int
+    seconds: float
+    cached: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to compile for: everything that decides which kernels are called with which types."""
+
+    model: Any
+    input_shape: tuple[int, ...]
+    num_classes: int
+    batch_size: int
+    dtype: str
+    optimizer: str | None
+    augment: str | None
+    image_dtype: str | None
+    threads: int
+
+    def stamp(self) -> Path:
+        """The file that tells that this plan has been carried out on this machine with these sources."""
+        # repr(model) has every layer's kind and sizes, and none of its numbers.
+        text = repr([getattr(self, field.name) for field in fields(self)]) + _machine() + _sources()
+        return cache_directory() / f"warm-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def warmup(
+    model: Any = "emotion",
+    input_shape: Sequence[int] = (1, 28, 28),
+    num_classes: int = 10,
+    *,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    optimizer: str | None = "Adam",
+    augment: str | None = None,
+    image_dtype: str | None = "uint8",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> WarmupResult:
+    """Compile all kernels that training and running a network takes, unless they are in the cache.
+
+    Parameters
+    ----------
+    model : str or Module
+        A name from ``fastcnn.models.names()``, or a network.
+    input_shape : (C, H, W)
+    num_classes : int
+        Of the network that `model` names.
+    batch_size : int
+        Of the training; small batches need other kernels than large ones.
+    dtype : {"float32", "float64"}
+    optimizer : str or None
+        Class in ``fastcnn.optim``; None if the network will only be run, or its gradients checked.
+    augment : str or None
+        Preset of the loader's augmentation.
+    image_dtype : {"uint8", "float32"} or None
+        How the data set stores its images; None if no loader is used.
+    processes : int, optional
+        By default one for each CPU, at most 4. Zero compiles in this process.
+    progress : callable, optional
+        Called with (done, total, what is being compiled).
+
+    Returns
+    -------
+    WarmupResult
+
+    Raises
+    ------
+    WarmupError
+        If a job fails or its process ends; the message says which and why.
+    ValueError
+        If `model` is no network's name, or its input doesn't fit.
+    """
+    started = time.perf_counter()
+    if isinstance(model, str):
+        from . import models
+
+        model = models.create(model, input_shape=tuple(input_shape), num_classes=num_classes, seed=0)
+    else:
+        model = copy.deepcopy(model)
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype: {dtype!r} is neither 'float32' nor 'float64'")
+    plan = _Plan(
+        model.double() if dtype == "float64" else model.float(),
+        tuple(input_shape),
+        num_classes,
+        batch_size,
+        dtype,
+        optimizer,
+        augment,
+        image_dtype,
+        get_num_threads(),
+    )
+    stamp = plan.stamp()
+    if stamp.exists():
+        return WarmupResult(0, time.perf_counter() - started, cached=True)
+    before = _cached_kernels()
+    jobs = list(_jobs(plan))
+    if processes is None:
+        processes = min(_cpus(), _MOST_PROCESSES)
+    report = progress or (lambda done, total, what: None)
+    if processes == 0 or not _can_share(plan):
+        _run_here(plan, jobs, report)
+    else:
+        _run_in_workers(plan, jobs, processes, report)
+    report(len(jobs) + 1, len(jobs) + 1, "")
+    _leave(stamp)
+    return WarmupResult(len(_cached_kernels() - before), time.perf_counter() - started, cached=False)
+
+
+def _machine() -> str:
+    features = llvm.get_host_cpu_features()
+    return llvm.get_host_cpu_name() + (features.flatten() if features else "")
+
+
+def _sources() -> str:
+    """Hash of the package without the kernels, whose hash is in the cache directory's name."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cached_kernels() -> set[str]:
+    return {path.name for path in cache_directory().glob("*.nbc")}
+
+
+def _can_share(plan: _Plan) -> bool:
+    """Whether other processes can take `plan` over, and hand their kernels back through the cache."""
+    # A class from a script can't be imported by another process.
+    if any(type(module).__module__ == "__main__" for module in plan.model.modules()):
+        return False
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_directory()):
+            return True
+    except OSError:
+        return False
+
+
+def _leave(stamp: Path) -> None:
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        # The cache can't be written: the next process has to compile again, stamp or no stamp.
+        return
+
+
+# The jobs. Each is a name; the process that carries it out looks up what to call.
+
+
+def _jobs(plan: _Plan) -> Iterator[str]:
+    """Names of the jobs that can run side by side, the longest first. The whole network comes after them."""
+    kinds = {type(layer).__name__: None for layer in plan.model.modules() if _example(layer, 1) is not None}
+    if "Conv2d" in kinds:
+        yield from ("Conv2d forward", "Conv2d gradients")
+    if plan.image_dtype is not None:
+        yield "batches"
+    yield from (kind for kind in kinds if kind != "Conv2d")
+    yield "CrossEntropyLoss"
+    if plan.optimizer is not None:
+        yield plan.optimizer
+
+
+def _carry_out(plan: _Plan, job: str) -> None:
+    """Call everything that a job is about, for one thread and for several."""
+    if job == _WHOLE:
+        _whole(plan)
+    elif job == "batches":
+        _batches(plan)
+    elif job == "CrossEntropyLoss":
+        _loss(plan)
+    elif job == plan.optimizer:
+        _step(plan)
+    else:
+        kind, _, part = job.partition(" ")
+        for layer in plan.model.modules():
+            if type(layer).__name__ == kind:
+                for elements in (1, _LARGE):
+                    _layer(layer, part, elements)
+
+
+def _example(layer: Any, elements: int) -> np.ndarray | None:
+    """An input of about `elements` numbers for a layer; None for containers and layers of unknown kinds."""
+    from . import nn
+
+    if isinstance(layer, nn.Linear):
+        return np.ones((max(2, elements // layer.in_features), layer.in_features), layer.weight.dtype)
+    if isinstance(layer, nn.BatchNorm1d):
+        return np.ones((max(2, elements // layer.num_features), layer.num_features), layer.weight.dtype)
+    if isinstance(layer, nn.Conv2d):
+        channels = layer.in_channels
+        side = max(8, 2 * max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)))
+    elif isinstance(layer, nn.BatchNorm2d):
+        channels, side = layer.num_features, 8
+    elif isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+        channels, side = 8, 16
+    elif isinstance(layer, (nn.ReLU, nn.LeakyReLU, nn.Dropout)):
+        channels, side = 8, 8
+    else:
+        return None
+    return np.ones((max(2, elements // (channels * side**2)), channels, side, side), np.float32)
+
+
+def _layer(layer: Any, part: str, elements: int) -> None:
+    from .kernels import cpu
+
+    x = _example(layer, elements)
+    assert x is not None
+    parameters = layer.parameters()
+    x = x.astype(parameters[0].dtype if parameters else x.dtype)
+    if not part:
+        layer.backward(np.ones_like(layer(x)))
+        return
+    # A convolution's passes take longest to compile: forward and towards the input share one kernel, and the
+    # gradient of the weights has another, so that two processes can do them.
+    images = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    n, h, w, c = images.shape
+    filters, out_h, out_w = layer.output_shape((c, h, w))
+    geometry = (layer.stride, layer._pads, layer.dilation, layer.groups)
+    dout = np.ones((n, out_h, out_w, filters), x.dtype)
+    if part == "forward":
+        layer(x)
+        cpu.conv2d_backward_input(dout, layer.weight.memory, images.shape, *geometry)
+    else:
+        cpu.conv2d_backward_weight(
+            dout, images, layer.kernel_size, *geometry, out=layer.weight.grad_memory, accumulate=True
+        )
+        if layer.bias is not None:
+            cpu.conv2d_backward_bias(dout, out=layer.bias.grad_memory, accumulate=True)
+
+
+def _loss(plan: _Plan) -> None:
+    from . import nn
+
+    for rows in (2, plan.batch_size, max(2, _LARGE // plan.num_classes)):
+        loss_fn = nn.CrossEntropyLoss()
+        loss_fn(np.zeros((rows, plan.num_classes), plan.dtype), np.zeros(rows, np.int64))
+        loss_fn.backward()
+
+
+def _step(plan: _Plan) -> None:
+    from . import nn, optim
+
+    for size in (2, _LARGE):
+        layer = nn.Linear(size, 1, dtype=plan.dtype)
+        getattr(optim, str(plan.optimizer))(layer.parameters(), lr=0.0).step()
+
+
+def _batches(plan: _Plan) -> None:
+    from . import data
+
+    channels, height, width = plan.input_shape
+    for count in (2, plan.batch_size):
+        images = np.zeros((count, height, width, channels), plan.image_dtype)
+        names = tuple(map(str, range(plan.num_classes)))
+        dataset = data.Dataset(images, np.zeros(count, np.int64), names)
+        for augment in {None, plan.augment}:
+            loader = data.Loader(dataset, batch_size=count, augment=augment)
+            for _ in loader:
+                pass
+
+
+def _whole(plan: _Plan) -> None:
+    """One step of the network as it is trained, and a forward pass as it is run, of a batch and of one
+    image."""
+    from . import nn, no_grad, optim
+
+    model = plan.model
+    loss_fn = nn.CrossEntropyLoss()
+    for count in (plan.batch_size, 2):
+        x = np.zeros((count, *plan.input_shape), plan.dtype)
+        model.train()
+        logits = model(x)
+        loss_fn(logits, np.zeros(count, np.int64))
+        model.backward(loss_fn.backward(), input_grad=False)
+    model.eval()
+    with no_grad():
+        for count in (plan.batch_size, 1):
+            model(np.zeros((count, *plan.input_shape), plan.dtype))
+    if plan.optimizer is not None:
+        getattr(optim, plan.optimizer)(model.parameters(), lr=0.0).step()
+
+
+# Carrying them out.
+
+
+def _run_here(plan: _Plan, jobs: Sequence[str], report: Progress) -> None:
+    with _random.using(np.random.default_rng(0)):
+        for done, job in enumerate((*jobs, _WHOLE)):
+            report(done, len(jobs) + 1, job)
+            _carry_out(plan, job)
+
+
+def _run_in_workers(plan: _Plan, jobs: Sequence[str], processes: int, report: Progress) -> None:
+    """Share the jobs out among processes, then let one of them do the whole network."""
+    total = len(jobs) + 1
+    with _Crew(plan, min(processes, len(jobs))) as crew:
+        done = 0
+        for done, running in crew.run(jobs):
+            if running:
+                report(done, total, ", ".join(running))
+        for _, running in crew.run([_WHOLE]):
+            if running:
+                report(done, total, _WHOLE)
+
+
+class _Crew:
+    """Worker processes, each driven by a thread that hands it one job after another."""
+
+    def __init__(self, plan: _Plan, size: int):
+        handed = pickle.dumps(plan)
+        self._workers = [_Worker(handed) for _ in range(size)]
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def run(self, jobs: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+        """Run `jobs`; whenever one begins or ends, give how many have ended and which are under way."""
+        waiting = list(reversed(list(jobs)))
+        total = len(waiting)
+        events: queue.SimpleQueue[tuple[_Worker, str, str | None]] = queue.SimpleQueue()
+        idle, running, done = list(self._workers), [], 0
+        while done < total:
+            while idle and waiting:
+                job = waiting.pop()
+                running.append(job)
+                idle.pop(0).start(job, events)
+            yield done, list(running)
+            worker, job, error = events.get()
+            if error is not None:
+                raise WarmupError(f"compiling {job!r} failed: {error}")
+            running.remove(job)
+            idle.append(worker)
+            done += 1
+        yield done, []
+
+
+class _Worker:
+    """A process that carries out jobs: it reads the plan, then names of jobs, and answers each with a
+    line."""
+
+    def __init__(self, plan: bytes):
+        # A parent that found fastcnn through its own sys.path must not have to set it up anew.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastcnn.warmup"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
+        self._plan: bytes | None = plan
+
+    def start(self, job: str, events: queue.SimpleQueue) -> None:
+        """Begin a job; (this worker, job, error or None) goes to `events` when it has ended."""
+        threading.Thread(target=self._run, args=(job, events), daemon=True).start()
+
+    def _run(self, job: str, events: queue.SimpleQueue) -> None:
+        try:
+            events.put((self, job, self._ask(job)))
+        except BaseException as error:
+            events.put((self, job, repr(error)))
+
+    def _ask(self, job: str) -> str | None:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            if self._plan is not None:
+                stdin.write(self._plan)
+                self._plan = None
+            stdin.write(pickle.dumps(job))
+            stdin.flush()
+            answer = stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            return self._epitaph()
+        return json.loads(answer)["error"]
+
+    def _epitaph(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = ([line.strip() for line in self._errors if line.strip()] or [""])[-1]
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        hint = " (short of memory? try fewer processes)" if code == -signal.SIGKILL else ""
+        return f"its process was ended {how}{hint}" + (f": {last}" if last else "")
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            try:
+                if stream is not None:
+                    stream.close()
+            except BrokenPipeError:
+                continue
+
+
+def _work(source: IO[bytes], answers: IO[bytes]) -> None:
+    """The life of a worker: jobs in, answers out, until there are no more."""
+    plan: _Plan | None = None
+    while True:
+        try:
+            received = pickle.load(source)
+        except EOFError:
+            return
+        if plan is None:
+            plan = received
+            set_num_threads(plan.threads)
+            continue
+        error = None
+        try:
+            _carry_out(plan, received)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        answers.write(json.dumps({"error": error}).encode() + b"\n")
+        answers.flush()
+
+
+def main() -> None:
+    """What ``python -m fastcnn.warmup`` does: work for another process."""
+    # Ctrl-C is the parent's to deal with; its end closes our input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever is printed meanwhile must not get between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # The plan was pickled by the module under its import name, not as __main__.
+    from fastcnn import warmup as module
+
+    module._work(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()
