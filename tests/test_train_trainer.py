@@ -415,7 +415,7 @@ class Recorder(Callback):
         assert np.isfinite([info.loss, info.accuracy, info.batch_loss]).all()
 
     def on_epoch_end(self, trainer, row):
-        assert row == list(trainer.history.rows())[-1] | row
+        assert row == list(trainer.history.rows())[-1]
         self.events.append(("end", row["epoch"]))
 
     def on_fit_end(self, trainer):

@@ -87,8 +87,13 @@ class History:
     def __repr__(self) -> str:
         return f"History({len(self)} epochs, interrupted={self.interrupted})"
 
-    def append(self, row: dict[str, float | int | None]) -> None:
+    def append(self, row: dict[str, float | int | None]) -> dict[str, float | int | None]:
         """Add an epoch; columns left out are None.
+
+        Returns
+        -------
+        dict
+            The row with all columns.
 
         Raises
         ------
@@ -104,6 +109,7 @@ class History:
             raise ValueError(f"epoch: {values['epoch']} does not follow {len(self)}")
         for name, value in values.items():
             self._columns[name].append(value)
+        return values
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dict an epoch, in order."""

@@ -284,8 +284,7 @@ class Trainer:
             row |= {f"val_{name}": getattr(metrics, name) for name in names}
         row["seconds"] = time.perf_counter() - started
         with deferred_interrupt():
-            self._finish_epoch(row, monitor)
-        return row
+            return self._finish_epoch(row, monitor)
 
     def _train_epoch(self, train: Any, epoch: int) -> dict[str, Any]:
         """Run all batches; the row of the history as far as they tell."""
@@ -350,18 +349,19 @@ class Trainer:
         hits = logits.argmax(axis=1) == labels
         return loss, int(hits.sum()), len(labels) if counted is None else int(counted.sum())
 
-    def _finish_epoch(self, row: dict[str, Any], monitor: str) -> None:
+    def _finish_epoch(self, row: dict[str, Any], monitor: str) -> dict[str, Any]:
         if self.scheduler is not None and self._interval == "epoch":
             self.scheduler.step()
-        self.history.append(row)
+        row = self.history.append(row)
         self._unfinished = None
         if self.run_dir is None:
-            return
+            return row
         best = self.history.best(monitor)
         # The best one first: after a crash between the two the epoch is run again, and saves both.
         if best and best["epoch"] == row["epoch"]:
             self._save(_BEST, self.checkpoint(with_optimizer=False))
         self._save(_LAST, self.checkpoint())
+        return row
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         assert self.run_dir is not None
