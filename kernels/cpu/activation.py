@@ -1,0 +1,325 @@
+"""ReLU, LeakyReLU and PReLU, with their gradients: one pass over memory each."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from .. import checks
+from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from .pieces import blocks, fill, fold, piece_bounds, piece_count, row_width, share_elements
+from .workspace import scratch
+
+
+@kernel
+def _relu_part(thread, threads, x, y):
+    keep_out_of_line()
+    lo, hi = share_elements(thread, threads, x.size)
+    source, target = x[lo:hi], y[lo:hi]
+    zero = x.dtype.type(0)
+    for i in range(source.size):
+        target[i] = zero if source[i] <= zero else source[i]
+
+
+@parallel
+def _relu(threads, x, y):
+    for thread in prange(threads):
+        _relu_part(thread, threads, x, y)
+
+
+def relu_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    """``y = max(x, 0)``; NaN stays NaN.
+
+    Parameters
+    ----------
+    x : float32 or float64 array of any shape
+    out : array of x's shape, optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    array of x's dtype and shape
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+    """
+    x = checks.floating("x", x)
+    y = checks.output("out", out, x.shape, x.dtype)
+    _relu(thread_count(blocks(x.size), x.size), x.reshape(-1), y.reshape(-1))
+    return y
+
+
+@kernel
+def _relu_backward_part(thread, threads, dout, y, dx):
+    keep_out_of_line()
+    lo, hi = share_elements(thread, threads, y.size)
+    gradient, source, target = dout[lo:hi], y[lo:hi], dx[lo:hi]
+    zero = y.dtype.type(0)
+    for i in range(source.size):
+        target[i] = gradient[i] if source[i] > zero else zero
+
+
+@parallel
+def _relu_backward(threads, dout, y, dx):
+    for thread in prange(threads):
+        _relu_backward_part(thread, threads, dout, y, dx)
+
+
+def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    """Gradient of `relu_forward` from its output: dout where y > 0, else 0.
+
+    Parameters
+    ----------
+    dout : float32 or float64 array of any shape
+    y : array of dout's shape
+        The forward call's output; its input gives the same.
+    out : array of dout's shape, optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    array of dout's dtype and shape
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+    """
+    dout, y = _alike(dout, "y", y)
+    dx = checks.output("out", out, dout.shape, dout.dtype)
+    _relu_backward(thread_count(blocks(y.size), y.size), dout.reshape(-1), y.reshape(-1), dx.reshape(-1))
+    return dx
+
+
+def _alike(dout: np.ndarray, name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """dout and the array `name` of the forward call, of the same dtype and shape."""
+    array = checks.floating(name, array)
+    return checks.same_shape("dout", checks.floating("dout", dout, None, array.dtype), array.shape), array
+
+
+@kernel
+def _leaky_relu_part(thread, threads, x, slope, y):
+    keep_out_of_line()
+    lo, hi = share_elements(thread, threads, x.size)
+    source, target = x[lo:hi], y[lo:hi]
+    zero = x.dtype.type(0)
+    for i in range(source.size):
+        target[i] = source[i] if source[i] > zero else slope * source[i]
+
+
+@parallel
+def _leaky_relu(threads, x, slope, y):
+    for thread in prange(threads):
+        _leaky_relu_part(thread, threads, x, slope, y)
+
+
+def leaky_relu_forward(
+    x: np.ndarray, negative_slope: float = 0.01, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """``y = x`` where x > 0, else ``negative_slope * x``.
+
+    Parameters
+    ----------
+    x : float32 or float64 array of any shape
+    negative_slope : float
+    out : array of x's shape, optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    array of x's dtype and shape
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+    """
+    x = checks.floating("x", x)
+    y = checks.output("out", out, x.shape, x.dtype)
+    slope = x.dtype.type(negative_slope)
+    _leaky_relu(thread_count(blocks(x.size), x.size), x.reshape(-1), slope, y.reshape(-1))
+    return y
+
+
+@kernel
+def _leaky_relu_backward_part(thread, threads, dout, x, slope, dx):
+    keep_out_of_line()
+    lo, hi = share_elements(thread, threads, x.size)
+    gradient, source, target = dout[lo:hi], x[lo:hi], dx[lo:hi]
+    zero = x.dtype.type(0)
+    for i in range(source.size):
+        target[i] = gradient[i] if source[i] > zero else slope * gradient[i]
+
+
+@parallel
+def _leaky_relu_backward(threads, dout, x, slope, dx):
+    for thread in prange(threads):
+        _leaky_relu_backward_part(thread, threads, dout, x, slope, dx)
+
+
+def leaky_relu_backward(
+    dout: np.ndarray, x: np.ndarray, negative_slope: float = 0.01, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Gradient of `leaky_relu_forward`: dout where x > 0, else ``negative_slope * dout``.
+
+    Parameters
+    ----------
+    dout : float32 or float64 array of any shape
+    x : array of dout's shape
+        The forward call's input.
+    negative_slope : float
+    out : array of dout's shape, optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    array of dout's dtype and shape
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+    """
+    dout, x = _alike(dout, "x", x)
+    dx = checks.output("out", out, dout.shape, dout.dtype)
+    slope = x.dtype.type(negative_slope)
+    threads = thread_count(blocks(x.size), x.size)
+    _leaky_relu_backward(threads, dout.reshape(-1), x.reshape(-1), slope, dx.reshape(-1))
+    return dx
+
+
+@kernel
+def _prelu_part(thread, threads, x, slopes, y):
+    keep_out_of_line()
+    zero = x.dtype.type(0)
+    lo, hi = piece_bounds(thread, threads, x.size, slopes.size)
+    for start in range(lo, hi, slopes.size):
+        end = min(start + slopes.size, hi)
+        source, target = x[start:end], y[start:end]
+        for k in range(source.size):
+            target[k] = source[k] if source[k] > zero else slopes[k] * source[k]
+
+
+@parallel
+def _prelu(threads, x, slopes, y):
+    for thread in prange(threads):
+        _prelu_part(thread, threads, x, slopes, y)
+
+
+def _slopes(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`weight` as kernels take it, and repeated along a row."""
+    weight = checks.floating("weight", weight, 1, x.dtype)
+    if not x.ndim:
+        raise ValueError("x: expected (..., C), got a scalar")
+    if weight.shape not in ((1,), x.shape[-1:]):
+        raise ValueError(
+            f"weight: shape {weight.shape} is neither (1,) nor {x.shape[-1:]}, the channels of x"
+        )
+    row = scratch("slopes", row_width(max(weight.size, 1)), x.dtype)
+    row.reshape(-1, max(weight.size, 1))[...] = weight
+    return weight, row
+
+
+def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    """``y = x`` where x > 0, else ``weight * x``: a LeakyReLU that learns its slope.
+
+    Parameters
+    ----------
+    x : (..., C) float32 or float64
+    weight : (1,) or (C,)
+        One slope for all, or one for each channel.
+    out : array of x's shape, optional
+        Overwritten with the result.
+
+    Returns
+    -------
+    array of x's dtype and shape
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+
+    References
+    ----------
+    He, Zhang, Ren, Sun: Delving Deep into Rectifiers, arXiv:1502.01852, section 2.1.
+    """
+    x = checks.floating("x", x)
+    _, slopes = _slopes(x, weight)
+    y = checks.output("out", out, x.shape, x.dtype)
+    _prelu(thread_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
+    return y
+
+
+@kernel
+def _prelu_backward_part(thread, threads, dout, x, slopes, dx, slabs):
+    keep_out_of_line()
+    zero = x.dtype.type(0)
+    pieces, width = slabs.shape
+    lo, hi = share(thread, threads, pieces)
+    for piece in range(lo, hi):
+        sums = slabs[piece]
+        fill(sums, 0)
+        first, last = piece_bounds(piece, pieces, x.size, width)
+        for start in range(first, last, width):
+            end = min(start + width, last)
+            gradient, source, target = dout[start:end], x[start:end], dx[start:end]
+            for k in range(source.size):
+                positive = source[k] > zero
+                target[k] = gradient[k] if positive else slopes[k] * gradient[k]
+                sums[k] += zero if positive else gradient[k] * source[k]
+
+
+@parallel
+def _prelu_backward(threads, dout, x, slopes, dx, slabs):
+    for thread in prange(threads):
+        _prelu_backward_part(thread, threads, dout, x, slopes, dx, slabs)
+
+
+def prelu_backward(
+    dout: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    *,
+    out: np.ndarray | None = None,
+    out_dweight: np.ndarray | None = None,
+    accumulate: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of `prelu_forward`.
+
+    Parameters
+    ----------
+    dout : (..., C) float32 or float64
+    x : array of dout's shape
+        The forward call's input.
+    weight : (1,) or (C,)
+    out : array of dout's shape, optional
+        Overwritten with dx.
+    out_dweight : array of weight's shape, optional
+        Overwritten with dweight, or added to if `accumulate` is true.
+
+    Returns
+    -------
+    dx : array of dout's dtype and shape
+        dout where x > 0, else ``weight * dout``.
+    dweight : array of dout's dtype and weight's shape
+        Sum of ``x * dout`` over the elements that share the slope and have not x > 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes don't fit.
+    """
+    dout, x = _alike(dout, "x", x)
+    weight, slopes = _slopes(x, weight)
+    dx = checks.output("out", out, dout.shape, dout.dtype)
+    dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
+    pieces = piece_count(x.size)
+    slabs = scratch("sums", pieces * slopes.size, np.float64).reshape(pieces, slopes.size)
+    _prelu_backward(
+        thread_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), slopes, dx.reshape(-1), slabs
+    )
+    fold(slabs, dweight, int(accumulate and out_dweight is not None))
+    return dx, dweight
