@@ -39,7 +39,7 @@ def binary_files(classes):
 
 
 def python2_pickle(value):
-    """Protocol 2 as Python 2 wrote it: str as SHORT_BINSTRING or BINSTRING, arrays by numpy.core.multiarray."""
+    """Protocol 2 as Python 2 wrote it: str as (SHORT_)BINSTRING, arrays by numpy.core.multiarray."""
     out = bytearray(b"\x80\x02")
 
     def put(value):

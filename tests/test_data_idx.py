@@ -52,6 +52,7 @@ def test_folder(tmp_path, suffix):
     assert train.labels.dtype == np.int64
     assert train.images.flags.c_contiguous
     assert len(test) == 2
+    assert test.classes == train.classes
 
 
 def test_torchvision_layout_and_all_parts(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from .dataset import Dataset, Skipped
 from .errors import DataError, WriteError
 from .named import Progress, info, load, locate, names
-from .sources import Source, check_split, load_source, open_source
+from .sources import check_split, load_source, open_source
 
 # ITU-R 601, the weights of Pillow's conversion to grey.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -139,18 +139,8 @@ def _parts(
     if split != "all" and split not in opened.splits:
         yield split, load_source(opened, split)
         return
-    classes = None
     for part in (opened.splits or ("all",)) if split == "all" else (split,):
-        data = _read(opened, part, size, mode, classes)
-        classes = data.classes
-        yield part, data
-
-
-def _read(
-    source: Source, part: str, size: tuple[int, int] | None, mode: str | None, classes: tuple[str, ...] | None
-) -> Dataset:
-    # Only folders take the first part's classes; in the other formats the file says which they are.
-    return source.read(part, size=size, mode=mode, classes=classes if source.kind == "folder" else None)
+        yield part, opened.read(part, size=size, mode=mode)
 
 
 def _as_wanted(data: Dataset, size: tuple[int, int] | None, mode: str | None) -> Dataset:

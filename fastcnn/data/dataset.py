@@ -139,26 +139,24 @@ class Dataset:
     def split(self, fraction: float, rng: np.random.Generator | int | None = None) -> tuple[Dataset, Dataset]:
         """Two data sets: `fraction` of the images and the rest, with every class shared in proportion.
 
-        The first gets round(fraction * N) images; where classes do not divide evenly, those with the largest
-        remainders give it one more. Both keep the order that the images have here.
+        The first gets round(fraction * N) images, but neither is empty; where classes do not divide evenly,
+        those with the largest remainders give it one more. Both keep the order that the images have here.
 
         Raises
         ------
         DataError
-            If `fraction` is not between 0 and 1, or leaves one of the two empty.
+            If `fraction` is not between 0 and 1, or there is one image only.
         """
         if not 0.0 < fraction < 1.0:
             raise DataError(f"fraction: {fraction} is not between 0 and 1")
+        if len(self) < 2:
+            raise DataError(f"{self.name}: its one image can't be split")
         counts = self.class_counts()
         share = counts * fraction
         first_counts = np.floor(share).astype(np.int64)
-        missing = round(len(self) * fraction) - int(first_counts.sum())
-        if missing > 0:
-            first_counts[np.argsort(first_counts - share, kind="stable")[:missing]] += 1
-        if not 0 < first_counts.sum() < len(self):
-            raise DataError(
-                f"fraction: {fraction} of the {len(self)} images of {self.name} leaves one part empty"
-            )
+        wanted = min(max(round(len(self) * fraction), 1), len(self) - 1)
+        missing = wanted - int(first_counts.sum())
+        first_counts[np.argsort(first_counts - share, kind="stable")[:missing]] += 1
         rng = generator(rng)
         in_first = np.zeros(len(self), bool)
         for label, count in enumerate(first_counts):

@@ -68,15 +68,13 @@ def read_idx_pair(
         If the two don't fit together.
     """
     images = read_idx(images_path)
-    labels = read_idx(labels_path)
+    labels = _read_labels(labels_path)
     grey = images.ndim == 3
     if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[-1] in (1, 3))):
         raise FormatError(
             f"{images_path}: {images.dtype} {images.shape} are no images, "
             "which are uint8 (N, H, W) or (N, H, W, C)"
         )
-    if labels.dtype != np.uint8 or labels.ndim != 1:
-        raise FormatError(f"{labels_path}: {labels.dtype} {labels.shape} are no labels, which are uint8 (N,)")
     if len(images) != len(labels):
         raise FormatError(
             f"{labels_path}: {len(labels)} labels for the {len(images)} images of {Path(images_path).name}"
@@ -85,6 +83,13 @@ def read_idx_pair(
         classes = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
     images = images[..., None] if grey else images
     return Dataset(images, labels, tuple(classes), name or str(images_path))
+
+
+def _read_labels(path: str | Path) -> np.ndarray:
+    labels = read_idx(path)
+    if labels.dtype != np.uint8 or labels.ndim != 1:
+        raise FormatError(f"{path}: {labels.dtype} {labels.shape} are no labels, which are uint8 (N,)")
+    return labels
 
 
 def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
@@ -103,14 +108,22 @@ def read_idx_folder(
 ) -> Dataset:
     """The "train" or "test" part of a folder of IDX files with their usual names.
 
+    Without `classes` they are named by their numbers, up to the largest label of both parts.
+
     Raises
     ------
     MissingDataError
         If one of the two files is not there.
     """
     folder = Path(folder)
-    pair = find_idx(folder).get(split, {})
+    parts = find_idx(folder)
+    pair = parts.get(split, {})
     for kind in ("images", "labels"):
         if kind not in pair:
             raise MissingDataError(f"{folder}: holds no {split} {kind} in IDX format")
+    if classes is None:
+        largest = [
+            int(_read_labels(part["labels"]).max(initial=0)) for part in parts.values() if "labels" in part
+        ]
+        classes = [str(label) for label in range(max(largest) + 1)]
     return read_idx_pair(pair["images"], pair["labels"], classes, name or folder.name)

@@ -58,9 +58,11 @@ def read_npz(path: str | Path, split: str = "all", name: str | None = None) -> D
         x = _read_array(path, archive, pair[0])
         y = _read_array(path, archive, pair[1])
         classes = _read_array(path, archive, "classes") if "classes" in keys else None
+        # A part may lack the last class; without names its number still counts.
+        others = [] if "classes" in keys else [_read_array(path, archive, key) for key in _label_keys(keys)]
     try:
         images, labels = _images(x), _labels(y)
-        names = _names(classes, labels)
+        names = _names(classes, np.concatenate([labels, *map(_labels, others)]))
         return Dataset(images, labels, names, name or path.stem)
     except DataError as error:
         raise FormatError(f"{path}: {error}") from None
@@ -73,6 +75,12 @@ def _pair(keys: set[str], split: str) -> tuple[str, str] | None:
     if split == "all" or (split == "train" and has_test):
         candidates += _WHOLE
     return next(((x, y) for x, y in candidates if x in keys and y in keys), None)
+
+
+def _label_keys(keys: set[str]) -> set[str]:
+    """The names of the labels of all parts."""
+    pairs = (_pair(keys, split) for split in ("train", "validation", "test"))
+    return {pair[1] for pair in pairs if pair is not None}
 
 
 class _Opened:

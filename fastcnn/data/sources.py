@@ -39,22 +39,25 @@ class Source:
         *,
         size: tuple[int, int] | None = None,
         mode: str | None = None,
-        classes: Sequence[str] | None = None,
     ) -> Dataset:
         """One of `splits`, or "all" where there are none; `size` and `mode` are for folders of images."""
         if self.kind == "idx":
-            return read_idx_folder(self.path, split, classes)
+            return read_idx_folder(self.path, split)
         if self.kind == "cifar":
             return read_cifar(self.path, split)
         if self.kind == "csv":
             return read_fer2013(self.path, split)
         if self.kind == "npz":
             return read_npz(self.path, split)
-        from .folder import find_parts, read_folder
+        from .folder import class_folders, find_parts, read_folder
 
-        folder = find_parts(self.path)[split] if split != "all" else self.path
         name = self.path.resolve().name
-        return read_folder(folder, size=size, mode=mode, classes=classes, name=name)
+        if split == "all":
+            return read_folder(self.path, size=size, mode=mode, name=name)
+        parts = find_parts(self.path)
+        # A part may lack a class; its labels mean the same as those of the train part nevertheless.
+        classes = [folder.name for folder in class_folders(parts["train"])]
+        return read_folder(parts[split], size=size, mode=mode, classes=classes, name=name)
 
 
 def open_source(path: str | Path) -> Source:
