@@ -142,7 +142,7 @@ def _read_archive(path: Path, split: str) -> dict[str, bytes]:
         raise
     # Hostile headers get past tarfile's own errors in these ways.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-        raise FormatError(f"{path}: is no readable tar archive ({error})") from None
+        raise FormatError(f"{path}: is no readable tar archive ({str(error)[:150]})") from None
     return content
 
 

@@ -106,7 +106,7 @@ def read_folder(
                 image = _read_image(path, size, mode)
             # Pillow's decoders raise nearly anything on a damaged file.
             except Exception as error:
-                skipped.append(Skipped(str(path), str(error) or type(error).__name__))
+                skipped.append(Skipped(str(path), str(error)[:150] or type(error).__name__))
                 continue
             if images and image.shape[:2] != images[0].shape[:2]:
                 raise FormatError(

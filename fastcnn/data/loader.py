@@ -107,16 +107,16 @@ class _Epoch:
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the epoch."""
-        from ..kernels import cpu
+        from ..kernels.cpu.batch import augment_batch, gather_batch
 
         rows = slice(number * self._size, (number + 1) * self._size)
         images, index = self._dataset.images, self._order[rows]
         out = _buffers.empty((len(index), *images.shape[1:]), np.float32)
         if self._params is None:
-            cpu.gather_batch(images, index, self._scale, self._shift, out=out)
+            gather_batch(images, index, self._scale, self._shift, out=out)
         else:
             seed = int(self._seeds[number])
-            cpu.augment_batch(images, index, self._scale, self._shift, self._params[rows], seed, out=out)
+            augment_batch(images, index, self._scale, self._shift, self._params[rows], seed, out=out)
         return out.transpose(0, 3, 1, 2), self._dataset.labels[index]
 
 

@@ -53,7 +53,7 @@ def read_npz(path: str | Path, split: str = "all", name: str | None = None) -> D
         keys = _keys(archive)
         pair = _pair(keys, split)
         if pair is None:
-            found = ", ".join(sorted(keys)) or "nothing"
+            found = ", ".join(sorted(keys))[:150] or "nothing"
             raise MissingDataError(f"{path}: holds no images and labels of the {split} part (it has {found})")
         x = _read_array(path, archive, pair[0])
         y = _read_array(path, archive, pair[1])
@@ -95,7 +95,7 @@ class _Opened:
         except FileNotFoundError:
             raise MissingDataError(f"{self._path}: does not exist") from None
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise FormatError(f"{self._path}: is no readable NPZ file ({error})") from None
+            raise FormatError(f"{self._path}: is no readable NPZ file ({str(error)[:150]})") from None
         return self._archive
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -140,7 +140,7 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
         RuntimeError,
         MemoryError,
     ) as error:
-        raise FormatError(f"{path}: {key} can't be read ({error})") from None
+        raise FormatError(f"{path}: {key} can't be read ({str(error)[:150]})") from None
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
