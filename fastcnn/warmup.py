@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,7 +75,12 @@ class _Plan:
     optimizer: str | None
     augment: str | None
     image_dtype: str | None
+    training: bool
     threads: int
+
+    def for_running(self) -> _Plan:
+        """The part of this plan that a trained network takes; the same for all ways to train it."""
+        return replace(self, batch_size=64, optimizer=None, augment=None, image_dtype="uint8", training=False)
 
     def stamp(self) -> Path:
         """The file that tells that this plan has been carried out on this machine with these sources."""
@@ -94,6 +99,7 @@ def warmup(
     optimizer: str | None = "Adam",
     augment: str | None = None,
     image_dtype: str | None = "uint8",
+    training: bool = True,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> WarmupResult:
@@ -110,11 +116,14 @@ def warmup(
         Of the training; small batches need other kernels than large ones.
     dtype : {"float32", "float64"}
     optimizer : str or None
-        Class in ``fastcnn.optim``; None if the network will only be run, or its gradients checked.
+        Class in ``fastcnn.optim``; None if gradients will only be computed.
     augment : str or None
         Preset of the loader's augmentation.
     image_dtype : {"uint8", "float32"} or None
         How the data set stores its images; None if no loader is used.
+    training : bool
+        Whether the network will be trained, or else only run: then batch size, optimiser and augmentation
+        don't matter.
     processes : int, optional
         By default one for each CPU, at most 4. Zero compiles in this process.
     progress : callable, optional
@@ -149,10 +158,12 @@ def warmup(
         optimizer,
         augment,
         image_dtype,
+        training,
         get_num_threads(),
     )
-    stamp = plan.stamp()
-    if stamp.exists():
+    if not training:
+        plan = plan.for_running()
+    if plan.stamp().exists():
         return WarmupResult(0, time.perf_counter() - started, cached=True)
     before = _cached_kernels()
     jobs = list(_jobs(plan))
@@ -164,7 +175,8 @@ def warmup(
     else:
         _run_in_workers(plan, jobs, processes, report)
     report(len(jobs) + 1, len(jobs) + 1, "")
-    _leave(stamp)
+    _leave(plan.stamp())
+    _leave(plan.for_running().stamp())
     return WarmupResult(len(_cached_kernels() - before), time.perf_counter() - started, cached=False)
 
 
@@ -219,7 +231,7 @@ def _jobs(plan: _Plan) -> Iterator[str]:
     """Names of the jobs that can run side by side, the longest first. The whole network comes after them."""
     kinds = {type(layer).__name__: None for layer in plan.model.modules() if _example(layer, 1) is not None}
     if "Conv2d" in kinds:
-        yield from ("Conv2d forward", "Conv2d gradients")
+        yield from ("Conv2d forward", "Conv2d gradients") if plan.training else ("Conv2d forward",)
     if plan.image_dtype is not None:
         yield "batches"
     yield from (kind for kind in kinds if kind != "Conv2d")
@@ -243,7 +255,7 @@ def _carry_out(plan: _Plan, job: str) -> None:
         for layer in plan.model.modules():
             if type(layer).__name__ == kind:
                 for elements in (1, _LARGE):
-                    _layer(layer, part, elements)
+                    _layer(layer, part, elements, plan.training)
 
 
 def _example(layer: Any, elements: int) -> np.ndarray | None:
@@ -268,15 +280,18 @@ def _example(layer: Any, elements: int) -> np.ndarray | None:
     return np.ones((max(2, elements // (channels * side**2)), channels, side, side), np.float32)
 
 
-def _layer(layer: Any, part: str, elements: int) -> None:
+def _layer(layer: Any, part: str, elements: int, training: bool) -> None:
     from .kernels import cpu
 
     x = _example(layer, elements)
     assert x is not None
     parameters = layer.parameters()
     x = x.astype(parameters[0].dtype if parameters else x.dtype)
-    if not part:
-        layer.backward(np.ones_like(layer(x)))
+    layer.train(training)
+    if not part or not training:
+        y = layer(x)
+        if training:
+            layer.backward(np.ones_like(y))
         return
     # A convolution's passes take longest to compile: forward and towards the input share one kernel, and the
     # gradient of the weights has another, so that two processes can do them.
@@ -302,15 +317,15 @@ def _loss(plan: _Plan) -> None:
     for rows in (2, plan.batch_size, max(2, _LARGE // plan.num_classes)):
         loss_fn = nn.CrossEntropyLoss()
         loss_fn(np.zeros((rows, plan.num_classes), plan.dtype), np.zeros(rows, np.int64))
-        loss_fn.backward()
+        if plan.training:
+            loss_fn.backward()
 
 
 def _step(plan: _Plan) -> None:
-    from . import nn, optim
+    from . import nn
 
     for size in (2, _LARGE):
-        layer = nn.Linear(size, 1, dtype=plan.dtype)
-        getattr(optim, str(plan.optimizer))(layer.parameters(), lr=0.0).step()
+        _optimizer(plan, nn.Linear(size, 1, dtype=plan.dtype).parameters()).step()
 
 
 def _batches(plan: _Plan) -> None:
@@ -328,13 +343,12 @@ def _batches(plan: _Plan) -> None:
 
 
 def _whole(plan: _Plan) -> None:
-    """One step of the network as it is trained, and a forward pass as it is run, of a batch and of one
-    image."""
-    from . import nn, no_grad, optim
+    """Steps as the network is trained, and forward passes as it is run, of a batch and of few images."""
+    from . import nn, no_grad
 
     model = plan.model
     loss_fn = nn.CrossEntropyLoss()
-    for count in (plan.batch_size, 2):
+    for count in (plan.batch_size, 2) if plan.training else ():
         x = np.zeros((count, *plan.input_shape), plan.dtype)
         model.train()
         logits = model(x)
@@ -345,7 +359,14 @@ def _whole(plan: _Plan) -> None:
         for count in (plan.batch_size, 1):
             model(np.zeros((count, *plan.input_shape), plan.dtype))
     if plan.optimizer is not None:
-        getattr(optim, plan.optimizer)(model.parameters(), lr=0.0).step()
+        _optimizer(plan, model.parameters()).step()
+
+
+def _optimizer(plan: _Plan, parameters: Any) -> Any:
+    from . import optim
+
+    momentum = {"momentum": 0.9} if plan.optimizer == "SGD" else {}
+    return getattr(optim, str(plan.optimizer))(parameters, lr=0.0, **momentum)
 
 
 # Carrying them out.

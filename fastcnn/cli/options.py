@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +12,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads to use. [default: all]", show_default=False)
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 
 
 def use_threads(threads: int | None) -> int:
@@ -20,3 +21,18 @@ def use_threads(threads: int | None) -> int:
     if threads is not None:
         set_num_threads(threads)
     return get_num_threads()
+
+
+class SplitName(StrEnum):
+    """Parts of a data set."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+    all = "all"
+
+
+Split = Annotated[SplitName, typer.Option(help="Part of the data set.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)
+]

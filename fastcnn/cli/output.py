@@ -7,8 +7,11 @@ import functools
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import typer
@@ -24,7 +27,14 @@ class CommandError(Exception):
 
 
 class Interrupted(Exception):
-    """The user pressed Ctrl-C and everything worth keeping has been saved; the message says where."""
+    """The user pressed Ctrl-C and everything worth keeping has been saved; the message says where.
+
+    `details` go into the JSON object.
+    """
+
+    def __init__(self, message: str, details: dict[str, Any]):
+        super().__init__(message)
+        self.details = details
 
 
 class Output:
@@ -82,13 +92,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def fail(message: str, as_json: bool, code: int = FAILED) -> typer.Exit:
+def fail(message: str, as_json: bool, code: int = FAILED, **details: Any) -> typer.Exit:
     """Report an error, and return the exception that ends the command with `code`."""
     if as_json:
-        print(to_json({"error": message}), flush=True)
+        print(to_json({"error": message} | details), flush=True)
     else:
         label = "interrupted" if code == INTERRUPTED else "error"
-        print(f"{label}: {message}" if message else label, file=sys.stderr, flush=True)
+        print(f"{label}: {message}", file=sys.stderr, flush=True)
     return typer.Exit(code)
 
 
@@ -103,9 +113,9 @@ def guarded(command: Command) -> Command:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            raise fail("", as_json, INTERRUPTED) from None
+            raise fail("by Ctrl-C", as_json, INTERRUPTED, interrupted=True) from None
         except Interrupted as stop:
-            raise fail(str(stop), as_json, INTERRUPTED) from None
+            raise fail(str(stop), as_json, INTERRUPTED, **stop.details) from None
         except Exception as error:
             if _reader_has_left(error) or os.environ.get("FASTCNN_DEBUG", "") not in ("", "0"):
                 raise
@@ -127,7 +137,19 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     message = " ".join(str(error).split())
-    if isinstance(error, (CommandError, ValueError, OSError, RuntimeError)) and message:
+    if isinstance(error, (CommandError, ValueError, OSError, RuntimeError, ArithmeticError)) and message:
         return message
     # Not the user's doing: name the kind, and how to see more.
     return f"{type(error).__name__}: {message} (FASTCNN_DEBUG=1 shows where)"
+
+
+def command_line(*words: str) -> str:
+    """A call of this command that works when it is pasted into the shell from which this one came."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        program = [Path(sys.executable).name, "-m", "fastcnn"]
+    elif called.name.startswith("fastcnn") and shutil.which("fastcnn") is None and called.exists():
+        program = [os.path.relpath(called)]
+    else:
+        program = ["fastcnn"]
+    return shlex.join([*program, *words])

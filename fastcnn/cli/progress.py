@@ -1,9 +1,7 @@
-"""What a user sees while waiting: a bar on a terminal, plain lines in a pipe or a file."""
+"""What a user sees while a network trains."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..train.callbacks import Callback, StepInfo
@@ -86,37 +84,3 @@ def _training_bar(out: Output) -> Any:
         console=out.console(),
         transient=True,
     )
-
-
-@contextlib.contextmanager
-def counting(out: Output, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Progress of something that counts: call the result with (done, total, what is being done).
-
-    On a terminal it is one line that redraws itself, elsewhere a line for each call.
-    """
-    if not out.live:
-
-        def plain(done: int, total: int, what: str) -> None:
-            out.say(f"{title} {done}/{total}" + (f": {what}" if what else ""))
-
-        yield plain
-        return
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-        console=out.console(),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(title, total=None, what="")
-
-        def live(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
-
-        yield live
