@@ -24,14 +24,15 @@ def features(layers: Sequence[nn.Module], input_shape: Shape) -> int:
     return math.prod(shape)
 
 
-def he(net: nn.Sequential) -> nn.Sequential:
-    """Draw weights from N(0, 2 / fan_in), for ReLUs behind them, and start biases at zero: He et al. (2015).
+def he(net: nn.Sequential, slope: float = 0.0) -> nn.Sequential:
+    """Draw weights from N(0, 2 / ((1 + slope^2) fan_in)), biases zero: He et al. (2015), equation 15.
 
-    The last layer has no ReLU behind it and is drawn from N(0, 1 / fan_in).
+    `slope` is the activations', below zero. The last layer has no activation behind it and keeps PyTorch's
+    smaller values, with which the first losses are near the logarithm of the number of classes.
     """
     layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu")
+    for layer in layers[:-1]:
+        nn.init.kaiming_normal_(layer.weight, a=slope)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     return net

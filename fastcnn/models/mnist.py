@@ -22,4 +22,4 @@ def mnist_prelu(input_shape: Shape = (1, 28, 28), num_classes: int = 10) -> nn.S
     ]
     hidden = nn.Linear(features(body, input_shape), 128)
     head = [hidden, nn.PReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)]
-    return he(nn.Sequential(*body, *head))
+    return he(nn.Sequential(*body, *head), slope=0.25)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import _buffers
 from .._grad_mode import is_grad_enabled
-from ._arrays import inverse, memory_order
+from ._arrays import floats, inverse, memory_order
 from .module import Module
 
 
@@ -183,7 +183,6 @@ class Sequential(_Container):
         first = -1
         if not input_grad:
             first = next((i for i, layer in enumerate(layers) if trainable(layer)), len(layers))
-        self._forget()
         grad: Any = dout
         del dout
         for i in range(len(layers) - 1, -1, -1):
@@ -193,6 +192,7 @@ class Sequential(_Container):
             else:
                 for module in layers[i].modules():
                     module._forget()
+        self._forget()
         return grad if input_grad else None
 
 
@@ -229,6 +229,7 @@ class Residual(_Container):
         return self.body.output_shape(input_shape)
 
     def forward(self, input: np.ndarray) -> np.ndarray:
+        input = floats("input", input)
         body = self.body(input)
         tapes = [self._tape_of(self.body)]
         if self.shortcut is None:
@@ -251,7 +252,6 @@ class Residual(_Container):
         """Add the gradients that come through the body and past it."""
         (tapes,) = self._kept()
         tapes = list(tapes)
-        self._forget()
         inner = input_grad or trainable(self.body) or (self.shortcut is not None and trainable(self.shortcut))
         if self.activation is not None:
             self._rewind(tapes.pop())
@@ -266,6 +266,7 @@ class Residual(_Container):
             skip = self.shortcut.backward(dout, input_grad=input_grad)
         self._rewind(tapes.pop())
         body = self.body.backward(dout, input_grad=input_grad)
+        self._forget()
         return _sum(body, skip) if input_grad else None
 
 
