@@ -24,7 +24,7 @@ def test_relu():
 
 
 def test_relu_backward_gives_zero_even_for_an_infinite_gradient():
-    np.testing.assert_array_equal(ref.relu_backward(array(INF, NAN), array(0, 0)), [0, 0])
+    np.testing.assert_array_equal(ref.relu_backward(array(INF, NAN, 5), array(0, 0, NAN)), [0, 0, 5])
 
 
 def test_leaky_relu():

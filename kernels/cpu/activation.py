@@ -58,7 +58,7 @@ def _relu_backward_part(thread, threads, dout, y, dx):
     gradient, source, target = dout[lo:hi], y[lo:hi], dx[lo:hi]
     zero = y.dtype.type(0)
     for i in range(source.size):
-        target[i] = gradient[i] if source[i] > zero else zero
+        target[i] = zero if source[i] <= zero else gradient[i]
 
 
 @parallel
@@ -68,7 +68,7 @@ def _relu_backward(threads, dout, y, dx):
 
 
 def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
-    """Gradient of `relu_forward` from its output: dout where y > 0, else 0.
+    """Gradient of `relu_forward` from its output: 0 where y <= 0, else dout (also where y is NaN).
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ def relu_forward(x: np.ndarray) -> np.ndarray:
 
 
 def relu_backward(dout: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Gradient of `relu_forward` from its output: dout where y > 0, else 0.
+    """Gradient of `relu_forward` from its output: 0 where y <= 0, else dout (also where y is NaN).
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def relu_backward(dout: np.ndarray, y: np.ndarray) -> np.ndarray:
         If the shapes disagree.
     """
     require_shape("dout", dout, y.shape)
-    return np.where(wide("y", y) > 0, wide("dout", dout), 0).astype(dout.dtype)
+    return np.where(wide("y", y) <= 0, 0, wide("dout", dout)).astype(dout.dtype)
 
 
 def leaky_relu_forward(x: np.ndarray, negative_slope: float = 0.01) -> np.ndarray:
