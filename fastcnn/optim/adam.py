@@ -56,7 +56,9 @@ class Adam(Optimizer):
         for i, beta in enumerate(group["betas"]):
             check_range(f"betas[{i}]", beta, 0.0, 1.0)
 
-    def _update(self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int) -> None:
+    def _update(
+        self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int, zero_grad: bool
+    ) -> None:
         cpu.adam_update(
             segment.data,
             grad,
@@ -68,6 +70,7 @@ class Adam(Optimizer):
             group["eps"],
             group["weight_decay"],
             self._decoupled,
+            zero_grad=zero_grad,
         )
 
     def _saved_state(self, flat_group: _Flat, i: int, group: dict[str, Any]) -> dict[str, Any]:

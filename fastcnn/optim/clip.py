@@ -24,11 +24,11 @@ def _sum_of_powers(values: np.ndarray, power: float) -> float:
     for start in range(0, values.size, _PIECE):
         piece = values[start : start + _PIECE]
         powers = scratch[: piece.size]
+        np.copyto(powers, piece)
         if power == 2:
-            np.multiply(piece, piece, out=powers, dtype=np.float64)
+            np.square(powers, out=powers)
         else:
-            np.abs(piece, out=powers)
-            np.power(powers, power, out=powers)
+            np.power(np.abs(powers, out=powers), power, out=powers)
         total += float(powers.sum())
     return total
 

@@ -38,6 +38,10 @@ class _Flat:
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
         self.version = -1
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parameters lie elsewhere.
+        return self.__dict__ | {"segments": [], "runs": [], "version": -1}
+
     def offsets(self) -> list[int]:
         sizes = (padded_size(parameter.size, parameter.dtype) for parameter in self.parameters)
         return list(itertools.accumulate(sizes, initial=0))
@@ -164,12 +168,17 @@ class Optimizer:
         """The state that a group has, by name."""
         return self._state_names
 
-    def _update(self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int) -> None:
+    def _update(
+        self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int, zero_grad: bool
+    ) -> None:
         """Update `segment` in place; `step` counts its updates from 1."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Update every trained parameter from its gradient."""
+    def step(self, *, zero_grad: bool = False) -> None:
+        """Update every trained parameter from its gradient.
+
+        With `zero_grad` the gradients are set to zero on the way, which saves a pass over them.
+        """
         for group, flat_group in zip(self.param_groups, self._flats, strict=True):
             needed = self._needed(group)
             flat_group.need(needed)
@@ -179,7 +188,9 @@ class Optimizer:
                 grad = segment.grad
                 if group.get("maximize"):
                     grad = np.negative(grad, out=_buffers.empty(grad.shape, grad.dtype))
-                self._update(group, segment, grad, step)
+                self._update(group, segment, grad, step, zero_grad and grad is segment.grad)
+                if zero_grad and grad is not segment.grad:
+                    segment.grad.fill(0)
                 # Without state there is nothing to count: PyTorch's momentum starts when its buffer does.
                 if needed:
                     count = segment.last - segment.first

@@ -64,7 +64,9 @@ class SGD(Optimizer):
     def _needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._state_names if group["momentum"] else ()
 
-    def _update(self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int) -> None:
+    def _update(
+        self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int, zero_grad: bool
+    ) -> None:
         cpu.sgd_update(
             segment.data,
             grad,
@@ -75,6 +77,7 @@ class SGD(Optimizer):
             group["weight_decay"],
             group["nesterov"],
             step == 1,
+            zero_grad=zero_grad,
         )
 
     def _loaded_steps(self, entry: Mapping[str, Any]) -> int:
