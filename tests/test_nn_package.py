@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import numba
 import numpy as np
 import pytest
 
@@ -37,6 +38,42 @@ def test_threads():
     fastcnn.set_num_threads(1)
     assert fastcnn.get_num_threads() == 1
     fastcnn.set_num_threads(before)
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
+def test_training_does_not_depend_on_the_number_of_threads():
+    before = fastcnn.get_num_threads()
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((16, 3, 24, 24)).astype(np.float32), rng.integers(0, 5, 16)
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            fastcnn.set_num_threads(threads)
+            fastcnn.manual_seed(0)
+            block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.PReLU())
+            net = nn.Sequential(
+                nn.Conv2d(3, 16, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Residual(block),
+                nn.Dropout(0.2),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(16 * 36, 64),
+                nn.LeakyReLU(),
+                nn.Linear(64, 5),
+            )
+            opt, loss_fn = fastcnn.optim.Adam(net.parameters()), nn.CrossEntropyLoss()
+            losses = []
+            for _ in range(3):
+                losses.append(loss_fn(net(x), y))
+                dx = net.backward(loss_fn.backward())
+                opt.step(zero_grad=True)
+            state = [array.tobytes() for array in net.state_dict().values()]
+            results.append((losses, dx.tobytes(), state))
+    finally:
+        fastcnn.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
 
 
 def test_manual_seed_starts_the_same_generator_afresh():
