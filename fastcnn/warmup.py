@@ -39,6 +39,8 @@ _WHOLE = "whole network"
 _MOST_PROCESSES = 4
 # Elements of an input that keeps every thread busy, so that the parallel kernels are compiled too.
 _LARGE = 1 << 18
+# Images in a step of the whole network.
+_BATCH = 64
 
 
 class WarmupError(RuntimeError):
@@ -70,17 +72,16 @@ class _Plan:
     model: Any
     input_shape: tuple[int, ...]
     num_classes: int
-    batch_size: int
     dtype: str
     optimizer: str | None
-    augment: str | None
+    augment: bool
     image_dtype: str | None
     training: bool
     threads: int
 
     def for_running(self) -> _Plan:
         """The part of this plan that a trained network takes; the same for all ways to train it."""
-        return replace(self, batch_size=64, optimizer=None, augment=None, image_dtype="uint8", training=False)
+        return replace(self, optimizer=None, augment=False, image_dtype="uint8", training=False)
 
     def stamp(self) -> Path:
         """The file that tells that this plan has been carried out on this machine with these sources."""
@@ -94,10 +95,9 @@ def warmup(
     input_shape: Sequence[int] = (1, 28, 28),
     num_classes: int = 10,
     *,
-    batch_size: int = 64,
     dtype: str = "float32",
     optimizer: str | None = "Adam",
-    augment: str | None = None,
+    augment: bool = True,
     image_dtype: str | None = "uint8",
     training: bool = True,
     processes: int | None = None,
@@ -112,18 +112,16 @@ def warmup(
     input_shape : (C, H, W)
     num_classes : int
         Of the network that `model` names.
-    batch_size : int
-        Of the training; small batches need other kernels than large ones.
     dtype : {"float32", "float64"}
     optimizer : str or None
         Class in ``fastcnn.optim``; None if gradients will only be computed.
-    augment : str or None
-        Preset of the loader's augmentation.
+    augment : bool
+        Whether the loader changes images.
     image_dtype : {"uint8", "float32"} or None
         How the data set stores its images; None if no loader is used.
     training : bool
-        Whether the network will be trained, or else only run: then batch size, optimiser and augmentation
-        don't matter.
+        Whether the network will be trained, or else only run: then optimiser and augmentation don't
+        matter.
     processes : int, optional
         By default one for each CPU, at most 4. Zero compiles in this process.
     progress : callable, optional
@@ -153,7 +151,6 @@ def warmup(
         model.double() if dtype == "float64" else model.float(),
         tuple(input_shape),
         num_classes,
-        batch_size,
         dtype,
         optimizer,
         augment,
@@ -314,7 +311,7 @@ def _layer(layer: Any, part: str, elements: int, training: bool) -> None:
 def _loss(plan: _Plan) -> None:
     from . import nn
 
-    for rows in (2, plan.batch_size, max(2, _LARGE // plan.num_classes)):
+    for rows in (2, max(2, _LARGE // plan.num_classes)):
         loss_fn = nn.CrossEntropyLoss()
         loss_fn(np.zeros((rows, plan.num_classes), plan.dtype), np.zeros(rows, np.int64))
         if plan.training:
@@ -332,13 +329,12 @@ def _batches(plan: _Plan) -> None:
     from . import data
 
     channels, height, width = plan.input_shape
-    for count in (2, plan.batch_size):
+    names = tuple(map(str, range(plan.num_classes)))
+    for count in (2, max(2, _LARGE // (channels * height * width))):
         images = np.zeros((count, height, width, channels), plan.image_dtype)
-        names = tuple(map(str, range(plan.num_classes)))
         dataset = data.Dataset(images, np.zeros(count, np.int64), names)
-        for augment in {None, plan.augment}:
-            loader = data.Loader(dataset, batch_size=count, augment=augment)
-            for _ in loader:
+        for augment in (None, "light") if plan.augment else (None,):
+            for _ in data.Loader(dataset, batch_size=count, augment=augment):
                 pass
 
 
@@ -348,7 +344,7 @@ def _whole(plan: _Plan) -> None:
 
     model = plan.model
     loss_fn = nn.CrossEntropyLoss()
-    for count in (plan.batch_size, 2) if plan.training else ():
+    for count in (_BATCH, 2) if plan.training else ():
         x = np.zeros((count, *plan.input_shape), plan.dtype)
         model.train()
         logits = model(x)
@@ -356,7 +352,7 @@ def _whole(plan: _Plan) -> None:
         model.backward(loss_fn.backward(), input_grad=False)
     model.eval()
     with no_grad():
-        for count in (plan.batch_size, 1):
+        for count in (_BATCH, 1):
             model(np.zeros((count, *plan.input_shape), plan.dtype))
     if plan.optimizer is not None:
         _optimizer(plan, model.parameters()).step()

@@ -68,7 +68,6 @@ def _check_one(out: Output, name: str, dataset: Any, images: int, samples: int, 
         model,
         dataset.input_shape,
         dataset.num_classes,
-        batch_size=images,
         dtype="float64",
         optimizer=None,
     )

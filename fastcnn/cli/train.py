@@ -162,9 +162,8 @@ def _train(
         run.trainer.model,
         parts.train.input_shape,
         parts.train.num_classes,
-        batch_size=settings.batch_size,
         optimizer=type(run.trainer.optimizer).__name__,
-        augment=settings.augment,
+        augment=settings.augment != "none",
         image_dtype=str(parts.train.images.dtype),
     )
     if folder is None:

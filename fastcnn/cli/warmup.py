@@ -8,7 +8,7 @@ import typer
 
 from .options import Json, Threads, use_threads
 from .output import CommandError, Output, guarded
-from .train import AugmentName, OptimizerName
+from .train import OptimizerName
 from .waiting import compile_first, short_path
 
 
@@ -18,12 +18,7 @@ def warmup(
     data: Annotated[
         str, typer.Option(metavar="NAME", help="The data set's name, for the size of its images.")
     ] = "digits",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a training step.")] = 64,
     optimizer: Annotated[OptimizerName, typer.Option(help="The optimiser.")] = OptimizerName.adam,
-    augment: Annotated[
-        AugmentName | None,
-        typer.Option(help="Augmentation. [default: what suits the data set]", show_default=False),
-    ] = None,
     double: Annotated[bool, typer.Option("--double", help="For float64, as fastcnn check uses it.")] = False,
     processes: Annotated[
         int | None,
@@ -37,7 +32,7 @@ def warmup(
     from fastcnn.kernels.jit import cache_directory
     from fastcnn.models import names
 
-    from .run import OPTIMIZERS, default_augmentation
+    from .run import OPTIMIZERS
 
     out = Output(json)
     use_threads(threads)
@@ -51,10 +46,8 @@ def warmup(
             name,
             entry.input_shape,
             len(entry.classes) or 100,
-            batch_size=batch_size,
             dtype="float64" if double else "float32",
             optimizer=OPTIMIZERS[optimizer.value],
-            augment=default_augmentation(data) if augment is None else augment.value,
             processes=processes,
             strict=True,
         )
