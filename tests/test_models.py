@@ -118,6 +118,7 @@ def test_images_too_small_for_the_model(name, small):
     [
         ({"name": "vgg"}, "name: 'vgg' is none of emotion"),
         ({"input_shape": (48, 48)}, r"input_shape: expected \(C, H, W\)"),
+        ({"input_shape": 48}, r"input_shape: expected \(C, H, W\), got 48"),
         ({"input_shape": (0, 48, 48)}, "input_shape: 0 is below 1"),
         ({"num_classes": 0}, "num_classes: 0 is below 1"),
     ],

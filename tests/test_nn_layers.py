@@ -434,6 +434,8 @@ class TestActivations:
         np.testing.assert_allclose(np.exp(nn.LogSoftmax(dim)(x)), p, rtol=1e-4, atol=1e-30)
         with pytest.raises(ValueError, match="dim: 3 is no axis"):
             nn.Softmax(3)(x)
+        with pytest.raises(TypeError, match=r"dim: expected an int, got 1\.5"):
+            nn.Softmax(1.5)
 
     def test_identity(self):
         x = draw(2, 3)

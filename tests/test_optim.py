@@ -403,6 +403,7 @@ class TestStateDict:
             (wrong_shape, r"state_dict: exp_avg of shape \(4,\) is not the parameter's \(3,\)"),
             (wrong_group, r"state_dict: groups of \[5\] parameters are not the optimiser's \[6\]"),
             (wrong_value, "lr: -1"),
+            ({"state": {}}, "state_dict: has no 'param_groups'"),
         ):
             with pytest.raises(ValueError, match=message):
                 opt.load_state_dict(bad)

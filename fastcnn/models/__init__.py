@@ -66,8 +66,8 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, seed: int | 
     """
     if name not in _MODELS:
         raise ValueError(f"name: {name!r} is none of {', '.join(_MODELS)}")
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape: expected (C, H, W), got {tuple(input_shape)}")
+    if np.shape(input_shape) != (3,):
+        raise ValueError(f"input_shape: expected (C, H, W), got {input_shape!r}")
     channels, height, width = (checks.integer("input_shape", size, 1) for size in input_shape)
     classes = checks.integer("num_classes", num_classes, 1)
     with using(default_generator() if seed is None else np.random.default_rng(seed)):

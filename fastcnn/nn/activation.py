@@ -178,7 +178,9 @@ class _AlongAxis(Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dim = dim
+        if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)):
+            raise TypeError(f"dim: expected an int, got {dim!r}")
+        self.dim = int(dim)
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the input."""

@@ -235,8 +235,12 @@ class Optimizer:
         Raises
         ------
         ValueError
-            If the groups have other sizes, an array another shape, or a hyper-parameter is out of its range.
+            If it is no optimiser's, the groups have other sizes, an array another shape, or a hyper-parameter
+            is out of its range.
         """
+        for name in ("param_groups", "state"):
+            if name not in state_dict:
+                raise ValueError(f"state_dict: has no {name!r}")
         groups, state = state_dict["param_groups"], state_dict["state"]
         sizes = [len(flat_group.parameters) for flat_group in self._flats]
         loaded_sizes = [len(group["params"]) for group in groups]
