@@ -245,7 +245,7 @@ class _Side(NamedTuple):
     dilation: int
 
     @property
-    def count(self) -> int:
+    def outputs(self) -> int:
         """Outputs along this axis."""
         return checks.window_output(*self)
 
@@ -255,7 +255,7 @@ class _Side(NamedTuple):
         return self.stride > 1 and (self.stride > self.kernel or self.dilation > 1)
 
     def forward(self) -> geometry.Axis:
-        return geometry.forward_axis(self.count, self.stride, self.padding[0], self.kernel, self.dilation)
+        return geometry.forward_axis(self.outputs, self.stride, self.padding[0], self.kernel, self.dilation)
 
     def phases(self) -> list[tuple[geometry.Axis, tuple[int, ...]]]:
         return geometry.input_axes(self.size, self.stride, self.padding[0], self.kernel, self.dilation)
@@ -272,7 +272,7 @@ class _Layer:
         self.filters = filters
         self.groups = groups
         self.rows, self.columns = sides
-        self.out_image = (self.rows.count, self.columns.count)
+        self.out_image = (self.rows.outputs, self.columns.outputs)
         taps = self.rows.kernel * self.columns.kernel * (channels // groups)
         self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 

@@ -53,9 +53,9 @@ class Correlation(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """One axis of a correlation: `count` outputs, `step` inputs apart, each over `taps` from `origin` on."""
+    """One axis of a correlation: `outputs` many, `step` inputs apart, each over `taps` from `origin` on."""
 
-    count: int
+    outputs: int
     step: int
     origin: int
     taps: tuple[int, ...]
@@ -65,7 +65,7 @@ class Axis(NamedTuple):
     @property
     def window(self) -> int:
         """Inputs that all outputs together span."""
-        return (self.count - 1) * self.step + self.extent
+        return (self.outputs - 1) * self.step + self.extent
 
     @property
     def extent(self) -> int:
@@ -138,13 +138,13 @@ def correlation(
     pitch = (width if in_place else columns.window) * channels
     itemsize = 4  # of float32; float64 windows are twice as large and do as well in the second-level cache
     count = _rows_per_block(
-        rows.count, columns.count, rows.step, rows.extent, columns.window * channels * itemsize
+        rows.outputs, columns.outputs, rows.step, rows.extent, columns.window * channels * itemsize
     )
-    last = rows.count - (-(-rows.count // count) - 1) * count
+    last = rows.outputs - (-(-rows.outputs // count) - 1) * count
 
     def pixel_table(many: int, row_step: int, column_step: int) -> np.ndarray:
         return padded_rows(
-            np.add.outer(np.arange(many) * row_step, np.arange(columns.count) * column_step).ravel()
+            np.add.outer(np.arange(many) * row_step, np.arange(columns.outputs) * column_step).ravel()
         )
 
     pixel_steps = (rows.step * pitch, columns.step * channels)
@@ -156,10 +156,10 @@ def correlation(
         image_w=width,
         channels=channels,
         in_place=int(in_place),
-        blocks=-(-rows.count // count),
+        blocks=-(-rows.outputs // count),
         rows=count,
-        height=rows.count,
-        width=columns.count,
+        height=rows.outputs,
+        width=columns.outputs,
         step=rows.step,
         origin_h=rows.origin,
         origin_w=columns.origin,

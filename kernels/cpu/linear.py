@@ -94,14 +94,34 @@ def _tables(
     return block, len(row[0]), np.concatenate(row), np.concatenate(crow), col
 
 
-def _product(a, a_strides, b, b_strides, depth, bias, c, accumulate) -> None:
+def _product(
+    a: np.ndarray,
+    a_strides: tuple[int, int],
+    b: np.ndarray,
+    b_strides: tuple[int, int],
+    depth: int,
+    bias: np.ndarray | None,
+    c: np.ndarray,
+    accumulate: bool,
+) -> None:
     """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns."""
     rows, columns = c.shape
     if not c.size:
         return
     width = simd.panel_width(c.dtype)
     block, tail, row, crow, col = _tables(rows, columns, *a_strides)
-    product = Product(rows, depth, columns, *a_strides, *b_strides, block, tail, int(accumulate))
+    product = Product(
+        rows,
+        depth,
+        columns,
+        a_row=a_strides[0],
+        a_k=a_strides[1],
+        b_k=b_strides[0],
+        b_column=b_strides[1],
+        block_rows=block,
+        tail=tail,
+        accumulate=int(accumulate),
+    )
     start = scratch("start", -(-columns // width) * width, c.dtype)
     start[:] = 0
     if bias is not None:

@@ -20,8 +20,8 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
     a training step allocates nothing after its first.
     """
-    buffers = _local.__dict__
-    key = (use, np.dtype(dtype).char)
+    buffers: dict[str, np.ndarray] = _local.__dict__
+    key = f"{use} {np.dtype(dtype)}"
     buffer = buffers.get(key)
     if buffer is None or buffer.size < size:
         buffer = np.empty(max(size, 1), dtype)
