@@ -1,0 +1,94 @@
+"""fastcnn: its CPU kernels with buffers made beforehand, and its networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from fastcnn.kernels import cpu
+
+import fastcnn
+from fastcnn import nn, optim
+
+from ..calls import call
+from ..inputs import Arrays
+from ..parity import GRADIENT
+from ..shapes import Model, Workload
+from . import Side, networks
+
+
+def version() -> str:
+    """fastcnn's."""
+    return fastcnn.__version__
+
+
+def set_threads(threads: int) -> None:
+    """Threads of all kernels."""
+    fastcnn.set_num_threads(threads)
+
+
+def variants(workload: Workload) -> tuple[str, ...]:
+    """There is one way."""
+    return ("fastcnn",)
+
+
+def prepare(workload: Workload, arrays: Arrays, variant: str) -> Side:
+    """See the package."""
+    if workload.op == "train":
+        return _train(workload.shape, arrays)
+    if workload.op in networks.MODEL_OPS:
+        return _infer(workload.shape, arrays)
+    kernel = call(cpu, workload, arrays)
+    if workload.op == "dropout-forward":
+        return Side(kernel.into_buffers(), lambda: _with_factor(kernel.result(), arrays["x"]))
+    return Side(kernel.into_buffers(), kernel.result)
+
+
+def _with_factor(result: dict[str, np.ndarray], x: np.ndarray) -> dict[str, np.ndarray]:
+    """What other libraries' dropout can be compared with: they drop other elements."""
+    return {**result, "factor": (result["y"] / x).max()}
+
+
+def _infer(shape: Model, arrays: Arrays) -> Side:
+    net = networks.build(shape)
+    net.eval()
+    x = networks.images(arrays["x"])
+
+    def run() -> np.ndarray:
+        with fastcnn.no_grad():
+            return net(x)
+
+    return Side(run, lambda: {"logits": np.array(run())})
+
+
+def _train(shape: Model, arrays: Arrays) -> Side:
+    net = networks.build(shape)
+    net.train()
+    optimizer = optim.Adam(net.parameters(), lr=networks.LEARNING_RATE)
+    loss_fn = nn.CrossEntropyLoss()
+    x, target = networks.images(arrays["x"]), arrays["target"]
+
+    def backward() -> tuple[Any, float]:
+        logits = net(x)
+        loss = loss_fn(logits, target)
+        net.backward(loss_fn.backward(), input_grad=False)
+        return logits, loss
+
+    def run() -> float:
+        optimizer.zero_grad()
+        _, loss = backward()
+        optimizer.step()
+        return loss
+
+    def result() -> dict[str, np.ndarray]:
+        state = net.state_dict()
+        with networks.without_dropout(net):
+            optimizer.zero_grad()
+            logits, loss = backward()
+        results = {"logits": np.array(logits), "loss": np.array(loss)}
+        for name, parameter in net.named_parameters():
+            results[GRADIENT + name] = np.array(parameter.grad)
+        net.load_state_dict(state)
+        return results
+
+    return Side(run, result)
