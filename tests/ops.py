@@ -31,6 +31,8 @@ class Operation:
     dtypes : dtypes to run in
     updates : arguments that the function changes in place
     any_shape : arguments that may have one axis more than in the cases
+    meets_padding : arguments that are multiplied with zeros of padding by `cpu` but not by `reference`: their
+        NaN may spread further
     terms : function of the arguments; how many terms the longest sum has
     scale : function of the arguments; the largest number on the way to the result, if the result is smaller
     """
@@ -41,6 +43,7 @@ class Operation:
     dtypes: tuple[type, ...] = FLOATS
     updates: tuple[str, ...] = ()
     any_shape: tuple[str, ...] = ()
+    meets_padding: tuple[str, ...] = ()
     terms: Callable[[Arguments], int] = field(default=lambda arguments: 1)
     scale: Callable[[Arguments], float] = field(default=lambda arguments: 0.0)
 
@@ -114,6 +117,7 @@ OPERATIONS = [
         "conv2d_backward_input",
         calls.conv2d_backward_input,
         calls.CONVOLUTIONS,
+        meets_padding=("weight",),
         terms=lambda arguments: prod(arguments["weight"].shape[:2]) * arguments["weight"].shape[3],
     ),
     Operation("conv2d_backward_weight", calls.conv2d_backward_weight, calls.CONVOLUTIONS, terms=_pixels),

@@ -336,8 +336,8 @@ def batch_norm_backward(
     dweight = checks.output("out_dweight", out_dweight, (channels,), x.dtype)
     dbias = checks.output("out_dbias", out_dbias, (channels,), x.dtype)
     total, product = np.zeros((2, channels))
-    inv_std64 = checked["inv_std"].astype(np.float64)
     if x.size:
+        inv_std64 = checked["inv_std"].astype(np.float64)
         pieces, width = piece_count(x.size), row_width(channels)
         slabs = scratch("products", 2 * pieces * width, np.float64).reshape(2, pieces, width)
         center = _spread("center", [checked["mean"]], channels, np.dtype(np.float64))[0]
@@ -351,6 +351,7 @@ def batch_norm_backward(
         threads = thread_count(-(-x.size // width), x.size)
         flat = dout.reshape(-1), x.reshape(-1), dx.reshape(-1)
         _normalize_backward(threads, *flat, table, int(bool(training)))
-    for given, target, result in ((out_dweight, dweight, product * inv_std64), (out_dbias, dbias, total)):
+        product *= inv_std64
+    for given, target, result in ((out_dweight, dweight, product), (out_dbias, dbias, total)):
         target[...] = target + result if accumulate and given is not None else result
     return dx, dweight, dbias

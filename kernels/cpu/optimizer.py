@@ -25,7 +25,7 @@ class Sgd(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """The numbers of one step of Adam, the floats in the parameters' dtype, the switch 0 or 1."""
+    """The numbers of one step of Adam, the floats in the parameters' dtype, the switches 0 or 1."""
 
     lr: float  # over the bias correction of exp_avg
     keep: float  # what decoupled weight decay leaves of a parameter
@@ -36,6 +36,7 @@ class Adam(NamedTuple):
     fresh2: float
     correction: float  # of the root of exp_avg_sq
     eps: float
+    decoupled: int
     zero_grad: int
 
 
@@ -160,7 +161,7 @@ def _adam_part(thread, threads, param, grad, exp_avg, exp_avg_sq, s):
         end = min(start + BLOCK, hi)
         p, g, m, v = param[start:end], grad[start:end], exp_avg[start:end], exp_avg_sq[start:end]
         for i in range(p.size):
-            gradient = g[i] + s.weight_decay * p[i]
+            gradient = g[i] if s.decoupled else g[i] + s.weight_decay * p[i]
             m[i] = s.beta1 * m[i] + s.fresh1 * gradient
             v[i] = s.beta2 * v[i] + s.fresh2 * gradient * gradient
             p[i] = s.keep * p[i] - s.lr * m[i] / (math.sqrt(v[i]) * s.correction + s.eps)
@@ -235,7 +236,7 @@ def adam_update(
     numbers = (
         lr / (1 - beta1**step),
         1 - lr * weight_decay if decoupled else 1,
-        0 if decoupled else weight_decay,
+        weight_decay,
         beta1,
         1 - beta1,
         beta2,
@@ -243,5 +244,6 @@ def adam_update(
         1 / math.sqrt(1 - beta2**step),
         eps,
     )
-    settings = Adam(*(param.dtype.type(number) for number in numbers), int(bool(zero_grad)))
+    switches = int(bool(decoupled)), int(bool(zero_grad))
+    settings = Adam(*(param.dtype.type(number) for number in numbers), *switches)
     _adam(thread_count(blocks(param.size), param.size), param, grad, exp_avg, exp_avg_sq, settings)

@@ -232,7 +232,7 @@ def max_pool2d_backward(
     if not rows or not columns or dout.shape[::3] != shape[::3]:
         raise ValueError(f"dout: shape {dout.shape} is no output of pooling x_shape {shape}")
     g = g._replace(out_h=dout.shape[1], out_w=dout.shape[2])
-    if argmax.dtype != _argmax_dtype(g):
+    if argmax.dtype.newbyteorder("=") != _argmax_dtype(g):
         raise TypeError(f"argmax: dtype {argmax.dtype} is not {_argmax_dtype(g)}")
     argmax = checks.contiguous(checks.same_shape("argmax", argmax, dout.shape))
     dx = checks.output("out", out, shape, dout.dtype)
