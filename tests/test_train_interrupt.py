@@ -1,7 +1,9 @@
 """Ctrl-C at every event and every save: nothing is lost, and the run goes on."""
 
+import itertools
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -11,6 +13,8 @@ import fastcnn
 from fastcnn import nn
 from fastcnn.train import Callback, Trainer, load_checkpoint
 from fastcnn.train.interrupts import deferred_interrupt
+
+PACKAGE = os.path.dirname(fastcnn.train.__file__)
 
 
 class Loader:
@@ -97,6 +101,50 @@ def test_interrupted_anywhere_then_resumed_is_the_straight_run(tmp_path, event, 
     assert weights(other) == weights(straight)
     assert history["train_loss"] == straight.history["train_loss"]
     assert history["lr"] == straight.history["lr"]
+
+
+class CtrlCAtLine(Callback):
+    """A signal just before a line of fastcnn.train, counted from the first one of the training loop.
+
+    Not of all of fastcnn: a tracing function can raise between the body of ``with lock:`` and the release,
+    where Python itself lets no signal in.
+    """
+
+    def __init__(self, number):
+        self.left = number
+        self.before = sys.gettrace()
+
+    def on_fit_start(self, trainer, epochs):
+        sys.settrace(
+            lambda frame, event, argument: self.line if PACKAGE in frame.f_code.co_filename else None
+        )
+
+    def line(self, frame, event, argument):
+        self.left -= event == "line"
+        if self.left == 0:
+            sys.settrace(self.before)
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.line
+
+    def on_fit_end(self, trainer):
+        sys.settrace(self.before)
+
+
+def test_ctrl_c_at_any_line(tmp_path):
+    straight = trainer()
+    straight.fit(Loader(), epochs=2)
+    trials = 0
+    for number in itertools.count(1, 61):
+        run_dir = tmp_path / str(number)
+        history = trainer(run_dir, [CtrlCAtLine(number)]).fit(Loader(), epochs=2)
+        if not history.interrupted:
+            break
+        trials += 1
+        other = trainer(run_dir)
+        other.fit(Loader(), epochs=2, resume=True)
+        assert weights(other) == weights(straight), number
+        assert not [file for file in run_dir.iterdir() if file.name.startswith(".")]
+    assert trials > 20
 
 
 def test_the_model_as_it_was_is_kept(tmp_path):

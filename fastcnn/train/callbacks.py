@@ -62,4 +62,4 @@ class Callback:
         """After validation and checkpoints; `row` is the epoch's row of the history."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last epoch, an interrupt or an error."""
+        """After the last epoch, an interrupt or an error, even one before `on_fit_start`."""

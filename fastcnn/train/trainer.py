@@ -178,13 +178,17 @@ class Trainer:
         self._generators = _find_generators(self.model, train_loader, val_loader)
         self.history.interrupted = self.history.stopped_early = False
         try:
-            self._open_run(resume, overwrite)
-            self._run(train_loader, val_loader, epochs, patience, monitor)
+            try:
+                self._open_run(resume, overwrite)
+                self._run(train_loader, val_loader, epochs, patience, monitor)
+            finally:
+                self.model.eval()
         except KeyboardInterrupt:
             self.history.interrupted = True
+            # Ctrl-C may have come before all layers had changed their mode.
+            self.model.eval()
             self._save_interrupted()
         finally:
-            self.model.eval()
             for callback in self.callbacks:
                 callback.on_fit_end(self)
         return self.history
