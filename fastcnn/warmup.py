@@ -111,7 +111,7 @@ def warmup(
         A name from ``fastcnn.models.names()``, or a network.
     input_shape : (C, H, W)
     num_classes : int
-        Of the network that `model` names.
+        Number of outputs.
     dtype : {"float32", "float64"}
     optimizer : str or None
         Class in ``fastcnn.optim``; None if gradients will only be computed.
@@ -136,7 +136,7 @@ def warmup(
     WarmupError
         If a job fails or its process ends; the message says which and why.
     ValueError
-        If `model` is no network's name, or its input doesn't fit.
+        If an argument is none of these, or the input does not fit the network.
     """
     started = time.perf_counter()
     if isinstance(model, str):
@@ -147,17 +147,11 @@ def warmup(
         model = copy.deepcopy(model)
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype: {dtype!r} is neither 'float32' nor 'float64'")
-    plan = _Plan(
-        model.double() if dtype == "float64" else model.float(),
-        tuple(input_shape),
-        num_classes,
-        dtype,
-        optimizer,
-        augment,
-        image_dtype,
-        training,
-        get_num_threads(),
-    )
+    if optimizer is not None:
+        _check_optimizer(optimizer)
+    model = model.double() if dtype == "float64" else model.float()
+    work = (dtype, optimizer, augment, image_dtype, training, get_num_threads())
+    plan = _Plan(model, tuple(input_shape), num_classes, *work)
     if not training:
         plan = plan.for_running()
     if plan.stamp().exists():
@@ -167,14 +161,23 @@ def warmup(
     if processes is None:
         processes = min(_cpus(), _MOST_PROCESSES)
     report = progress or (lambda done, total, what: None)
-    if processes == 0 or not _can_share(plan):
+    handed = _handed_over(plan) if processes > 0 else None
+    if handed is None:
         _run_here(plan, jobs, report)
     else:
-        _run_in_workers(plan, jobs, processes, report)
+        _run_in_workers(handed, jobs, processes, report)
     report(len(jobs) + 1, len(jobs) + 1, "")
     _leave(plan.stamp())
     _leave(plan.for_running().stamp())
     return WarmupResult(len(_cached_kernels() - before), time.perf_counter() - started, cached=False)
+
+
+def _check_optimizer(name: str) -> None:
+    from . import optim
+
+    kinds = [kind for kind in optim.__all__ if kind[0].isupper() and kind != "Optimizer"]
+    if name not in kinds:
+        raise ValueError(f"optimizer: {name!r} is none of {', '.join(kinds)}")
 
 
 def _machine() -> str:
@@ -199,17 +202,17 @@ def _cached_kernels() -> set[str]:
     return {path.name for path in cache_directory().glob("*.nbc")}
 
 
-def _can_share(plan: _Plan) -> bool:
-    """Whether other processes can take `plan` over, and hand their kernels back through the cache."""
+def _handed_over(plan: _Plan) -> bytes | None:
+    """`plan` for other processes; None if they can't take it, or can't hand their kernels back."""
     # A class from a script can't be imported by another process.
     if any(type(module).__module__ == "__main__" for module in plan.model.modules()):
-        return False
+        return None
     try:
         cache_directory().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_directory()):
-            return True
-    except OSError:
-        return False
+            return pickle.dumps(plan)
+    except (OSError, pickle.PicklingError, AttributeError, TypeError):
+        return None
 
 
 def _leave(stamp: Path) -> None:
@@ -260,9 +263,9 @@ def _example(layer: Any, elements: int) -> np.ndarray | None:
     from . import nn
 
     if isinstance(layer, nn.Linear):
-        return np.ones((max(2, elements // layer.in_features), layer.in_features), layer.weight.dtype)
+        return np.ones((max(2, elements // layer.in_features), layer.in_features), np.float32)
     if isinstance(layer, nn.BatchNorm1d):
-        return np.ones((max(2, elements // layer.num_features), layer.num_features), layer.weight.dtype)
+        return np.ones((max(2, elements // layer.num_features), layer.num_features), np.float32)
     if isinstance(layer, nn.Conv2d):
         channels = layer.in_channels
         side = max(8, 2 * max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)))
@@ -282,8 +285,8 @@ def _layer(layer: Any, part: str, elements: int, training: bool) -> None:
 
     x = _example(layer, elements)
     assert x is not None
-    parameters = layer.parameters()
-    x = x.astype(parameters[0].dtype if parameters else x.dtype)
+    for parameter in layer.parameters():
+        x = x.astype(parameter.dtype)
     layer.train(training)
     if not part or not training:
         y = layer(x)
@@ -375,11 +378,10 @@ def _run_here(plan: _Plan, jobs: Sequence[str], report: Progress) -> None:
             _carry_out(plan, job)
 
 
-def _run_in_workers(plan: _Plan, jobs: Sequence[str], processes: int, report: Progress) -> None:
+def _run_in_workers(handed: bytes, jobs: Sequence[str], processes: int, report: Progress) -> None:
     """Share the jobs out among processes, then let one of them do the whole network."""
     total = len(jobs) + 1
-    with _Crew(plan, min(processes, len(jobs))) as crew:
-        done = 0
+    with _Crew(handed, min(processes, len(jobs))) as crew:
         for done, running in crew.run(jobs):
             if running:
                 report(done, total, ", ".join(running))
@@ -391,8 +393,7 @@ def _run_in_workers(plan: _Plan, jobs: Sequence[str], processes: int, report: Pr
 class _Crew:
     """Worker processes, each driven by a thread that hands it one job after another."""
 
-    def __init__(self, plan: _Plan, size: int):
-        handed = pickle.dumps(plan)
+    def __init__(self, handed: bytes, size: int):
         self._workers = [_Worker(handed) for _ in range(size)]
 
     def __enter__(self) -> _Crew:

@@ -27,12 +27,12 @@ def check(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Check the gradients of a network, layer by layer, on real images.
+    """Check a network's gradients layer by layer.
 
-    Each layer gets the output of the one before, in double precision. The tests are IN, gradient of the
-    input against central differences; PAR, gradient of a parameter; VJP, the input's gradient along random
-    directions; and for a convolution ROW, order of im2col's rows; DX, the input's gradient by col2im; ADJ,
-    col2im as the adjoint of im2col. The exit code is 1 if one fails.
+    Real images are sent through it, and each layer gets the output of the one before, in double precision.
+    The tests are IN, gradient of the input against central differences; PAR, gradient of a parameter; VJP,
+    the input's gradient along random directions; and for a convolution ROW, order of im2col's rows; DX, the
+    input's gradient by col2im; ADJ, col2im as the adjoint of im2col. The exit code is 1 if one fails.
     """
     from fastcnn.data import load
     from fastcnn.models import names

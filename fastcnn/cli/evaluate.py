@@ -29,7 +29,10 @@ def evaluate(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Measure a trained network: accuracy, confusion matrix, precision, recall and F1."""
+    """Measure a trained network on images.
+
+    It prints the confusion matrix, precision, recall and F1 of each class, loss and accuracy.
+    """
     from fastcnn import nn
     from fastcnn.data import load
     from fastcnn.train import evaluate as measure

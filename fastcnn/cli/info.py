@@ -14,7 +14,7 @@ from .waiting import short_path
 
 @guarded
 def info(threads: Threads = None, json: Json = False) -> None:
-    """Show the versions, the machine, the threads, the kernel cache and the networks' names."""
+    """Show versions, machine, threads and networks."""
     import llvmlite
     import numba
     import numpy as np

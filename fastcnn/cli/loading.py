@@ -75,16 +75,16 @@ def load_network(path: Path) -> Network:
     if config is None:
         raise CommandError(f"{path}: does not say which network it is of; load it from Python")
     try:
-        model = models.create(**config)
-        shape = tuple(model.config["input_shape"])
-        classes = checkpoint.classes or tuple(map(str, range(model.config["num_classes"])))
+        model = models.create(**config, seed=0)
+        channels, height, width = config["input_shape"]
+        classes = checkpoint.classes or tuple(map(str, range(config["num_classes"])))
         normalize = checkpoint.normalize and (checkpoint.normalize["mean"], checkpoint.normalize["std"])
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its description of the network is damaged ({error})") from None
-    if len(classes) != model.config["num_classes"]:
-        raise CheckpointError(f"{path}: {len(classes)} classes, of {model.config['num_classes']} outputs")
+    if len(classes) != config["num_classes"]:
+        raise CheckpointError(f"{path}: {len(classes)} classes, of {config['num_classes']} outputs")
     checkpoint.restore(model)
-    return Network(path, model.eval(), checkpoint, shape, classes, normalize)
+    return Network(path, model.eval(), checkpoint, (channels, height, width), classes, normalize)
 
 
 @dataclass(frozen=True)

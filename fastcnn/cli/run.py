@@ -223,12 +223,9 @@ def build(settings: Settings, parts: Datasets, callbacks: Iterable[Callback] = (
     """
     fastcnn.manual_seed(settings.seed)
     normalize = parts.train.mean_std()
-    config = {
-        "name": settings.model,
-        "input_shape": parts.train.input_shape,
-        "num_classes": parts.train.num_classes,
-    }
-    model = models.create(**config, seed=settings.seed)
+    model = models.create(
+        settings.model, parts.train.input_shape, parts.train.num_classes, seed=settings.seed
+    )
     train = data.Loader(
         parts.train,
         settings.batch_size,
@@ -250,7 +247,7 @@ def build(settings: Settings, parts: Datasets, callbacks: Iterable[Callback] = (
         callbacks=callbacks,
         classes=parts.train.classes,
         normalize={"mean": normalize[0], "std": normalize[1]},
-        model_config=config,
+        model_config=model.config,  # type: ignore[attr-defined]
     )
     return Run(trainer, train, validation, test)
 

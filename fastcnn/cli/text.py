@@ -32,7 +32,8 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     wide = max(map(len, names)) > 5
     heads = [str(i) for i in range(len(names))] if wide else names
     labels = [f"{i} {name}" for i, name in enumerate(names)] if wide else names
-    rows = [["", *heads], *([label, *row] for label, row in zip(labels, numbers, strict=True))]
+    rows: list[list[object]] = [["", *heads]]
+    rows += [[label, *row] for label, row in zip(labels, numbers, strict=True)]
     return "Confusion matrix (rows: true class, columns: predicted)\n" + table(rows, "<>")
 
 

@@ -116,11 +116,12 @@ def train(
     asked = {name: given[name] for name in given if _is_explicit(context, name)}
     output = Output(json)
     used = use_threads(threads)
+    folder = out
     if resume:
         folder, settings = _take_up(out, asked)
     else:
         _check_folder(out, overwrite)
-        folder, settings = out, Settings(**given).resolved()
+        settings = Settings(**given).resolved()
     _train(output, settings, folder, used, resume, overwrite)
 
 

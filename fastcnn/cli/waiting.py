@@ -36,13 +36,17 @@ def counting(out: Output, title: str) -> Iterator[Callable[[int, int, str], None
         console=out.console(),
         transient=True,
     )
-    with bar:
-        task = bar.add_task(title, total=None, what="")
+    task = bar.add_task(title, total=None, what="")
 
-        def live(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
+    def live(done: int, total: int, what: str) -> None:
+        # Not before: often there is nothing to wait for.
+        bar.start()
+        bar.update(task, completed=done, total=total, what=what)
 
+    try:
         yield live
+    finally:
+        bar.stop()
 
 
 @contextlib.contextmanager
@@ -62,15 +66,19 @@ def downloads(out: Output) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=out.console(), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(*columns, TimeRemainingColumn(), console=out.console(), transient=True)
+    tasks: dict[str, Any] = {}
 
-        def live(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(f"Downloading {name}", total=total)
-            bar.update(tasks[name], completed=done)
+    def live(name: str, done: int, total: int) -> None:
+        bar.start()
+        if name not in tasks:
+            tasks[name] = bar.add_task(f"Downloading {name}", total=total)
+        bar.update(tasks[name], completed=done)
 
+    try:
         yield live
+    finally:
+        bar.stop()
 
 
 def compile_first(out: Output, *arguments: Any, strict: bool = False, **options: Any) -> Any:

@@ -27,7 +27,10 @@ def warmup(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compile now what training and running a network takes, so that it starts at once later."""
+    """Compile a network's kernels now.
+
+    Training and running it then starts at once.
+    """
     from fastcnn.data import info
     from fastcnn.kernels.jit import cache_directory
     from fastcnn.models import names
