@@ -298,8 +298,8 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, optimizer, prefet
 
 
 def test_checkpoint_tells_how_to_use_the_model(tmp_path):
-    config = {"name": "emotion", "input_shape": (1, 48, 48), "num_classes": 3}
-    scheduled(tmp_path, model_config=config).fit(loader(), epochs=1)
+    config = {"name": "emotion", "input_shape": [1, 48, 48], "num_classes": 3}
+    scheduled(tmp_path, model_config=config | {"input_shape": (1, 48, 48)}).fit(loader(), epochs=1)
     for name in ("last", "best"):
         checkpoint = load_checkpoint(tmp_path / name)
         assert checkpoint.classes == CLASSES
@@ -308,7 +308,19 @@ def test_checkpoint_tells_how_to_use_the_model(tmp_path):
         assert checkpoint.complete
     net = network(seed=8)
     load_checkpoint(tmp_path / "best").restore(net)
-    json.loads((tmp_path / "last.json").read_text())
+    assert json.loads((tmp_path / "last.json").read_text())["model_config"] == config
+
+
+def test_a_model_by_name_comes_back_from_its_checkpoint(tmp_path):
+    net = fastcnn.models.create("chapter9", input_shape=(1, 8, 8), num_classes=3, seed=0)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((6, 1, 8, 8)).astype(np.float32), rng.integers(0, 3, 6)
+    run = Trainer(net, fastcnn.optim.SGD(net.parameters(), lr=0.01), run_dir=tmp_path)
+    run.fit([(x, y)], epochs=1)
+    saved = load_checkpoint(tmp_path / "best")
+    twin = fastcnn.models.create(**saved.model_config, seed=1)
+    saved.restore(twin)
+    np.testing.assert_array_equal(fastcnn.train.predict(twin, x), run.predict(x))
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):

@@ -65,7 +65,8 @@ class Trainer:
     normalize : optional
         How images were normalised (JSON values or arrays), kept in checkpoints.
     model_config : dict, optional
-        Arguments of ``fastcnn.models.create`` that build the model, kept in checkpoints.
+        Arguments of ``fastcnn.models.create`` that build the model, kept in checkpoints; by default the
+        model's ``config``, where it has one.
 
     Attributes
     ----------
@@ -105,7 +106,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.classes = None if classes is None else tuple(classes)
         self.normalize = _plain(normalize)
-        self.model_config = model_config
+        self.model_config = getattr(model, "config", None) if model_config is None else model_config
         self.history = History()
         self.step = 0
         self._interval = scheduler_interval
@@ -219,7 +220,7 @@ class Trainer:
             step=self.step,
             complete=complete,
             history=self.history,
-            model_config=self.model_config,
+            model_config=_plain(self.model_config),
             normalize=self.normalize,
             classes=self.classes,
         )
