@@ -39,6 +39,8 @@ _WHOLE = "whole network"
 _MOST_PROCESSES = 4
 # Elements of an input that keeps every thread busy, so that the parallel kernels are compiled too.
 _LARGE = 1 << 18
+# What a process returns that the system killed, as it does when memory runs out.
+_KILLED = -9
 # Images in a step of the whole network.
 _BATCH = 64
 
@@ -473,7 +475,7 @@ class _Worker:
         self._errors.seek(0)
         last = ([line.strip() for line in self._errors if line.strip()] or [""])[-1]
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        hint = " (short of memory? try fewer processes)" if code == -signal.SIGKILL else ""
+        hint = " (short of memory? try fewer processes)" if code == _KILLED else ""
         return f"its process was ended {how}{hint}" + (f": {last}" if last else "")
 
     def close(self) -> None:

@@ -204,6 +204,7 @@ def test_resume_takes_the_newest_run_and_its_settings():
     assert "batches of 30" in text
     assert " 3/3 " in text
     assert train.load_checkpoint("runs/new/last").epoch == 3
+    assert "3/3" not in run("--resume", "--data", "tiny.npz").stdout, "it has its 3 epochs"
     assert train.load_checkpoint("runs/old/last").epoch == 2
 
 
@@ -216,6 +217,7 @@ def test_resume_refuses_another_run():
     assert "holds no run to resume" in run("--resume", "--out", "nowhere", code=1).stderr
     assert "no run to resume under runs" in run("--resume", code=1).stderr
     assert "exclude each other" in run("--resume", "--overwrite", code=2).stderr
+    assert "--overwrite needs --out" in run("--overwrite", code=2).stderr
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"settings": {"data": 1}}', '{"settings": []}', "\x00"])

@@ -70,6 +70,7 @@ def _check_one(out: Output, name: str, dataset: Any, images: int, samples: int, 
         dataset.num_classes,
         dtype="float64",
         optimizer=None,
+        augment=False,
     )
     rng = np.random.default_rng(seed)
     chosen = dataset.subset(rng.permutation(len(dataset))[:images])

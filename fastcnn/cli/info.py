@@ -66,10 +66,11 @@ def info(threads: Threads = None, json: Json = False) -> None:
 def _threading_layer() -> str:
     """The library that runs Numba's threads; it is chosen when they are started."""
     import numba
-    from numba.np.ufunc.parallel import _launch_threads
 
     try:
+        from numba.np.ufunc.parallel import _launch_threads
+
         _launch_threads()
         return numba.threading_layer()
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         return f"none ({error})"

@@ -106,9 +106,21 @@ def _last_written(settings: Path) -> float:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    """Note the settings in the run's folder."""
-    content = {"fastcnn": fastcnn.__version__, "settings": asdict(settings)}
-    (folder / SETTINGS_FILE).write_text(to_json(content) + "\n", encoding="utf-8")
+    """Note the settings in the run's folder; data at a path so that they are found from anywhere."""
+    settings = replace(settings, data=absolute(settings.data))
+    _write(folder / SETTINGS_FILE, {"fastcnn": fastcnn.__version__, "settings": asdict(settings)})
+
+
+def absolute(name: str) -> str:
+    """A data set's name as it is, a path as an absolute one."""
+    return name if name in data.names() else str(Path(name).expanduser().resolve())
+
+
+def _write(path: Path, content: Any) -> None:
+    """Write JSON under another name and rename it, so that an older file is replaced whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(to_json(content) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -145,6 +157,8 @@ def changed(before: Settings, asked: dict[str, Any]) -> Settings:
     """
     names = {field.name for field in fields(Settings)}
     for name, value in asked.items():
+        if name == "data":
+            value = absolute(value)
         if name not in names or value == getattr(before, name):
             continue
         option = "--" + name.replace("_", "-")
@@ -274,8 +288,7 @@ def _scheduler(settings: Settings, optimizer: optim.Optimizer, steps: int) -> An
 
 def write_metrics(folder: Path, metrics: Metrics) -> None:
     """Keep the test's result beside the checkpoints."""
-    content = metrics.to_dict() | {"classes": list(metrics.classes)}
-    (folder / "metrics.json").write_text(to_json(content) + "\n", encoding="utf-8")
+    _write(folder / "metrics.json", metrics.to_dict() | {"classes": list(metrics.classes)})
 
 
 def load_best(run: Run, folder: Path) -> int | None:

@@ -111,6 +111,8 @@ def train(
 
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if overwrite and out is None:
+        raise typer.BadParameter("--overwrite needs --out; without it each run gets a new folder")
     given = {name: value for name, value in context.params.items() if name in Settings.__dataclass_fields__}
     given = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
     asked = {name: given[name] for name in given if _is_explicit(context, name)}
@@ -172,8 +174,7 @@ def _train(
         if taken:
             out.say(f"{taken} holds an earlier run; this one goes to {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        write_settings(folder, settings)
+    write_settings(folder, settings)
     run.trainer.run_dir = folder
     seconds = _fit(out, run, settings, folder, resume, overwrite)
     _report(out, run, settings, folder, seconds)
