@@ -1,4 +1,4 @@
-"""Arrays for each workload, from generators of their own: the same for all sides, made outside of all timing."""
+"""Arrays for each workload, from generators of their own: the same for all sides."""
 
 from __future__ import annotations
 

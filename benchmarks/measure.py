@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# A side's turn begins with calls that are not timed, for at least so long: caches and branch predictors become
-# its own, and the threads of the side before, which wait for more work in a loop, go to sleep.
+# A side's turn begins with calls that are not timed, for at least so long: caches and branch predictors turn
+# to it, and the threads of the side before, which wait for more work in a loop, go to sleep.
 WARMUP_SECONDS = 2e-3
 
 

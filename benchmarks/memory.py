@@ -1,7 +1,7 @@
 """Peak memory of one side of a row, in a process of its own.
 
-``python -m benchmarks.memory ROW PEER VARIANT THREADS`` prints a JSON object, in bytes: `peak`, the most that the
-process ever held, libraries included, and `imported`, the most that it held before the arrays were made.
+``python -m benchmarks.memory ROW PEER VARIANT THREADS`` prints a JSON object, in bytes: `peak`, the most that
+the process ever held, libraries included, and `imported`, the most that it held before the arrays were made.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import numpy as np
 # Largest difference, as a share of the largest expected magnitude: float32 sums of up to 1e5 terms in another
 # order, and Winograd's larger rounding errors.
 TOLERANCE = 1e-4
-# For the gradients of whole networks, root mean squares: where two inputs of a maximum differ by a rounding error,
-# the sides may choose differently, which moves a single gradient to another place.
+# For the gradients of whole networks, root mean squares: where two inputs of a maximum differ by a rounding
+# error, the sides may choose differently, which moves a single gradient to another place.
 GRADIENT_TOLERANCE = 1e-2
 
 GRADIENT = "gradient of "

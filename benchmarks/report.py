@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .machine import Peaks
-from .measure import geometric_mean
+from .measure import Spread, geometric_mean
 from .rows import Row, Timing
 from .shapes import SUMMARY
 
@@ -26,6 +26,7 @@ _HEADER = (
 # PyTorch is what the project measures itself by.
 _YARDSTICK = "torch"
 _SLOWER, _CLOSE = 0.9, 1.2
+_FASTER_COLOR, _SLOWER_COLOR = "#2a7f62", "#b5523b"
 
 
 class Run(NamedTuple):
@@ -161,33 +162,47 @@ def as_json(run: Run) -> str:
 
 def chart(run: Run, path: Path) -> None:
     """A bar for each row that has a peer: how many times faster than its best one fastcnn is."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    bars = [(row.name, best) for row in run.rows if row.failed is None and (best := row.best())]
-    figure = Figure(figsize=(8, 1.2 + 0.26 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    ratios = [best.ratio for _, best in bars if best.ratio is not None]
-    colors = ["#2a7f62" if ratio.median >= 1 else "#b5523b" for ratio in ratios]
-    positions = range(len(bars))
+    bars = [
+        (row.name, best.variant, best.ratio)
+        for row in run.rows
+        if row.failed is None and (best := row.best()) and best.ratio is not None
+    ]
+    ratios = [ratio for _, _, ratio in bars]
     medians = [ratio.median for ratio in ratios]
-    errors = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-    axes.barh(positions, medians, xerr=errors, color=colors, height=0.7, error_kw={"linewidth": 0.8})
-    for place, (_, best) in zip(positions, bars, strict=True):
-        axes.text(
-            ratios[place].high * 1.03, place, f"{medians[place]:.1f}x {best.variant}", va="center", fontsize=7
-        )
-    axes.set_yticks(positions, [name for name, _ in bars], fontsize=7)
+    places = range(len(bars))
+    figure = Figure(figsize=(8, 1.0 + 0.24 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        places,
+        [median - 1 for median in medians],
+        left=1,
+        xerr=[[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]],
+        color=[_FASTER_COLOR if median >= 1 else _SLOWER_COLOR for median in medians],
+        height=0.7,
+        error_kw={"linewidth": 0.8},
+    )
+    for place, (_, variant, ratio) in zip(places, bars, strict=True):
+        text = f"{ratio.median:.1f}x {variant}"
+        axes.text(max(ratio.high, 1) * 1.05, place, text, va="center", fontsize=7)
+    axes.set_yticks(places, [name for name, _, _ in bars], fontsize=7)
     axes.invert_yaxis()
+    _ratio_axis(axes, ratios)
+    label = f"times faster than the best peer, {run.settings['threads']} threads of {run.machine['cpu']}"
+    axes.set_xlabel(label, fontsize=8)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _ratio_axis(axes: Any, ratios: Sequence[Spread]) -> None:
+    """A logarithmic axis of ratios around 1, with room for the bars' labels."""
+    low = min([0.5, *(0.9 * ratio.low for ratio in ratios)])
+    high = 3 * max([1.0, *(ratio.high for ratio in ratios)])
     axes.set_xscale("log")
-    ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if not ratios or t <= 2 * max(medians)]
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=7)
     axes.set_xticks([], minor=True)
     axes.axvline(1, color="black", linewidth=0.8)
-    if ratios:
-        axes.set_xlim(min(0.5, 0.8 * min(medians)), 2.5 * max(r.high for r in ratios))
-    threads = run.settings["threads"]
-    axes.set_xlabel(f"times faster than the best peer, {threads} threads of {run.machine['cpu']}", fontsize=8)
+    axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.hashsalt": "fastcnn"}):
-        figure.savefig(path, dpi=150)

@@ -45,8 +45,8 @@ def of(workload: Workload) -> Work:
 
 
 def _conv(s: Conv) -> Work:
-    # All three passes are the same sum, N * Ho * Wo * F * kH * kW * C / groups multiply-adds, between an image,
-    # an output and a weight array, of which two are read and one is written.
+    # All three passes are the same sum, N * Ho * Wo * F * kH * kW * C / groups multiply-adds, between an
+    # image, an output and a weight array, of which two are read and one is written.
     ho, wo = output_image(s)
     x, y = s.n * s.h * s.w * s.c, s.n * ho * wo * s.f
     weight = s.kernel**2 * (s.c // s.groups) * s.f
@@ -120,7 +120,7 @@ def _layers(s: Model) -> tuple[tuple[int, ...], int]:
 
 
 def layer_flops(layer: Any, shape: tuple[int, ...]) -> Iterator[int]:
-    """FLOPs of each convolution and linear layer in `layer`, for one image of `shape`, which has no batch axis."""
+    """FLOPs of each convolution and linear layer in `layer`, for one image of `shape`, without batch axis."""
     kind = type(layer).__name__
     if kind == "Sequential":
         for child in layer:

@@ -1,7 +1,7 @@
 """ONNX Runtime: inference of the named networks, and single forward operations; inputs and outputs are bound.
 
-The graphs are written here with `onnx.helper` from fastcnn's layers. ONNX Runtime takes images as NCHW, reorders
-them inside, and folds BatchNorm and activations into convolutions.
+The graphs are written here with `onnx.helper` from fastcnn's layers. ONNX Runtime takes images as NCHW,
+reorders them inside, and folds BatchNorm and activations into convolutions.
 """
 
 from __future__ import annotations

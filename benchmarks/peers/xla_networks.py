@@ -1,4 +1,4 @@
-"""The named networks in JAX, with fastcnn's initial state: a step is one jitted function, its buffers donated."""
+"""The named networks in JAX, with fastcnn's initial state; a step is one jitted function."""
 
 from __future__ import annotations
 
