@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +237,140 @@ def test_wrong_outputs_are_refused_by_name(operation, dtype):
             with pytest.raises(ValueError) as error:
                 run(cpu, operation, arguments, **{name: out})
             assert str(error.value).startswith(f"{name}: ")
+
+
+IMAGES = np.ones((2, 3, 3, 4), np.float32)
+LOGITS = np.ones((2, 3), np.float32)
+VECTOR = np.ones(4, np.float32)
+PHOTOS = {"images": IMAGES, "scale": VECTOR, "shift": VECTOR}
+
+REFUSED = [
+    # function, arguments, beginning of the message
+    ("im2col", {"x": IMAGES, "kernel_size": 5}, "kernel_size: 5"),
+    ("im2col", {"x": IMAGES, "kernel_size": 2, "dilation": 3}, "kernel_size: 2"),
+    ("im2col", {"x": IMAGES, "kernel_size": 0}, "kernel_size: 0"),
+    ("im2col", {"x": IMAGES, "kernel_size": 1, "stride": 0}, "stride: 0"),
+    ("im2col", {"x": IMAGES, "kernel_size": 1, "dilation": 0}, "dilation: 0"),
+    ("im2col", {"x": IMAGES[:, :0], "kernel_size": 1, "padding": 1}, ""),
+    ("col2im", {"cols": LOGITS, "x_shape": (1, 3, 3, 1), "kernel_size": 2}, "cols: "),
+    ("max_pool2d_forward", {"x": IMAGES, "kernel_size": 4}, "kernel_size: 4"),
+    ("max_pool2d_forward", {"x": IMAGES, "kernel_size": 3, "padding": 2}, "padding: 2"),
+    ("avg_pool2d_forward", {"x": IMAGES, "kernel_size": 2, "divisor_override": 0}, "divisor_override: "),
+    ("avg_pool2d_backward", {"dout": IMAGES, "x_shape": (2, 5, 5, 4), "kernel_size": 2}, "dout: "),
+    ("adaptive_avg_pool2d_forward", {"x": IMAGES, "output_size": 0}, "output_size: 0"),
+    ("global_avg_pool2d_forward", {"x": IMAGES[:, :, :0]}, "x: "),
+    ("prelu_forward", {"x": IMAGES, "weight": VECTOR[:3]}, "weight: "),
+    ("batch_norm_forward", {"x": IMAGES[:1, :1, :1], "training": True}, "x: "),
+    ("batch_norm_forward", {"x": IMAGES, "training": False}, "running_mean, running_var: "),
+    ("dropout_forward", {"x": IMAGES, "p": 1.5, "seed": 0}, "p: 1.5"),
+    ("dropout_forward", {"x": IMAGES, "p": np.nan, "seed": 0}, "p: nan"),
+    ("dropout_forward", {"x": IMAGES, "p": 0.5, "seed": -1}, "seed: -1"),
+    ("dropout_forward", {"x": IMAGES, "p": 0.5, "seed": 2**64}, "seed: "),
+    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([0, 3])}, "target: 3"),
+    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([-1, 0])}, "target: -1"),
+    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([0])}, "target: "),
+    (
+        "softmax_cross_entropy",
+        {"x": LOGITS, "target": np.zeros(2, int), "label_smoothing": 1.5},
+        "label_smoothing: 1.5",
+    ),
+    ("soft_cross_entropy", {"x": LOGITS, "target": LOGITS[:, :2]}, "target: "),
+    (
+        "sgd_update",
+        {"param": VECTOR, "grad": VECTOR, "velocity": None, "lr": 1, "momentum": 0.9},
+        "velocity: ",
+    ),
+    ("sgd_update", {"param": VECTOR, "grad": VECTOR[:3], "velocity": None, "lr": 1}, "grad: "),
+    ("gather_batch", {**PHOTOS, "index": np.array([0, 2])}, "index: 2"),
+    ("gather_batch", {**PHOTOS, "index": np.array([-1])}, "index: -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_both_refuse_what_makes_no_sense(module, name, arguments, message):
+    if name == "batch_norm_forward":
+        arguments = dict.fromkeys(("weight", "bias", "running_mean", "running_var")) | arguments
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        getattr(module, name)(**arguments)
+
+
+EXTREMES = [
+    [np.inf, 0, 1],
+    [-np.inf, 0, 1],
+    [-np.inf, -np.inf, -np.inf],
+    [np.inf, -np.inf, np.nan],
+    [3e38, -3e38, 0],
+    [1e8, 1e8, 1e8],
+    [-0.0, 0.0, -1e-45],
+]
+
+
+@pytest.mark.parametrize("row", EXTREMES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_values_as_in_the_reference(row, dtype):
+    x, weight = np.array([row], dtype), np.array([0.5, 1.0, 2.0], dtype)
+    target, soft = np.array([1]), np.array([[0.2, 0.0, 0.8]], dtype)
+    pixels = x.reshape(1, 1, 3, 1)
+    calls = [
+        *((name, (x,)) for name in ("softmax", "log_softmax", "relu_forward", "leaky_relu_forward")),
+        *((name, (x, x)) for name in ("relu_backward", "leaky_relu_backward")),
+        ("max_pool2d_forward", (pixels, (1, 2), 1)),
+        ("avg_pool2d_forward", (pixels, (1, 2), 1)),
+        ("dropout_forward", (x, 0.5, 3)),
+    ]
+    for smoothing in (0.0, 0.1):
+        calls.append(("softmax_cross_entropy", (x, target, weight, -100, smoothing)))
+        calls.append(("soft_cross_entropy", (x, soft, weight, smoothing)))
+    for name, arguments in calls:
+        with np.errstate(all="ignore"):
+            expected = getattr(reference, name)(*arguments)
+        actual = getattr(cpu, name)(*arguments)
+        np.testing.assert_allclose(actual, expected, rtol=8 * np.finfo(dtype).eps, err_msg=name)
+
+
+def test_a_mean_far_from_zero_costs_no_accuracy():
+    x = (1e6 + np.random.default_rng(0).standard_normal((3000, 5))).astype(np.float32)
+    none = dict.fromkeys(("weight", "bias", "running_mean", "running_var"))
+    _, mean, inv_std = cpu.batch_norm_forward(x, **none, training=True)
+    np.testing.assert_allclose(mean, x.mean(axis=0, dtype=np.float64), rtol=1e-7)
+    np.testing.assert_allclose(inv_std, 1 / np.sqrt(x.var(axis=0, dtype=np.float64) + 1e-5), rtol=1e-6)
+
+
+def test_running_statistics_may_be_strided_but_not_read_only():
+    wide = np.zeros((5, 2), np.float32)
+    x = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
+    cpu.batch_norm_forward(x, None, None, wide[:, 0], None, True, 1.0)
+    np.testing.assert_allclose(wide[:, 0], x.mean(axis=0), rtol=1e-5, atol=1e-7)
+    assert not wide[:, 1].any()
+    with pytest.raises(ValueError, match=r"^running_var: "):
+        cpu.batch_norm_forward(x, None, None, None, read_only(wide[:, 0]), True)
+
+
+@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
+def test_zero_grad_clears_the_gradient_in_the_same_pass(name):
+    operation = next(operation for operation in OPERATIONS if operation.name == name)
+    arguments = operation.call("large", np.float32)
+    expected = run(cpu, operation, arguments)
+    arguments["grad"] = arguments["grad"].copy()
+    assert_same_bits(run(cpu, operation, arguments, zero_grad=True), expected, name)
+    assert not arguments["grad"].any()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_a_call_with_out_allocates_nothing_of_the_input_s_size(operation):
+    arguments = operation.call("large", operation.dtypes[-1])
+    results = run(cpu, operation, arguments)
+    names = outputs(operation)
+    out = dict(zip(names, results, strict=False))
+    function = getattr(cpu, operation.name)
+    for name in operation.updates:
+        arguments[name] = arguments[name].copy()
+    function(**arguments, **out)
+    tracemalloc.start()
+    try:
+        function(**arguments, **out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32_768
