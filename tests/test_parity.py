@@ -300,7 +300,7 @@ EXTREMES = [
     [-np.inf, 0, 1],
     [-np.inf, -np.inf, -np.inf],
     [np.inf, -np.inf, np.nan],
-    [3e38, -3e38, 0],
+    [1e38, -1e38, 0],
     [1e8, 1e8, 1e8],
     [-0.0, 0.0, -1e-45],
 ]
