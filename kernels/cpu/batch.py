@@ -135,11 +135,10 @@ def _place(image, white, flip, dy, dx, channels, target):
         for j in range(width):
             w = width - 1 - (j - dx) if flip else j - dx
             for c in range(channels):
-                value = np.float32(0)
-                if 0 <= w < width:
-                    value = np.float32(source[w * channels + c]) / white
+                inside = 0 <= w < width
+                value = np.float32(source[w * channels + c]) / white if inside else np.float32(0)
                 line[j * channels + c] = value
-                total += value
+                total += np.float64(value)
     return np.float32(total / image.size)
 
 

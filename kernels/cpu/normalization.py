@@ -110,20 +110,16 @@ def _normalize(threads, x, y, table):
         _normalize_part(thread, threads, x, y, table)
 
 
-def _channels_last(
-    name: str, x: np.ndarray, vectors: dict[str, np.ndarray | None], dtype: np.dtype | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
-    """`x` and the arrays with one value for each of its channels, as kernels take them."""
-    x = checks.floating(name, x, None, dtype)
+def _channels_last(x: np.ndarray) -> np.ndarray:
+    x = checks.floating("x", x)
     if x.ndim < 2:
-        raise ValueError(f"{name}: expected (..., C) with 2 axes or more, got shape {x.shape}")
-    checked = {
-        key: None
-        if value is None
-        else checks.same_shape(key, checks.floating(key, value, 1, x.dtype), x.shape[-1:])
-        for key, value in vectors.items()
-    }
-    return x, checked
+        raise ValueError(f"x: expected (..., C) with 2 axes or more, got shape {x.shape}")
+    return x
+
+
+def _vector(name: str, values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """An array with one value for each channel of x."""
+    return checks.same_shape(name, checks.floating(name, values, 1, x.dtype), x.shape[-1:])
 
 
 def _batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,8 +192,12 @@ def batch_norm_forward(
         If dtypes or shapes don't fit, running statistics are missing outside training, or a channel has a
         single value in training, where its variance is unknown.
     """
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    x, checked = _channels_last("x", x, vectors)
+    x = _channels_last(x)
+    factor = 1 if weight is None else _vector("weight", weight, x)
+    shift = 0 if bias is None else _vector("bias", bias, x)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None:
+            _vector(name, running, x)
     channels = x.shape[-1]
     count = x.size // channels if channels else 0
     mean = checks.output("out_mean", out_mean, (channels,), x.dtype)
@@ -214,13 +214,11 @@ def batch_norm_forward(
     else:
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: needed where training is False")
-        batch_mean, batch_var = checked["running_mean"], checked["running_var"].astype(np.float64)
+        batch_mean, batch_var = running_mean, running_var.astype(np.float64)
     mean[...] = batch_mean
     inv_std[...] = 1 / np.sqrt(batch_var + eps)
     if count:
-        scale = inv_std if weight is None else inv_std * checked["weight"]
-        shift = 0 if bias is None else checked["bias"]
-        table = _spread("normalize", [mean, scale, shift], channels, x.dtype)
+        table = _spread("normalize", [mean, inv_std * factor, shift], channels, x.dtype)
         threads = thread_count(-(-x.size // table.shape[1]), x.size)
         _normalize(threads, x.reshape(-1), y.reshape(-1), table)
     return y, mean, inv_std
@@ -329,7 +327,9 @@ def batch_norm_backward(
     TypeError, ValueError
         If dtypes or shapes don't fit.
     """
-    x, checked = _channels_last("x", x, {"weight": weight, "mean": mean, "inv_std": inv_std})
+    x = _channels_last(x)
+    factor = 1 if weight is None else _vector("weight", weight, x)
+    mean, inv_std = _vector("mean", mean, x), _vector("inv_std", inv_std, x).astype(np.float64)
     dout = checks.same_shape("dout", checks.floating("dout", dout, None, x.dtype), x.shape)
     channels = x.shape[-1]
     dx = checks.output("out", out, x.shape, x.dtype)
@@ -337,21 +337,19 @@ def batch_norm_backward(
     dbias = checks.output("out_dbias", out_dbias, (channels,), x.dtype)
     total, product = np.zeros((2, channels))
     if x.size:
-        inv_std64 = checked["inv_std"].astype(np.float64)
         pieces, width = piece_count(x.size), row_width(channels)
         slabs = scratch("products", 2 * pieces * width, np.float64).reshape(2, pieces, width)
-        center = _spread("center", [checked["mean"]], channels, np.dtype(np.float64))[0]
+        center = _spread("center", [mean], channels, np.dtype(np.float64))[0]
         _products(thread_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), center, slabs)
         fold(slabs[0], total, 0)
         fold(slabs[1], product, 0)
         count = x.size // channels
-        scale = inv_std64 if weight is None else inv_std64 * checked["weight"]
-        rows = [scale, checked["mean"], total / count, product * inv_std64**2 / count]
+        rows = [inv_std * factor, mean, total / count, product * inv_std**2 / count]
         table = _spread("normalize", rows, channels, x.dtype)
         threads = thread_count(-(-x.size // width), x.size)
         flat = dout.reshape(-1), x.reshape(-1), dx.reshape(-1)
         _normalize_backward(threads, *flat, table, int(bool(training)))
-        product *= inv_std64
+        product *= inv_std
     for given, target, result in ((out_dweight, dweight, product), (out_dbias, dbias, total)):
         target[...] = target + result if accumulate and given is not None else result
     return dx, dweight, dbias

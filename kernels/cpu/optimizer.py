@@ -245,5 +245,5 @@ def adam_update(
         eps,
     )
     switches = int(bool(decoupled)), int(bool(zero_grad))
-    settings = Adam(*(param.dtype.type(number) for number in numbers), *switches)
+    settings = Adam._make((*map(param.dtype.type, numbers), *switches))
     _adam(thread_count(blocks(param.size), param.size), param, grad, exp_avg, exp_avg_sq, settings)

@@ -227,9 +227,9 @@ def max_pool2d_backward(
     stride = kernel_size if stride is None else stride
     pads = _pool_padding(padding, kernel_size)
     g = windows(shape, kernel_size, stride, pads, dilation, ceil_mode=True)
-    rows = _rounded_either_way(dout.shape[1], g.height, g.kernel_h, g.stride_h, pads[0], g.dilation_h)
-    columns = _rounded_either_way(dout.shape[2], g.width, g.kernel_w, g.stride_w, pads[1], g.dilation_w)
-    if not rows or not columns or dout.shape[::3] != shape[::3]:
+    tall = _rounded_either_way(dout.shape[1], g.height, g.kernel_h, g.stride_h, pads[0], g.dilation_h)
+    wide = _rounded_either_way(dout.shape[2], g.width, g.kernel_w, g.stride_w, pads[1], g.dilation_w)
+    if not (tall and wide) or dout.shape[::3] != shape[::3]:
         raise ValueError(f"dout: shape {dout.shape} is no output of pooling x_shape {shape}")
     g = g._replace(out_h=dout.shape[1], out_w=dout.shape[2])
     if argmax.dtype.newbyteorder("=") != _argmax_dtype(g):
