@@ -2,16 +2,11 @@
 
 import inspect
 import re
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fastcnn.kernels import cpu, jit, reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from ops import OPERATIONS
 
 ROWS = [

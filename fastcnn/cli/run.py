@@ -196,11 +196,10 @@ def load_datasets(settings: Settings, progress: Any = None) -> Datasets:
     train = data.load(settings.data, "train", progress=progress)
     test = _like(train, data.load(settings.data, "test", progress=progress), "test")
     validation = None
-    if settings.validation > 0:
-        with contextlib.suppress(data.MissingDataError):
-            validation = _like(train, data.load(settings.data, "validation"), "validation")
-        if validation is None:
-            validation, train = train.split(settings.validation, settings.seed)
+    with contextlib.suppress(data.MissingDataError):
+        validation = _like(train, data.load(settings.data, "validation"), "validation")
+    if validation is None and settings.validation > 0:
+        validation, train = train.split(settings.validation, settings.seed)
     if settings.limit_train is not None and settings.limit_train < len(train):
         train = train.split(settings.limit_train / len(train), settings.seed)[0]
     return Datasets(train, validation, test)

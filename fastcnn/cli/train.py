@@ -80,8 +80,13 @@ def train(
     ] = 0.0,
     validation: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="Share of the training images held back to choose the best epoch."),
-    ] = 0.1,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Share of the training images held back to choose the best epoch by, where the data set "
+            "has no such part of its own.",
+        ),
+    ] = 0.0,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many epochs without a better one.")
     ] = None,
