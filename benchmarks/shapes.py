@@ -233,5 +233,5 @@ def scaled_down(workload: Workload) -> Workload:
     elif isinstance(shape, Flat):
         shape = Flat(1000)
     else:
-        shape = shape._replace(n=min(shape.n, 2))
+        shape = shape._replace(n=min(shape.n, 2), h=min(shape.h, 20), w=min(shape.w, 20))
     return workload._replace(shape=shape)

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-_FIRST_STEP = """
-import numpy as np
-from fastcnn import models, nn, optim
-net = models.create("emotion", input_shape=(1, 48, 48), num_classes=7, seed=0)
-optimizer = optim.Adam(net.parameters(), lr=1e-3)
-loss_fn = nn.CrossEntropyLoss()
-rng = np.random.default_rng(0)
-x, y = rng.random((64, 1, 48, 48), np.float32), rng.integers(0, 7, 64)
-loss_fn(net(x), y)
-net.backward(loss_fn.backward(), input_grad=False)
-optimizer.step()
-"""
-
-
-def _first_step(cache: Path) -> float:
-    """Seconds of a process that imports fastcnn and does one step of the emotion network."""
-    environment = {**os.environ, "FASTCNN_CACHE_DIR": str(cache)}
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", _FIRST_STEP], env=environment, check=True)
-    return time.perf_counter() - begin
+from benchmarks.start import FASTCNN, seconds
 
 
 class Imports:
@@ -52,7 +29,7 @@ class FirstStep:
     def setup_cache(self) -> dict[str, Any]:
         """Take the step in a process that has to compile everything; later ones find it in the cache."""
         cache = Path.cwd() / "kernels"
-        return {"cache": cache, "cold": _first_step(cache)}
+        return {"cache": cache, "cold": seconds(FASTCNN, cache)}
 
     setup_cache.timeout = 600  # type: ignore[attr-defined]
 
@@ -62,4 +39,4 @@ class FirstStep:
 
     def track_cached(self, first: dict[str, Any]) -> float:
         """With a full one: the best of three."""
-        return min(_first_step(first["cache"]) for _ in range(3))
+        return min(seconds(FASTCNN, first["cache"]) for _ in range(3))
