@@ -8,9 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# A side's turn begins with calls that are not timed, for at least so long: caches and branch predictors turn
-# to it, and the threads of the side before, which wait for more work in a loop, go to sleep.
-WARMUP_SECONDS = 2e-3
+# A side's turn begins when the threads of the side before have gone to sleep: libraries let them look for more
+# work in a loop first, for 5 ms (OpenMP) to 50 ms (ONNX Runtime) after a call. They have, when the process takes
+# less than a tenth of a processor while this thread sleeps.
+_SETTLE_SECONDS = 2e-3
+_SETTLE_TRIES = 100
+# Then come calls that are not timed, for at least so long: caches and branch predictors turn to this side.
+WARMUP_SECONDS = 5e-3
+# How long a first look at a side lasts.
+_LOOK_SECONDS = 0.05
 
 
 class Spread(NamedTuple):
@@ -40,14 +46,13 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def once(run: Callable[[], Any]) -> float:
-    """Seconds of a call, the best of a few once it is warm."""
-    run()
+    """Seconds of a call: the best of those that a first look has time for."""
+    _settle()
+    _warm(run)
     best = float("inf")
-    begin = time.perf_counter()
-    for _ in range(5):
+    end = time.perf_counter() + _LOOK_SECONDS
+    while best == float("inf") or time.perf_counter() < end:
         best = min(best, _timed(run, 1))
-        if time.perf_counter() - begin > 0.5:
-            break
     return best
 
 
@@ -57,6 +62,14 @@ def _timed(run: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         run()
     return (time.perf_counter() - begin) / calls
+
+
+def _settle() -> None:
+    for _ in range(_SETTLE_TRIES):
+        used = time.process_time()
+        time.sleep(_SETTLE_SECONDS)
+        if time.process_time() - used < 0.1 * _SETTLE_SECONDS:
+            return
 
 
 def _warm(run: Callable[[], Any]) -> None:
@@ -79,6 +92,7 @@ def interleaved(runs: Sequence[Callable[[], Any]], calls: Sequence[int], rounds:
         for turn in range(rounds):
             for place in range(len(runs)):
                 side = (place + turn) % len(runs)
+                _settle()
                 _warm(runs[side])
                 times[side].append(_timed(runs[side], calls[side]))
             gc.collect()
