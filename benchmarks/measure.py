@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# A side's turn begins when the threads of the side before have gone to sleep: libraries let them look for more
-# work in a loop first, for 5 ms (OpenMP) to 50 ms (ONNX Runtime) after a call. They have, when the process takes
-# less than a tenth of a processor while this thread sleeps.
+# A side's turn begins when the threads of the side before have gone to sleep: libraries let them look for
+# more work in a loop first, for 5 ms (OpenMP) to 50 ms (ONNX Runtime) after a call. They have, when the
+# process takes less than a tenth of a processor while this thread sleeps.
 _SETTLE_SECONDS = 2e-3
 _SETTLE_TRIES = 100
 # Then come calls that are not timed, for at least so long: caches and branch predictors turn to this side.
