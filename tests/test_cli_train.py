@@ -63,12 +63,23 @@ def test_trains_saves_and_tells():
     assert {"run.json", "metrics.json", "best.safetensors", "last.safetensors"} <= {
         path.name for path in folder.iterdir()
     }
-    assert "81 images to train on, 9 to choose the epoch, 30 to test" in text
+    assert "90 images to train on, 30 to test" in text
+    assert "by training loss" in text
     assert " 2/2 " in text
     for part in ("Confusion matrix", "precision", "recall", "F1", "accuracy"):
         assert part in text
     assert f"predict {folder} --data tiny.npz --index 0" in text
     assert not set(text) & {"\x1b", "\r", "\x08"}, "plain lines, where nobody watches a terminal"
+
+
+def test_validation_part():
+    text = train_tiny("--validation", 0.1).stdout
+    assert "81 images to train on, 9 to choose the epoch, 30 to test" in text
+    assert "by training loss" not in text
+    with np.load("tiny.npz") as archive:
+        own = {"x_validation": archive["x_test"][:12], "y_validation": archive["y_test"][:12]}
+        np.savez("own.npz", **archive, **own)
+    assert "90 images to train on, 12 to choose the epoch" in train_tiny("--data", "own.npz").stdout
 
 
 def test_learns():
@@ -119,7 +130,7 @@ def test_options_reach_the_run(monkeypatch):
 
     monkeypatch.setattr(train.Trainer, "fit", fit)
     words = ["--optimizer", "adamw", "--weight-decay", 0.1, "--lr", 0.002, "--schedule", "none"]
-    train_tiny(*words, "--label-smoothing", 0.1, "--validation", 0, "--patience", 1, "--batch-size", 30)
+    train_tiny(*words, "--label-smoothing", 0.1, "--patience", 1, "--batch-size", 30)
     trainer, arguments = built[0]
     assert type(trainer.optimizer).__name__ == "AdamW"
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
@@ -163,6 +174,7 @@ def interrupt(monkeypatch, epoch, batch):
 
 def test_interrupted_run_goes_on_bit_for_bit(monkeypatch):
     options = ["--epochs", 3, "--batch-size", 20, "--augment", "light", "--model", "mnist-prelu"]
+    options += ["--validation", 0.1]
     train_tiny("--out", "whole", *options)
     with monkeypatch.context() as patch:
         interrupt(patch, 2, 3)
@@ -175,7 +187,7 @@ def test_interrupted_run_goes_on_bit_for_bit(monkeypatch):
     whole, cut = weights("whole"), weights("cut")
     assert all(np.array_equal(whole[key], cut[key]) for key in whole)
     histories = [train.load_checkpoint(Path(name) / "last").history for name in ("whole", "cut")]
-    assert histories[0]["val_loss"] == histories[1]["val_loss"]
+    assert histories[0]["val_loss"] == histories[1]["val_loss"] != [None] * 3
 
 
 def test_interrupt_as_json(monkeypatch):

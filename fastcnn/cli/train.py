@@ -235,9 +235,10 @@ def _report(out: Output, run: Run, settings: Settings, folder: Path, seconds: fl
     from .run import load_best, write_metrics
 
     epoch = load_best(run, folder)
+    judged = "" if run.validation is not None else " (by training loss)"
     metrics = run.trainer.evaluate(run.test)
     write_metrics(folder, metrics)
-    out.say(f"\nTrained in {seconds:.1f} s. The best epoch, {epoch}, on the test images:\n")
+    out.say(f"\nTrained in {seconds:.1f} s. The best epoch, {epoch}{judged}, on the test images:\n")
     out.say(text.metrics(metrics))
     example = ["--data", settings.data, "--index", "0"]
     predict = command_line("predict", str(folder), *example)
