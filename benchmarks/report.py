@@ -133,7 +133,7 @@ def heading(run: Run) -> list[str]:
     settings = run.settings
     return [
         f"{m['cpu']}, {m['vector_bits']}-bit vectors, last cache {m['last_cache_mib']:g} MiB, {m['system']}, "
-        f"Python {m['python']}; {settings['threads']} threads of {m['cores']} cores.",
+        f"Python {m['python']}; {settings['threads']} of {m['cores']} cores.",
         f"Measured in the same run: {peaks.fma:.0f} GFLOP/s of multiply-adds in registers, "
         f"{peaks.copy:.1f} GB/s of copies.",
         f"{versions}. Commit {settings['commit']}, {settings['date']}; medians of {settings['rounds']} "
@@ -189,7 +189,7 @@ def chart(run: Run, path: Path) -> None:
     axes.set_yticks(places, [name for name, _, _ in bars], fontsize=7)
     axes.invert_yaxis()
     _ratio_axis(axes, ratios)
-    label = f"times faster than the best peer, {run.settings['threads']} threads of {run.machine['cpu']}"
+    label = f"times faster than the best peer, {run.settings['threads']} cores of {run.machine['cpu']}"
     axes.set_xlabel(label, fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 

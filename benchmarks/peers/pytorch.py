@@ -214,8 +214,13 @@ def _prelu_backward(t: dict[str, Any], s: Any) -> Prepared:
 
 
 def _dropout_forward(t: dict[str, Any], s: Any) -> Prepared:
-    # Another generator drops other elements: only the factor of the others can be compared.
-    return lambda: aten.native_dropout(t["x"], DROPOUT, True), lambda r: {"factor": (r[0] / t["x"]).max()}
+    def named(result: Any) -> dict[str, Any]:
+        # Another generator drops other elements: only the factor of the others can be compared.
+        y, x = result[0].flatten(), t["x"].flatten()
+        largest = y.abs().argmax()
+        return {"factor": y[largest] / x[largest]}
+
+    return lambda: aten.native_dropout(t["x"], DROPOUT, True), named
 
 
 def _im2col(t: dict[str, Any], s: Conv) -> Prepared:
