@@ -184,7 +184,7 @@ def chart(run: Run, path: Path) -> None:
         error_kw={"linewidth": 0.8},
     )
     for place, (_, variant, ratio) in zip(places, bars, strict=True):
-        text = f"{ratio.median:.1f}x {variant}"
+        text = f"{ratio.median:.{1 if ratio.median >= 1 else 2}f}x {variant}"
         axes.text(max(ratio.high, 1) * 1.05, place, text, va="center", fontsize=7)
     axes.set_yticks(places, [name for name, _, _ in bars], fontsize=7)
     axes.invert_yaxis()
