@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from fastcnn.kernels.cpu.simd import VECTOR_BITS
-from fastcnn.kernels.jit import OPTIONS
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from fastcnn.kernels.cpu.simd import VECTOR_BITS
+from fastcnn.kernels.jit import OPTIONS
 
 # Independent sums: two units times a latency of four or five cycles need up to ten; AVX2 has 16 registers.
 _CHAINS = 12

@@ -13,7 +13,7 @@ from ._random import default_generator, manual_seed
 
 if TYPE_CHECKING:
     from . import data, diagnostics, kernels, models, nn, optim, train
-    from .kernels.jit import get_num_threads, set_num_threads
+    from .kernels.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     if name in _THREADS:
-        value = getattr(importlib.import_module(".kernels.jit", __name__), name)
+        value = getattr(importlib.import_module(".kernels.threads", __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

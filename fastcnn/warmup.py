@@ -29,7 +29,8 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from . import _random
-from .kernels.jit import cache_directory, get_num_threads, set_num_threads
+from .kernels.jit import cache_directory
+from .kernels.threads import get_num_threads, set_num_threads
 
 # Called with the number of finished jobs, the number of all, and what is being compiled.
 Progress = Callable[[int, int, str], None]

@@ -1,8 +1,7 @@
-"""The only compiler options of the kernels, their cache on disk, and how they start threads.
+"""The only compiler options of the kernels, and their cache on disk.
 
-``kernel`` compiles a serial function; ``parallel`` compiles a driver whose loop runs over threads. Both cache
-under a key that holds a hash of every source file of this package, because Numba alone does not notice that
-a function called from another module has changed, and leaves compiler options out of its key.
+The cache's key holds a hash of every source file of this package, because Numba alone does not notice that a
+function called from another module has changed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import pickle
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,6 @@ from numba.core import types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.extending import intrinsic
 from numba.misc.appdirs import AppDirs
-from numba.np.ufunc import parallel as _numba_threads
 
 # Neither nnan nor ninf: with them LLVM deletes the tests for NaN, and NaN must propagate.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -96,14 +93,15 @@ class KernelCache(FunctionCache):
 
     _impl_class = _Impl
 
-    def __init__(self, py_func: Callable, options: dict[str, Any]):
+    def __init__(self, py_func: Callable, name: str):
         super().__init__(py_func)
-        self._options = {name: sorted(v) if isinstance(v, set) else v for name, v in options.items()}
+        self._kernel = name
 
     def _path(self, signature: Any, codegen: Any) -> Path:
-        key = (self._index_key(signature, codegen), self._options, self._py_func.__qualname__)
+        # Not the function's closure, which Numba would add: a name here stands for the same kernels.
+        key = (signature, codegen.magic_tuple(), self._kernel)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-        return cache_directory() / f"{self._py_func.__module__}.{self._py_func.__name__}-{digest}.nbc"
+        return cache_directory() / f"{self._kernel}-{digest}.nbc"
 
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         path = self._path(sig, target_context.codegen())
@@ -135,24 +133,24 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _compile(func: Callable, **options: Any) -> Any:
-    options = OPTIONS | options
-    dispatcher = numba.njit(**options)(func)
-    dispatcher._cache = KernelCache(func, options)
+def njit_cached(func: Callable, name: str) -> Any:
+    """Compile `func`, and cache it as `name`, which must be its own among all kernels."""
+    dispatcher = numba.njit(**OPTIONS)(func)
+    dispatcher._cache = KernelCache(func, name)
     return dispatcher
 
 
 def kernel(func: Callable) -> Any:
     """Compile a serial function, callable from Python and from other kernels."""
-    return _compile(func)
+    return njit_cached(func, f"{func.__module__}.{func.__qualname__}")
 
 
 @intrinsic
 def keep_out_of_line(typing_context):
     """Forbid LLVM to inline the function that says this.
 
-    A part of the work that two drivers run must be one piece of machine code: inlined twice, its sums could
-    be reordered in two ways, and the result would depend on the number of threads.
+    What is called from several places must be one piece of machine code: inlined twice, its sums could be
+    reordered in two ways, and the result would depend on the number of threads.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -160,88 +158,3 @@ def keep_out_of_line(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-class _Threads:
-    """How many threads kernels use, and whether they may start any."""
-
-    def __init__(self) -> None:
-        self.count = numba.config.NUMBA_NUM_THREADS
-        self.forked = False
-        # Numba's workqueue layer aborts the process when two Python threads enter it.
-        self.lock = threading.Lock()
-
-    def after_fork_in_child(self) -> None:
-        # GNU OpenMP ends a forked child that starts threads after its parent did; such a child stays serial.
-        self.forked = self.forked or _numba_threads._is_initialized
-        self.lock = threading.Lock()
-
-
-_threads = _Threads()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.after_fork_in_child)
-
-
-def get_num_threads() -> int:
-    """Number of threads that kernels use."""
-    return _threads.count
-
-
-def set_num_threads(threads: int) -> None:
-    """Use `threads` threads in every kernel from now on. Results don't depend on it, bit for bit.
-
-    Raises
-    ------
-    ValueError
-        If `threads` is below 1 or above the number with which Numba started (``NUMBA_NUM_THREADS``).
-    """
-    most = numba.config.NUMBA_NUM_THREADS
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
-        raise TypeError(f"threads: expected an int, got {threads!r}")
-    if not 1 <= threads <= most:
-        raise ValueError(
-            f"threads: {threads} is not between 1 and {most} (set NUMBA_NUM_THREADS to raise it)"
-        )
-    _threads.count = int(threads)
-
-
-class Parallel:
-    """A driver ``func(threads, ...)`` with one ``prange(threads)`` loop, and its serial twin.
-
-    The loop's body calls a serial kernel that does the share of one thread, so that the driver compiles
-    quickly and both twins run the same machine code. `threads` is passed by the caller: see `thread_count`.
-    """
-
-    def __init__(self, func: Callable):
-        self.__doc__ = func.__doc__
-        self.__name__ = func.__name__
-        self._parallel = _compile(func, parallel=True)
-        self._serial = _compile(func)
-
-    def __call__(self, threads: int, *args: Any) -> None:
-        if threads == 1 or _threads.forked:
-            self._serial(threads, *args)
-        else:
-            with _threads.lock:
-                self._parallel(threads, *args)
-
-
-def parallel(func: Callable) -> Parallel:
-    """Compile a driver; see `Parallel`."""
-    return Parallel(func)
-
-
-def thread_count(tasks: int, work: float = np.inf) -> int:
-    """Number of threads for `tasks` independent tasks of `work` operations or bytes in all.
-
-    Starting threads costs some microseconds, so that little work is done by one.
-    """
-    if work < 50_000:
-        return 1
-    return max(1, min(_threads.count, tasks))
-
-
-@kernel
-def share(thread, threads, tasks):
-    """First and last + 1 of the `tasks` that `thread` of `threads` does."""
-    return thread * tasks // threads, (thread + 1) * tasks // threads

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+
 from fastcnn.kernels import reference
 
 Arguments = dict[str, Any]

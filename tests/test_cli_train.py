@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastcnn.kernels import jit
 from typer.testing import CliRunner
 
 from fastcnn import train
 from fastcnn.cli import app, progress, waiting
+from fastcnn.kernels import threads as team
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def workplace(tmp_path, monkeypatch):
     for image, label in zip(images, labels, strict=True):
         image[0, 4 * label : 4 * label + 4] += 180
     np.savez("tiny.npz", x_train=images[:90], y_train=labels[:90], x_test=images[90:], y_test=labels[90:])
-    threads = jit.get_num_threads()
+    threads = team.get_num_threads()
     yield tmp_path
-    jit.set_num_threads(threads)
+    team.set_num_threads(threads)
 
 
 def jit_result():

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fastcnn.kernels import jit
 
 import fastcnn
 from fastcnn import models, nn, warmup
+from fastcnn.kernels import jit
 from fastcnn.warmup import WarmupError
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fastcnn.kernels import reference
 
 import fastcnn
 from fastcnn import diagnostics, nn
 from fastcnn.diagnostics import CheckReport, CheckRow
+from fastcnn.kernels import reference
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from fastcnn.kernels import cpu, jit, reference
 from ops import OPERATIONS
+
+from fastcnn.kernels import cpu, reference
+from fastcnn.kernels import threads as team
 
 ROWS = [
     pytest.param(operation, dtype, id=f"{operation.name}-{np.dtype(dtype)}")
@@ -164,9 +166,9 @@ def test_accumulate_adds_to_out(operation, dtype):
 
 @pytest.fixture
 def threads():
-    before = jit.get_num_threads()
-    yield jit.set_num_threads
-    jit.set_num_threads(before)
+    before = team.get_num_threads()
+    yield team.set_num_threads
+    team.set_num_threads(before)
 
 
 @every_row

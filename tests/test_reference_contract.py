@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fastcnn.kernels import reference as ref
 
 IMAGES = (2, 5, 6, 4)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from fastcnn.kernels import reference as ref
 
 torch = None

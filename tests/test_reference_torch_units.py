@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fastcnn.kernels import reference as ref
 
 torch = None

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from fastcnn.kernels import reference as ref
 from fastcnn.kernels.reference.stream import normal, splitmix64, uniform
 

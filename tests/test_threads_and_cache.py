@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastcnn.kernels import cpu, jit
 
 import fastcnn
+from fastcnn.kernels import cpu, jit
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -41,8 +41,7 @@ WORK = """
 """
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_forked_child_computes_the_same(layer):
+def test_forked_child_computes_the_same():
     code = """
     import os, sys
     child = os.fork()
@@ -50,12 +49,11 @@ def test_forked_child_computes_the_same(layer):
         os._exit(0 if same(work()) else 3)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or (0 if same(work()) else 4))
     """
-    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_THREADING_LAYER=layer)
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_python_threads_share_the_kernels(layer):
+def test_python_threads_share_the_kernels():
     code = """
     import sys, threading
     wrong = []
@@ -67,7 +65,61 @@ def test_python_threads_share_the_kernels(layer):
     [t.start() for t in threads]; [t.join() for t in threads]
     sys.exit(len(wrong))
     """
-    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_THREADING_LAYER=layer)
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+
+
+def test_numbas_own_threads_live_beside_the_team():
+    code = """
+    import numba
+    @numba.njit(parallel=True)
+    def total(x):
+        s = 0.0
+        for i in numba.prange(x.size):
+            s += x[i]
+        return s
+    for _ in range(5):
+        assert total(np.ones(1000)) == 1000 and same(work())
+    """
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_in_any_part_reaches_the_caller():
+    """With bounds checked, as in the second pass of the tests; one part fails, on whichever thread."""
+    code = """
+    from fastcnn.kernels.threads import parallel
+    @parallel
+    def outside(part, parts, x):
+        if part == 0:
+            x[x.size + part] = 1
+    fastcnn.set_num_threads(2)
+    for _ in range(3):
+        try:
+            outside(8, np.zeros(4))
+        except IndexError:
+            pass
+        else:
+            raise SystemExit("no error")
+    assert same(work())
+    """
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_BOUNDSCHECK="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_part_is_done_once():
+    code = """
+    from fastcnn.kernels.threads import parallel
+    @parallel
+    def count(part, parts, x):
+        for i in range(part, x.size, parts):
+            x[i] += 1
+    x = np.zeros(1000)
+    for parts in [1, 2, 3, 8, 64, 1000] * 20:
+        count(parts, x)
+    assert (x == 120).all()
+    """
+    done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_NUM_THREADS="4")
     assert done.returncode == 0, done.stderr
 
 

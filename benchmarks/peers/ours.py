@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fastcnn.kernels import cpu
 
 import fastcnn
 from fastcnn import nn, optim
+from fastcnn.kernels import cpu
 
 from ..calls import call
 from ..inputs import Arrays

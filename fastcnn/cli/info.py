@@ -40,7 +40,8 @@ def info(threads: Threads = None, json: Json = False) -> None:
         "cores": os.cpu_count(),
         "threads": used,
         "most_threads": numba.config.NUMBA_NUM_THREADS,
-        "threading_layer": _threading_layer(),
+        # Not one of Numba's: see fastcnn.kernels.threads.
+        "threading_layer": "own",
         "cache": str(cache),
         "cached_kernels": len(list(cache.glob("*.nbc"))),
         "cache_bytes": sum(path.stat().st_size for path in files),
@@ -51,7 +52,7 @@ def info(threads: Threads = None, json: Json = False) -> None:
         ["Python", f"{found['python']}, NumPy {np.__version__}, Numba {numba.__version__}"],
         ["machine", f"{found['platform']}"],
         ["CPU", f"{found['cpu']}, {found['cores']} cores, vectors of {VECTOR_BITS} bits"],
-        ["threads", f"{used} of {found['most_threads']}, by {found['threading_layer']}"],
+        ["threads", f"{used} of {found['most_threads']}, in a team of fastcnn's own"],
         [
             "kernel cache",
             f"{short_path(cache.parent)}, {text.size(found['cache_bytes'])}, "
@@ -61,16 +62,3 @@ def info(threads: Threads = None, json: Json = False) -> None:
     ]
     out.say(text.table(rows))
     out.result(found)
-
-
-def _threading_layer() -> str:
-    """The library that runs Numba's threads; it is chosen when they are started."""
-    import numba
-
-    try:
-        from numba.np.ufunc.parallel import _launch_threads
-
-        _launch_threads()
-        return numba.threading_layer()
-    except (ImportError, ValueError) as error:
-        return f"none ({error})"

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
-from .pieces import blocks, fill, fold, piece_bounds, piece_count, row_width, share_elements
+from ..jit import keep_out_of_line
+from ..threads import parallel, part_count, span
+from .pieces import blocks, fill, fold, piece_bounds, piece_count, row_width, span_elements
 from .workspace import scratch
 
 
-@kernel
-def _relu_part(thread, threads, x, y):
+@parallel
+def _relu(part, parts, x, y):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, x.size)
+    lo, hi = span_elements(part, parts, x.size)
     source, target = x[lo:hi], y[lo:hi]
     zero = x.dtype.type(0)
     for i in range(source.size):
         target[i] = zero if source[i] <= zero else source[i]
-
-
-@parallel
-def _relu(threads, x, y):
-    for thread in prange(threads):
-        _relu_part(thread, threads, x, y)
 
 
 def relu_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -47,24 +41,18 @@ def relu_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     """
     x = checks.floating("x", x)
     y = checks.output("out", out, x.shape, x.dtype)
-    _relu(thread_count(blocks(x.size), x.size), x.reshape(-1), y.reshape(-1))
+    _relu(part_count(blocks(x.size), x.size), x.reshape(-1), y.reshape(-1))
     return y
 
 
-@kernel
-def _relu_backward_part(thread, threads, dout, y, dx):
+@parallel
+def _relu_backward(part, parts, dout, y, dx):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, y.size)
+    lo, hi = span_elements(part, parts, y.size)
     gradient, source, target = dout[lo:hi], y[lo:hi], dx[lo:hi]
     zero = y.dtype.type(0)
     for i in range(source.size):
         target[i] = zero if source[i] <= zero else gradient[i]
-
-
-@parallel
-def _relu_backward(threads, dout, y, dx):
-    for thread in prange(threads):
-        _relu_backward_part(thread, threads, dout, y, dx)
 
 
 def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -89,7 +77,7 @@ def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = N
     """
     dout, y = _alike(dout, "y", y)
     dx = checks.output("out", out, dout.shape, dout.dtype)
-    _relu_backward(thread_count(blocks(y.size), y.size), dout.reshape(-1), y.reshape(-1), dx.reshape(-1))
+    _relu_backward(part_count(blocks(y.size), y.size), dout.reshape(-1), y.reshape(-1), dx.reshape(-1))
     return dx
 
 
@@ -99,20 +87,14 @@ def _alike(dout: np.ndarray, name: str, array: np.ndarray) -> tuple[np.ndarray, 
     return checks.same_shape("dout", checks.floating("dout", dout, None, array.dtype), array.shape), array
 
 
-@kernel
-def _leaky_relu_part(thread, threads, x, slope, y):
+@parallel
+def _leaky_relu(part, parts, x, slope, y):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, x.size)
+    lo, hi = span_elements(part, parts, x.size)
     source, target = x[lo:hi], y[lo:hi]
     zero = x.dtype.type(0)
     for i in range(source.size):
         target[i] = source[i] if source[i] > zero else slope * source[i]
-
-
-@parallel
-def _leaky_relu(threads, x, slope, y):
-    for thread in prange(threads):
-        _leaky_relu_part(thread, threads, x, slope, y)
 
 
 def leaky_relu_forward(
@@ -139,24 +121,18 @@ def leaky_relu_forward(
     x = checks.floating("x", x)
     y = checks.output("out", out, x.shape, x.dtype)
     slope = x.dtype.type(negative_slope)
-    _leaky_relu(thread_count(blocks(x.size), x.size), x.reshape(-1), slope, y.reshape(-1))
+    _leaky_relu(part_count(blocks(x.size), x.size), x.reshape(-1), slope, y.reshape(-1))
     return y
 
 
-@kernel
-def _leaky_relu_backward_part(thread, threads, dout, x, slope, dx):
+@parallel
+def _leaky_relu_backward(part, parts, dout, x, slope, dx):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, x.size)
+    lo, hi = span_elements(part, parts, x.size)
     gradient, source, target = dout[lo:hi], x[lo:hi], dx[lo:hi]
     zero = x.dtype.type(0)
     for i in range(source.size):
         target[i] = gradient[i] if source[i] > zero else slope * gradient[i]
-
-
-@parallel
-def _leaky_relu_backward(threads, dout, x, slope, dx):
-    for thread in prange(threads):
-        _leaky_relu_backward_part(thread, threads, dout, x, slope, dx)
 
 
 def leaky_relu_backward(
@@ -185,27 +161,21 @@ def leaky_relu_backward(
     dout, x = _alike(dout, "x", x)
     dx = checks.output("out", out, dout.shape, dout.dtype)
     slope = x.dtype.type(negative_slope)
-    threads = thread_count(blocks(x.size), x.size)
-    _leaky_relu_backward(threads, dout.reshape(-1), x.reshape(-1), slope, dx.reshape(-1))
+    parts = part_count(blocks(x.size), x.size)
+    _leaky_relu_backward(parts, dout.reshape(-1), x.reshape(-1), slope, dx.reshape(-1))
     return dx
 
 
-@kernel
-def _prelu_part(thread, threads, x, slopes, y):
+@parallel
+def _prelu(part, parts, x, slopes, y):
     keep_out_of_line()
     zero = x.dtype.type(0)
-    lo, hi = piece_bounds(thread, threads, x.size, slopes.size)
+    lo, hi = piece_bounds(part, parts, x.size, slopes.size)
     for start in range(lo, hi, slopes.size):
         end = min(start + slopes.size, hi)
         source, target = x[start:end], y[start:end]
         for k in range(source.size):
             target[k] = source[k] if source[k] > zero else slopes[k] * source[k]
-
-
-@parallel
-def _prelu(threads, x, slopes, y):
-    for thread in prange(threads):
-        _prelu_part(thread, threads, x, slopes, y)
 
 
 def _slopes(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,16 +219,16 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     x = checks.floating("x", x)
     _, slopes = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
-    _prelu(thread_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
+    _prelu(part_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
     return y
 
 
-@kernel
-def _prelu_backward_part(thread, threads, dout, x, slopes, dx, slabs):
+@parallel
+def _prelu_backward(part, parts, dout, x, slopes, dx, slabs):
     keep_out_of_line()
     zero = x.dtype.type(0)
     pieces, width = slabs.shape
-    lo, hi = share(thread, threads, pieces)
+    lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         sums = slabs[piece]
         fill(sums, 0)
@@ -270,12 +240,6 @@ def _prelu_backward_part(thread, threads, dout, x, slopes, dx, slabs):
                 positive = source[k] > zero
                 target[k] = gradient[k] if positive else slopes[k] * gradient[k]
                 sums[k] += zero if positive else gradient[k] * source[k]
-
-
-@parallel
-def _prelu_backward(threads, dout, x, slopes, dx, slabs):
-    for thread in prange(threads):
-        _prelu_backward_part(thread, threads, dout, x, slopes, dx, slabs)
 
 
 def prelu_backward(
@@ -319,7 +283,7 @@ def prelu_backward(
     pieces = piece_count(x.size)
     slabs = scratch("sums", pieces * slopes.size, np.float64).reshape(pieces, slopes.size)
     _prelu_backward(
-        thread_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), slopes, dx.reshape(-1), slabs
+        part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), slopes, dx.reshape(-1), slabs
     )
     fold(slabs, dweight, int(accumulate and out_dweight is not None))
     return dx, dweight

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .workspace import scratch
 
@@ -92,13 +92,13 @@ def valid_range(out, stride, offset, size):
     return first, max(first, last)
 
 
-@kernel
-def _im2col_part(thread, threads, x, cols, g):
+@parallel
+def _im2col(part, parts, x, cols, g):
     """Taps that are neighbours in memory are copied in one run: all kW of a row unless they are dilated."""
     keep_out_of_line()
     runs = 1 if g.dilation_w == 1 else g.kernel_w
     run = g.kernel_w // runs
-    lo, hi = share(thread, threads, cols.shape[0])
+    lo, hi = span(part, parts, cols.shape[0])
     for row in range(lo, hi):
         line = row // g.out_w
         j = row - line * g.out_w
@@ -120,12 +120,6 @@ def _im2col_part(thread, threads, x, cols, g):
                     for k in range(inside.size):
                         inside[k] = source[k]
                 fill(target[last * g.channels :], 0)
-
-
-@parallel
-def _im2col(threads, x, cols, g):
-    for thread in prange(threads):
-        _im2col_part(thread, threads, x, cols, g)
 
 
 def im2col(
@@ -166,17 +160,17 @@ def im2col(
     cols = checks.output("out", out, shape, x.dtype)
     if cols.size:
         lines = x.reshape(x.shape[0] * g.height, g.width * g.channels)
-        _im2col(thread_count(shape[0], cols.size), lines, cols, g)
+        _im2col(part_count(shape[0], cols.size), lines, cols, g)
     return cols
 
 
-@kernel
-def _col2im_part(thread, threads, cols, x, g):
+@parallel
+def _col2im(part, parts, cols, x, g):
     """Each row of an image gathers from all windows above it, always in the order kh, j, kw."""
     keep_out_of_line()
     runs = 1 if g.dilation_w == 1 else g.kernel_w
     run = g.kernel_w // runs
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for row in range(lo, hi):
         n = row // g.height
         line = x[row]
@@ -197,12 +191,6 @@ def _col2im_part(thread, threads, cols, x, g):
                         target = line[(w + first) * g.channels : (w + last) * g.channels]
                         for k in range(target.size):
                             target[k] += source[k]
-
-
-@parallel
-def _col2im(threads, cols, x, g):
-    for thread in prange(threads):
-        _col2im_part(thread, threads, cols, x, g)
 
 
 def col2im(
@@ -245,15 +233,15 @@ def col2im(
     x = checks.output("out", out, shape, cols.dtype)
     if x.size:
         lines = x.reshape(shape[0] * g.height, g.width * g.channels)
-        _col2im(thread_count(len(lines), cols.size), cols, lines, g)
+        _col2im(part_count(len(lines), cols.size), cols, lines, g)
     return x
 
 
-@kernel
-def _sum_part(thread, threads, x, slabs):
+@parallel
+def _sum(part, parts, x, slabs):
     keep_out_of_line()
     pieces, width = slabs.shape
-    lo, hi = share(thread, threads, pieces)
+    lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         sums = slabs[piece]
         fill(sums, 0)
@@ -262,12 +250,6 @@ def _sum_part(thread, threads, x, slabs):
             row = x[start : min(start + width, last)]
             for k in range(row.size):
                 sums[k] += row[k]
-
-
-@parallel
-def _sum(threads, x, slabs):
-    for thread in prange(threads):
-        _sum_part(thread, threads, x, slabs)
 
 
 def conv2d_backward_bias(
@@ -302,6 +284,6 @@ def conv2d_backward_bias(
         return dbias
     pieces, width = piece_count(dout.size), row_width(channels)
     slabs = scratch("sums", pieces * width, np.float64).reshape(pieces, width)
-    _sum(thread_count(pieces, dout.size), dout.reshape(-1), slabs)
+    _sum(part_count(pieces, dout.size), dout.reshape(-1), slabs)
     fold(slabs, dbias, int(accumulate))
     return dbias

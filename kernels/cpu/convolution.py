@@ -12,10 +12,10 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from . import geometry, simd
 from .geometry import Correlation
 from .tile import add_panel, overwrite_panel, padded_rows
@@ -26,7 +26,7 @@ from .workspace import clear, copy, scratch
 _PIECES = 16
 _FEWEST_PIECES = 4
 _PIECES_BYTES = 1 << 25
-# Multiply-adds that take about as long as moving one byte: the unit of thread_count.
+# Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
 
 
@@ -50,14 +50,14 @@ def _fill_window(x, n, b, h0, rows, window):
             clear(window, r * row + end, row - end)
 
 
-@kernel
-def _correlate_part(thread, threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
+@parallel
+def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
     keep_out_of_line()
     groups, panels, depth, width = packed.shape
     weights = packed.reshape(packed.size)
-    window = windows[thread]
+    window = windows[part]
     image_out = y.size // images
-    lo, hi = share(thread, threads, images * b.blocks)
+    lo, hi = span(part, parts, images * b.blocks)
     for task in range(lo, hi):
         n = task // b.blocks
         first = (task - n * b.blocks) * b.rows
@@ -96,20 +96,12 @@ def _correlate_part(thread, threads, x, images, packed, start, y, b, pixels, tap
 
 
 @parallel
-def _correlate(threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
-    for thread in prange(threads):
-        _correlate_part(
-            np.intp(thread), threads, x, images, packed, start, y, b, pixels, taps, spread, columns, windows
-        )
-
-
-@kernel
-def _pack_part(thread, threads, weight, positions, transposed, columns, packed):
+def _pack(part, parts, weight, positions, transposed, columns, packed):
     keep_out_of_line()
     groups, panels, depth, width = packed.shape
     filters = weight.shape[2] // groups
     inner = depth // max(positions.size, 1)
-    lo, hi = share(thread, threads, groups * panels)
+    lo, hi = span(part, parts, groups * panels)
     for task in range(lo, hi):
         g = task // panels
         p = task - g * panels
@@ -127,25 +119,17 @@ def _pack_part(thread, threads, weight, positions, transposed, columns, packed):
 
 
 @parallel
-def _pack(threads, weight, positions, transposed, columns, packed):
-    for thread in prange(threads):
-        _pack_part(np.intp(thread), threads, weight, positions, transposed, columns, packed)
-
-
-@kernel
-def _weight_part(
-    thread, threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares
-):
+def _weight(part, parts, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
     keep_out_of_line()
     pieces, groups, panels, depth, width = partial.shape
-    window = windows[thread]
-    spare = spares[thread]
+    window = windows[part]
+    spare = spares[part]
     filters = groups * columns
-    lo, hi = share(thread, threads, pieces)
+    lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         sums = partial[piece].reshape(groups * panels * depth * width)
         clear(sums, 0, sums.size)
-        task0, task1 = share(piece, pieces, images * b.blocks)
+        task0, task1 = span(piece, pieces, images * b.blocks)
         for task in range(task0, task1):
             n = task // b.blocks
             first = (task - n * b.blocks) * b.rows
@@ -192,30 +176,10 @@ def _weight_part(
 
 
 @parallel
-def _weight(threads, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
-    for thread in prange(threads):
-        _weight_part(
-            np.intp(thread),
-            threads,
-            x,
-            images,
-            dout,
-            b,
-            pixels,
-            taps,
-            places,
-            columns,
-            partial,
-            windows,
-            spares,
-        )
-
-
-@kernel
-def _reduce_part(thread, threads, partial, columns, dweight):
+def _reduce(part, parts, partial, columns, dweight):
     keep_out_of_line()
     pieces, groups, panels, depth, width = partial.shape
-    lo, hi = share(thread, threads, depth)
+    lo, hi = span(part, parts, depth)
     for k in range(lo, hi):
         for g in range(groups):
             for p in range(panels):
@@ -227,12 +191,6 @@ def _reduce_part(thread, threads, partial, columns, dweight):
                         total[j] += partial[piece, g, p, k, j]
                 for j in range(many):
                     target[j] += total[j]
-
-
-@parallel
-def _reduce(threads, partial, columns, dweight):
-    for thread in prange(threads):
-        _reduce_part(np.intp(thread), threads, partial, columns, dweight)
 
 
 class _Side(NamedTuple):
@@ -331,10 +289,10 @@ class _Layer:
             start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
         b = table.blocks
         images = x.shape[0]
-        threads = thread_count(images * b.blocks, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        windows = _windows(threads, b, x.dtype)
+        parts = part_count(images * b.blocks, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        windows = _windows(parts, b, x.dtype)
         tables = (b, table.pixels, table.taps, table.spread)
-        _correlate(threads, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
+        _correlate(parts, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
 
     def add_weight_gradient(self, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
         """Add the gradient of the weights to `dweight`."""
@@ -350,13 +308,13 @@ class _Layer:
         pieces = min(images * b.blocks, most)
         partial = scratch("partial", pieces * piece, dout.dtype)
         partial = partial.reshape(pieces, self.groups, panels, depth, width)
-        threads = thread_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        spares = scratch("spares", threads * b.tail * width, dout.dtype).reshape(threads, -1)
-        windows = _windows(threads, b, x.dtype)
+        parts = part_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        spares = scratch("spares", parts * b.tail * width, dout.dtype).reshape(parts, -1)
+        windows = _windows(parts, b, x.dtype)
         tables = (b, table.pixels, padded_rows(table.taps), padded_rows(np.arange(depth) * width))
-        _weight(threads, x.reshape(-1), images, dout.reshape(-1), *tables, columns, partial, windows, spares)
-        threads = thread_count(depth, partial.nbytes)
-        _reduce(threads, partial, columns, dweight.reshape(depth, self.filters))
+        _weight(parts, x.reshape(-1), images, dout.reshape(-1), *tables, columns, partial, windows, spares)
+        parts = part_count(depth, partial.nbytes)
+        _reduce(parts, partial, columns, dweight.reshape(depth, self.filters))
 
     def _packed(self, weight, positions, transposed, columns):
         width = simd.panel_width(weight.dtype)
@@ -365,8 +323,8 @@ class _Layer:
         depth = len(positions) * inner
         packed = scratch("weights", self.groups * panels * depth * width, weight.dtype)
         packed = packed.reshape(self.groups, panels, depth, width)
-        threads = thread_count(self.groups * panels, packed.nbytes)
-        _pack(threads, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
+        parts = part_count(self.groups * panels, packed.nbytes)
+        _pack(parts, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
         return packed
 
 
@@ -401,9 +359,9 @@ def _layer(x_shape, kernel_size, weight_channels, filters, stride, padding, dila
     )
 
 
-def _windows(threads: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
+def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
     size = 1 if b.in_place else b.window_h * b.window_w * b.channels
-    return scratch("windows", threads * size, dtype).reshape(threads, size)
+    return scratch("windows", parts * size, dtype).reshape(parts, size)
 
 
 def conv2d_forward(

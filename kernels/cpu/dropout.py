@@ -9,11 +9,11 @@ import math
 import operator
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, thread_count
-from .pieces import blocks, share_elements
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count
+from .pieces import blocks, span_elements
 
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -46,22 +46,16 @@ def seed64(seed: int) -> np.uint64:
     return np.uint64(value)
 
 
-@kernel
-def _dropout_part(thread, threads, x, threshold, scale, seed, y):
+@parallel
+def _dropout(part, parts, x, threshold, scale, seed, y):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, x.size)
+    lo, hi = span_elements(part, parts, x.size)
     source, target = x[lo:hi], y[lo:hi]
     zero = x.dtype.type(0)
     first = seed + np.uint64(lo)
     for i in range(source.size):
         dropped = random_bits(first + np.uint64(i)) < threshold
         target[i] = zero if dropped else source[i] * scale
-
-
-@parallel
-def _dropout(threads, x, threshold, scale, seed, y):
-    for thread in prange(threads):
-        _dropout_part(thread, threads, x, threshold, scale, seed, y)
 
 
 def _run(name: str, x: np.ndarray, p: float, seed: int, out: np.ndarray | None) -> np.ndarray:
@@ -73,7 +67,7 @@ def _run(name: str, x: np.ndarray, p: float, seed: int, out: np.ndarray | None) 
     # The numbers are whole multiples of 2**-24: u < p is bits < ceil(p * 2**24).
     threshold = np.uint64(math.ceil(p * 2**RANDOM_BITS))
     scale = x.dtype.type(1 / (1 - p) if p < 1 else 0)
-    _dropout(thread_count(blocks(x.size), x.size), x.reshape(-1), threshold, scale, key, y.reshape(-1))
+    _dropout(part_count(blocks(x.size), x.size), x.reshape(-1), threshold, scale, key, y.reshape(-1))
     return y
 
 

@@ -10,10 +10,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from . import simd
 from .tile import add_panel, overwrite_panel, padded_rows
 from .workspace import clear, scratch
@@ -49,14 +49,14 @@ def _pack_panel(b, p, k0, depth, first, many, width, panel):
         clear(target, many, width - many)
 
 
-@kernel
-def _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed):
+@parallel
+def _multiply(part, parts, a, b, start, c, p, row, crow, col, packed):
     keep_out_of_line()
-    panel = packed[thread]
+    panel = packed[part]
     width = panel.size // col.size
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
-    lo, hi = share(thread, threads, panels * blocks)
+    lo, hi = span(part, parts, panels * blocks)
     for task in range(lo, hi):
         block = task // panels
         first = (task - block * panels) * width
@@ -74,12 +74,6 @@ def _multiply_part(thread, threads, a, b, start, c, p, row, crow, col, packed):
                 )
             else:
                 add_panel(a, a1, row, col, r0, r1, depth, panel, 0, width, c, c0, crow, many)
-
-
-@parallel
-def _multiply(threads, a, b, start, c, p, row, crow, col, packed):
-    for thread in prange(threads):
-        _multiply_part(np.intp(thread), threads, a, b, start, c, p, row, crow, col, packed)
 
 
 @lru_cache(maxsize=512)
@@ -127,9 +121,9 @@ def _product(
     if bias is not None:
         start[:columns] = bias
     tasks = -(-columns // width) * -(-rows // block)
-    threads = thread_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
-    packed = scratch("weights", threads * _BLOCK_K * width, c.dtype).reshape(threads, -1)
-    _multiply(threads, a.reshape(-1), b.reshape(-1), start, c.reshape(-1), product, row, crow, col, packed)
+    parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
+    packed = scratch("weights", parts * _BLOCK_K * width, c.dtype).reshape(parts, -1)
+    _multiply(parts, a.reshape(-1), b.reshape(-1), start, c.reshape(-1), product, row, crow, col, packed)
 
 
 def linear_forward(

@@ -12,13 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from .pieces import fill
 
-# An exponential takes about as long as this many of the operations that thread_count counts.
+# An exponential takes about as long as this many of the operations that part_count counts.
 _EXP = 8
 
 
@@ -30,10 +30,10 @@ def _largest(row):
     return largest
 
 
-@kernel
-def _softmax_part(thread, threads, x, y, log):
+@parallel
+def _softmax(part, parts, x, y, log):
     keep_out_of_line()
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         source, target = x[m], y[m]
         largest = _largest(source)
@@ -53,12 +53,6 @@ def _softmax_part(thread, threads, x, y, log):
                 target[k] /= divisor
 
 
-@parallel
-def _softmax(threads, x, y, log):
-    for thread in prange(threads):
-        _softmax_part(thread, threads, x, y, log)
-
-
 def _rows(name: str, x: np.ndarray) -> np.ndarray:
     """`x` as a matrix with its last axis as rows."""
     if not x.ndim or not x.shape[-1]:
@@ -70,7 +64,7 @@ def _run_softmax(x: np.ndarray, log: int, out: np.ndarray | None) -> np.ndarray:
     x = checks.floating("x", x)
     rows = _rows("x", x)
     y = checks.output("out", out, x.shape, x.dtype)
-    _softmax(thread_count(len(rows), _EXP * x.size), rows, y.reshape(rows.shape), log)
+    _softmax(part_count(len(rows), _EXP * x.size), rows, y.reshape(rows.shape), log)
     return y
 
 
@@ -117,10 +111,10 @@ def log_softmax(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     return _run_softmax(x, 1, out)
 
 
-@kernel
-def _softmax_backward_part(thread, threads, dout, y, dx, log):
+@parallel
+def _softmax_backward(part, parts, dout, y, dx, log):
     keep_out_of_line()
-    lo, hi = share(thread, threads, y.shape[0])
+    lo, hi = span(part, parts, y.shape[0])
     for m in range(lo, hi):
         gradient, source, target = dout[m], y[m], dx[m]
         total = 0.0
@@ -136,19 +130,13 @@ def _softmax_backward_part(thread, threads, dout, y, dx, log):
                 target[k] = source[k] * (gradient[k] - total)
 
 
-@parallel
-def _softmax_backward(threads, dout, y, dx, log):
-    for thread in prange(threads):
-        _softmax_backward_part(thread, threads, dout, y, dx, log)
-
-
 def _run_softmax_backward(dout: np.ndarray, y: np.ndarray, log: int, out: np.ndarray | None) -> np.ndarray:
     y = checks.floating("y", y)
     dout = checks.same_shape("dout", checks.floating("dout", dout, None, y.dtype), y.shape)
     rows = _rows("y", y)
     dx = checks.output("out", out, y.shape, y.dtype)
-    threads = thread_count(len(rows), _EXP * y.size if log else y.size)
-    _softmax_backward(threads, dout.reshape(rows.shape), rows, dx.reshape(rows.shape), log)
+    parts = part_count(len(rows), _EXP * y.size if log else y.size)
+    _softmax_backward(parts, dout.reshape(rows.shape), rows, dx.reshape(rows.shape), log)
     return dx
 
 
@@ -259,14 +247,14 @@ def _minus(a, b):
     return a - b
 
 
-@kernel
-def _cross_entropy_part(thread, threads, x, target, weight, ignore_index, smoothing, losses, weights):
+@parallel
+def _cross_entropy(part, parts, x, target, weight, ignore_index, smoothing, losses, weights):
     keep_out_of_line()
     classes = weight.size
     whole = 0.0
     for k in range(classes):
         whole += weight[k]
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         label = target[m]
         if label == ignore_index:
@@ -284,12 +272,6 @@ def _cross_entropy_part(thread, threads, x, target, weight, ignore_index, smooth
             loss += smoothing / classes * (logarithm * whole - below)
         losses[m] = loss
         weights[m] = weight[label]
-
-
-@parallel
-def _cross_entropy(threads, x, target, weight, ignore_index, smoothing, losses, weights):
-    for thread in prange(threads):
-        _cross_entropy_part(thread, threads, x, target, weight, ignore_index, smoothing, losses, weights)
 
 
 def softmax_cross_entropy(
@@ -342,8 +324,8 @@ def softmax_cross_entropy(
     target, ignored = _labels(target, x, ignore_index)
     losses = checks.output("out", out, target.shape, x.dtype)
     weights = checks.output("out_weights", out_weights, target.shape, x.dtype)
-    threads = thread_count(len(x), _EXP * x.size)
-    _cross_entropy(threads, x, target, weight, ignored, float(label_smoothing), losses, weights)
+    parts = part_count(len(x), _EXP * x.size)
+    _cross_entropy(parts, x, target, weight, ignored, float(label_smoothing), losses, weights)
     return losses, weights
 
 
@@ -358,14 +340,14 @@ def _exponentials(row, target):
     return total
 
 
-@kernel
-def _cross_entropy_backward_part(thread, threads, dlosses, x, target, weight, ignore_index, smoothing, dx):
+@parallel
+def _cross_entropy_backward(part, parts, dlosses, x, target, weight, ignore_index, smoothing, dx):
     keep_out_of_line()
     classes = weight.size
     whole = 0.0
     for k in range(classes):
         whole += weight[k]
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         label = target[m]
         gradient = dx[m]
@@ -379,12 +361,6 @@ def _cross_entropy_backward_part(thread, threads, dlosses, x, target, weight, ig
         for k in range(classes):
             q = of_all * weight[k] + (of_label if k == label else 0.0)
             gradient[k] = dlosses[m] * (gradient[k] * scale - q)
-
-
-@parallel
-def _cross_entropy_backward(threads, dlosses, x, target, weight, ignore_index, smoothing, dx):
-    for thread in prange(threads):
-        _cross_entropy_backward_part(thread, threads, dlosses, x, target, weight, ignore_index, smoothing, dx)
 
 
 def softmax_cross_entropy_backward(
@@ -427,15 +403,15 @@ def softmax_cross_entropy_backward(
     dlosses = checks.floating("dlosses", dlosses, 1, x.dtype)
     checks.same_shape("dlosses", dlosses, target.shape)
     dx = checks.output("out", out, x.shape, x.dtype)
-    threads = thread_count(len(x), _EXP * x.size)
-    _cross_entropy_backward(threads, dlosses, x, target, weight, ignored, float(label_smoothing), dx)
+    parts = part_count(len(x), _EXP * x.size)
+    _cross_entropy_backward(parts, dlosses, x, target, weight, ignored, float(label_smoothing), dx)
     return dx
 
 
-@kernel
-def _soft_cross_entropy_part(thread, threads, x, target, weight, smoothing, losses):
+@parallel
+def _soft_cross_entropy(part, parts, x, target, weight, smoothing, losses):
     keep_out_of_line()
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         row, probability = x[m], target[m]
         largest = _largest(row)
@@ -446,12 +422,6 @@ def _soft_cross_entropy_part(thread, threads, x, target, weight, smoothing, loss
             whole += q
             below += q * (row[k] - largest)
         losses[m] = logarithm * whole - below
-
-
-@parallel
-def _soft_cross_entropy(threads, x, target, weight, smoothing, losses):
-    for thread in prange(threads):
-        _soft_cross_entropy_part(thread, threads, x, target, weight, smoothing, losses)
 
 
 def _probabilities(target: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -492,16 +462,16 @@ def soft_cross_entropy(
     x, weight = _logits(x, weight, label_smoothing)
     target = _probabilities(target, x)
     losses = checks.output("out", out, x.shape[:1], x.dtype)
-    threads = thread_count(len(x), _EXP * x.size)
-    _soft_cross_entropy(threads, x, target, weight, float(label_smoothing), losses)
+    parts = part_count(len(x), _EXP * x.size)
+    _soft_cross_entropy(parts, x, target, weight, float(label_smoothing), losses)
     return losses
 
 
-@kernel
-def _soft_cross_entropy_backward_part(thread, threads, dlosses, x, target, weight, smoothing, dx):
+@parallel
+def _soft_cross_entropy_backward(part, parts, dlosses, x, target, weight, smoothing, dx):
     keep_out_of_line()
     classes = weight.size
-    lo, hi = share(thread, threads, x.shape[0])
+    lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         gradient, probability = dx[m], target[m]
         total = _exponentials(x[m], gradient)
@@ -511,12 +481,6 @@ def _soft_cross_entropy_backward_part(thread, threads, dlosses, x, target, weigh
         for k in range(classes):
             q = weight[k] * ((1 - smoothing) * probability[k] + smoothing / classes)
             gradient[k] = dlosses[m] * (gradient[k] * (whole / total) - q)
-
-
-@parallel
-def _soft_cross_entropy_backward(threads, dlosses, x, target, weight, smoothing, dx):
-    for thread in prange(threads):
-        _soft_cross_entropy_backward_part(thread, threads, dlosses, x, target, weight, smoothing, dx)
 
 
 def soft_cross_entropy_backward(
@@ -554,6 +518,6 @@ def soft_cross_entropy_backward(
     dlosses = checks.floating("dlosses", dlosses, 1, x.dtype)
     checks.same_shape("dlosses", dlosses, x.shape[:1])
     dx = checks.output("out", out, x.shape, x.dtype)
-    threads = thread_count(len(x), _EXP * x.size)
-    _soft_cross_entropy_backward(threads, dlosses, x, target, weight, float(label_smoothing), dx)
+    parts = part_count(len(x), _EXP * x.size)
+    _soft_cross_entropy_backward(parts, dlosses, x, target, weight, float(label_smoothing), dx)
     return dx

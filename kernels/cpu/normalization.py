@@ -7,10 +7,10 @@ once for the sums and once for the result. All sums are in float64.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .workspace import scratch
 
@@ -50,12 +50,12 @@ def _add_moments(x, total, squares, count, mean, spread):
             count[k] += many
 
 
-@kernel
-def _moments_part(thread, threads, x, slabs):
+@parallel
+def _moments(part, parts, x, slabs):
     keep_out_of_line()
     _, pieces, width = slabs.shape
     step = width * max(1, _BLOCK // width)
-    lo, hi = share(thread, threads, pieces)
+    lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         total, squares, count = slabs[0, piece], slabs[1, piece], slabs[2, piece]
         fill(total, 0)
@@ -65,12 +65,6 @@ def _moments_part(thread, threads, x, slabs):
         for start in range(first, last, step):
             block = x[start : min(start + step, last)]
             _add_moments(block, total, squares, count, slabs[3, piece], slabs[4, piece])
-
-
-@parallel
-def _moments(threads, x, slabs):
-    for thread in prange(threads):
-        _moments_part(thread, threads, x, slabs)
 
 
 @kernel
@@ -92,22 +86,16 @@ def _merge_moments(slabs, mean, squares):
         squares[c] = squared
 
 
-@kernel
-def _normalize_part(thread, threads, x, y, table):
+@parallel
+def _normalize(part, parts, x, y, table):
     keep_out_of_line()
     mean, scale, bias = table[0], table[1], table[2]
-    lo, hi = piece_bounds(thread, threads, x.size, mean.size)
+    lo, hi = piece_bounds(part, parts, x.size, mean.size)
     for start in range(lo, hi, mean.size):
         end = min(start + mean.size, hi)
         source, target = x[start:end], y[start:end]
         for k in range(source.size):
             target[k] = (source[k] - mean[k]) * scale[k] + bias[k]
-
-
-@parallel
-def _normalize(threads, x, y, table):
-    for thread in prange(threads):
-        _normalize_part(thread, threads, x, y, table)
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -127,7 +115,7 @@ def _batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     channels = x.shape[-1]
     pieces, width = piece_count(x.size), row_width(channels)
     slabs = scratch("moments", 5 * pieces * width, np.float64).reshape(5, pieces, width)
-    _moments(thread_count(pieces, x.size), x.reshape(-1), slabs)
+    _moments(part_count(pieces, x.size), x.reshape(-1), slabs)
     mean, squares = np.empty((2, channels))
     _merge_moments(slabs, mean, squares)
     return mean, squares
@@ -219,8 +207,8 @@ def batch_norm_forward(
     inv_std[...] = 1 / np.sqrt(batch_var + eps)
     if count:
         table = _spread("normalize", [mean, inv_std * factor, shift], channels, x.dtype)
-        threads = thread_count(-(-x.size // table.shape[1]), x.size)
-        _normalize(threads, x.reshape(-1), y.reshape(-1), table)
+        parts = part_count(-(-x.size // table.shape[1]), x.size)
+        _normalize(parts, x.reshape(-1), y.reshape(-1), table)
     return y, mean, inv_std
 
 
@@ -232,11 +220,11 @@ def _move(name: str, running: np.ndarray | None, momentum: float, batch: np.ndar
     running[...] = (1 - momentum) * running + momentum * batch
 
 
-@kernel
-def _products_part(thread, threads, dout, x, mean, slabs):
+@parallel
+def _products(part, parts, dout, x, mean, slabs):
     keep_out_of_line()
     _, pieces, width = slabs.shape
-    lo, hi = share(thread, threads, pieces)
+    lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         total, product = slabs[0, piece], slabs[1, piece]
         fill(total, 0)
@@ -251,17 +239,11 @@ def _products_part(thread, threads, dout, x, mean, slabs):
 
 
 @parallel
-def _products(threads, dout, x, mean, slabs):
-    for thread in prange(threads):
-        _products_part(thread, threads, dout, x, mean, slabs)
-
-
-@kernel
-def _normalize_backward_part(thread, threads, dout, x, dx, table, training):
+def _normalize_backward(part, parts, dout, x, dx, table, training):
     """dx = (dout - shift - (x - mean) * slope) * scale; without the batch's statistics dx = dout * scale."""
     keep_out_of_line()
     scale, mean, shift, slope = table[0], table[1], table[2], table[3]
-    lo, hi = piece_bounds(thread, threads, x.size, scale.size)
+    lo, hi = piece_bounds(part, parts, x.size, scale.size)
     for start in range(lo, hi, scale.size):
         end = min(start + scale.size, hi)
         gradient, source, target = dout[start:end], x[start:end], dx[start:end]
@@ -271,12 +253,6 @@ def _normalize_backward_part(thread, threads, dout, x, dx, table, training):
         else:
             for k in range(source.size):
                 target[k] = gradient[k] * scale[k]
-
-
-@parallel
-def _normalize_backward(threads, dout, x, dx, table, training):
-    for thread in prange(threads):
-        _normalize_backward_part(thread, threads, dout, x, dx, table, training)
 
 
 @_quiet
@@ -340,15 +316,15 @@ def batch_norm_backward(
         pieces, width = piece_count(x.size), row_width(channels)
         slabs = scratch("products", 2 * pieces * width, np.float64).reshape(2, pieces, width)
         center = _spread("center", [mean], channels, np.dtype(np.float64))[0]
-        _products(thread_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), center, slabs)
+        _products(part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), center, slabs)
         fold(slabs[0], total, 0)
         fold(slabs[1], product, 0)
         count = x.size // channels
         rows = [inv_std * factor, mean, total / count, product * inv_std**2 / count]
         table = _spread("normalize", rows, channels, x.dtype)
-        threads = thread_count(-(-x.size // width), x.size)
+        parts = part_count(-(-x.size // width), x.size)
         flat = dout.reshape(-1), x.reshape(-1), dx.reshape(-1)
-        _normalize_backward(threads, *flat, table, int(bool(training)))
+        _normalize_backward(parts, *flat, table, int(bool(training)))
         product *= inv_std
     for given, target, result in ((out_dweight, dweight, product), (out_dbias, dbias, total)):
         target[...] = target + result if accumulate and given is not None else result

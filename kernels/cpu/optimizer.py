@@ -6,11 +6,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, thread_count
-from .pieces import BLOCK, blocks, fill, share_elements
+from ..jit import keep_out_of_line
+from ..threads import parallel, part_count
+from .pieces import BLOCK, blocks, fill, span_elements
 
 
 class Sgd(NamedTuple):
@@ -55,10 +55,10 @@ def _param_and_grad(param: np.ndarray, grad: np.ndarray, zero_grad: bool) -> tup
     return param, checks.same_shape("grad", checks.floating("grad", grad, 1, param.dtype), param.shape)
 
 
-@kernel
-def _sgd_part(thread, threads, param, grad, velocity, s):
+@parallel
+def _sgd(part, parts, param, grad, velocity, s):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, param.size)
+    lo, hi = span_elements(part, parts, param.size)
     for start in range(lo, hi, BLOCK):
         end = min(start + BLOCK, hi)
         p, g = param[start:end], grad[start:end]
@@ -74,12 +74,6 @@ def _sgd_part(thread, threads, param, grad, velocity, s):
                 p[i] -= s.lr * (g[i] + s.weight_decay * p[i])
         if s.zero_grad:
             fill(g, 0)
-
-
-@parallel
-def _sgd(threads, param, grad, velocity, s):
-    for thread in prange(threads):
-        _sgd_part(thread, threads, param, grad, velocity, s)
 
 
 def sgd_update(
@@ -150,13 +144,13 @@ def sgd_update(
         int(bool(nesterov)),
         int(bool(zero_grad)),
     )
-    _sgd(thread_count(blocks(param.size), param.size), param, grad, moving, step)
+    _sgd(part_count(blocks(param.size), param.size), param, grad, moving, step)
 
 
-@kernel
-def _adam_part(thread, threads, param, grad, exp_avg, exp_avg_sq, s):
+@parallel
+def _adam(part, parts, param, grad, exp_avg, exp_avg_sq, s):
     keep_out_of_line()
-    lo, hi = share_elements(thread, threads, param.size)
+    lo, hi = span_elements(part, parts, param.size)
     for start in range(lo, hi, BLOCK):
         end = min(start + BLOCK, hi)
         p, g, m, v = param[start:end], grad[start:end], exp_avg[start:end], exp_avg_sq[start:end]
@@ -167,12 +161,6 @@ def _adam_part(thread, threads, param, grad, exp_avg, exp_avg_sq, s):
             p[i] = s.keep * p[i] - s.lr * m[i] / (math.sqrt(v[i]) * s.correction + s.eps)
         if s.zero_grad:
             fill(g, 0)
-
-
-@parallel
-def _adam(threads, param, grad, exp_avg, exp_avg_sq, s):
-    for thread in prange(threads):
-        _adam_part(thread, threads, param, grad, exp_avg, exp_avg_sq, s)
 
 
 def adam_update(
@@ -246,4 +234,4 @@ def adam_update(
     )
     switches = int(bool(decoupled)), int(bool(zero_grad))
     settings = Adam._make((*map(param.dtype.type, numbers), *switches))
-    _adam(thread_count(blocks(param.size), param.size), param, grad, exp_avg, exp_avg_sq, settings)
+    _adam(part_count(blocks(param.size), param.size), param, grad, exp_avg, exp_avg_sq, settings)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..jit import kernel, share
+from ..jit import kernel
+from ..threads import span
 
-# Threads get whole blocks of elements: a boundary between them never falls inside a vector, so that every
+# Parts are whole blocks of elements: a boundary between them never falls inside a vector, so that every
 # element is computed by the same instruction however many threads there are.
 BLOCK = 1024
 
@@ -23,14 +24,14 @@ def fill(row, value):
 
 
 @kernel
-def share_elements(thread, threads, size):
-    """First and last + 1 of the `size` elements that `thread` of `threads` does, in whole blocks."""
-    first, last = share(thread, threads, (size + BLOCK - 1) // BLOCK)
+def span_elements(part, parts, size):
+    """First and last + 1 of the `size` elements that `part` of `parts` does, in whole blocks."""
+    first, last = span(part, parts, (size + BLOCK - 1) // BLOCK)
     return first * BLOCK, min(last * BLOCK, size)
 
 
 def blocks(size: int) -> int:
-    """Number of tasks that `share_elements` cuts `size` elements into."""
+    """Number of tasks that `span_elements` cuts `size` elements into."""
     return -(-size // BLOCK)
 
 
@@ -47,7 +48,7 @@ def piece_count(size: int) -> int:
 @kernel
 def piece_bounds(piece, pieces, size, width):
     """First and last + 1 of the elements of a piece, which starts at a whole row of `width`."""
-    first, last = share(piece, pieces, (size + width - 1) // width)
+    first, last = span(piece, pieces, (size + width - 1) // width)
     return min(first * width, size), min(last * width, size)
 
 

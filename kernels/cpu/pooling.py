@@ -14,10 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel, parallel, share, thread_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from .columns import Windows, valid_range, window_count, windows
 from .pieces import fill
 
@@ -52,12 +52,12 @@ def _start_window_row(i, best, where, g):
         j += 1
 
 
-@kernel
-def _max_pool_part(thread, threads, x, y, argmax, g):
+@parallel
+def _max_pool(part, parts, x, y, argmax, g):
     keep_out_of_line()
     channels = np.uintp(g.channels)
     step = np.uintp(g.stride_w * g.channels)
-    lo, hi = share(thread, threads, y.shape[0])
+    lo, hi = span(part, parts, y.shape[0])
     for row in range(lo, hi):
         n = row // g.out_h
         i = row - n * g.out_h
@@ -83,12 +83,6 @@ def _max_pool_part(thread, threads, x, y, argmax, g):
                         where[target + c] = tap if take else where[target + c]
                     source += step
                     target += channels
-
-
-@parallel
-def _max_pool(threads, x, y, argmax, g):
-    for thread in prange(threads):
-        _max_pool_part(thread, threads, x, y, argmax, g)
 
 
 def max_pool2d_forward(
@@ -142,7 +136,7 @@ def max_pool2d_forward(
     if y.size:
         rows = (shape[0] * g.out_h, g.out_w * g.channels)
         lines = x.reshape(shape[0] * g.height, g.width * g.channels)
-        _max_pool(thread_count(rows[0], x.size), lines, y.reshape(rows), argmax.reshape(rows), g)
+        _max_pool(part_count(rows[0], x.size), lines, y.reshape(rows), argmax.reshape(rows), g)
     return y, argmax
 
 
@@ -150,13 +144,13 @@ def _argmax_dtype(g: Windows) -> np.dtype:
     return np.min_scalar_type(g.kernel_h * g.kernel_w - 1)
 
 
-@kernel
-def _max_pool_backward_part(thread, threads, dout, argmax, dx, g):
+@parallel
+def _max_pool_backward(part, parts, dout, argmax, dx, g):
     keep_out_of_line()
     channels = np.uintp(g.channels)
     step = np.uintp(g.stride_w * g.channels)
     zero = dx.dtype.type(0)
-    lo, hi = share(thread, threads, dx.shape[0])
+    lo, hi = span(part, parts, dx.shape[0])
     for row in range(lo, hi):
         n = row // g.height
         line = dx[row]
@@ -179,12 +173,6 @@ def _max_pool_backward_part(thread, threads, dout, argmax, dx, g):
                         line[target + c] += gradient[source + c] if where[source + c] == tap else zero
                     source += channels
                     target += step
-
-
-@parallel
-def _max_pool_backward(threads, dout, argmax, dx, g):
-    for thread in prange(threads):
-        _max_pool_backward_part(thread, threads, dout, argmax, dx, g)
 
 
 def max_pool2d_backward(
@@ -239,8 +227,8 @@ def max_pool2d_backward(
     if dx.size:
         rows = (shape[0] * g.out_h, g.out_w * g.channels)
         lines = dx.reshape(shape[0] * g.height, g.width * g.channels)
-        threads = thread_count(len(lines), dx.size)
-        _max_pool_backward(threads, dout.reshape(rows), argmax.reshape(rows), lines, g)
+        parts = part_count(len(lines), dx.size)
+        _max_pool_backward(parts, dout.reshape(rows), argmax.reshape(rows), lines, g)
     return dx
 
 
@@ -287,11 +275,11 @@ def _adaptive_table(size: int, count: int) -> np.ndarray:
     return np.stack([first, last, last - first], axis=1).astype(np.int64)
 
 
-@kernel
-def _mean_part(thread, threads, x, y, rows, columns, height, channels):
+@parallel
+def _mean(part, parts, x, y, rows, columns, height, channels):
     keep_out_of_line()
     step = np.uintp(channels)
-    lo, hi = share(thread, threads, y.shape[0])
+    lo, hi = span(part, parts, y.shape[0])
     for row in range(lo, hi):
         n = row // rows.shape[0]
         i = row - n * rows.shape[0]
@@ -316,17 +304,11 @@ def _mean_part(thread, threads, x, y, rows, columns, height, channels):
 
 
 @parallel
-def _mean(threads, x, y, rows, columns, height, channels):
-    for thread in prange(threads):
-        _mean_part(thread, threads, x, y, rows, columns, height, channels)
-
-
-@kernel
-def _mean_backward_part(thread, threads, dout, dx, rows, columns, height, channels):
+def _mean_backward(part, parts, dout, dx, rows, columns, height, channels):
     keep_out_of_line()
     step = np.uintp(channels)
     one = dx.dtype.type(1)
-    lo, hi = share(thread, threads, dx.shape[0])
+    lo, hi = span(part, parts, dx.shape[0])
     for row in range(lo, hi):
         n = row // height
         h = row - n * height
@@ -347,18 +329,12 @@ def _mean_backward_part(thread, threads, dout, dx, rows, columns, height, channe
                 source += step
 
 
-@parallel
-def _mean_backward(threads, dout, dx, rows, columns, height, channels):
-    for thread in prange(threads):
-        _mean_backward_part(thread, threads, dout, dx, rows, columns, height, channels)
-
-
 def _run_mean(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, y: np.ndarray) -> np.ndarray:
     n, height, width, channels = x.shape
     if y.size:
         lines = x.reshape(n * height, width * channels)
         totals = y.reshape(n * len(rows), len(columns) * channels)
-        _mean(thread_count(len(totals), x.size), lines, totals, rows, columns, height, channels)
+        _mean(part_count(len(totals), x.size), lines, totals, rows, columns, height, channels)
     return y
 
 
@@ -367,7 +343,7 @@ def _run_mean_backward(dout: np.ndarray, rows: np.ndarray, columns: np.ndarray, 
     if dx.size:
         gradients = dout.reshape(n * len(rows), len(columns) * channels)
         lines = dx.reshape(n * height, width * channels)
-        _mean_backward(thread_count(len(lines), dx.size), gradients, lines, rows, columns, height, channels)
+        _mean_backward(part_count(len(lines), dx.size), gradients, lines, rows, columns, height, channels)
     return dx
 
 

@@ -1,0 +1,220 @@
+"""A team of threads for the kernels.
+
+A job is one kernel call in a number of parts. The calling thread publishes it as one word of memory and takes
+parts itself; helpers that are awake take parts too, each by one atomic step. Nobody waits for a part that
+nobody has taken: a helper that sleeps, or that the system has put aside, delays nothing. Helpers look for the
+next job for some tenths of a millisecond, which carries them from layer to layer, and then sleep in a lock.
+
+No threading runtime lies underneath that a fork, a second Python thread or another library could upset. A
+forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No
+result depends on any of it: kernels cut their work by its shape, and sum in a fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from _thread import LockType, allocate_lock
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from .atomic import JOB, atomic_add, atomic_load, atomic_store, atomic_swap_if, nap, pause, prepare, run_part
+from .jit import kernel, njit_cached
+
+# The words of a control block, each on a cache line of its own.
+_LINE = 8
+_TICKETS = 0 * _LINE  # job number << 32 | parts that nobody has taken
+_DONE = 1 * _LINE  # parts that are finished
+_FAILED = 3 * _LINE  # 1 if a part ended in an error
+_LIMIT = 4 * _LINE  # helpers that may take parts
+_AWAKE = 5 * _LINE  # and on: 1 for each helper that looks for jobs
+assert JOB == 2 * _LINE
+
+_REMAINING = (1 << 32) - 1
+# Polls of some 15 ns each: how long a helper looks for a job before it sleeps, and how long a caller waits
+# for the last parts before it gives its processor away.
+_HELPER_POLLS = 20_000
+_CALLER_POLLS = 4_000
+# Parts for each thread, so that one which the system slows down takes fewer of them.
+_PARTS_A_THREAD = 4
+
+
+@kernel
+def _take_parts(control):
+    """Do parts of the published job until all are taken; returns how many."""
+    taken = 0
+    while True:
+        word = atomic_load(control, _TICKETS)
+        remaining = word & _REMAINING
+        if remaining == 0:
+            return taken
+        # The job's number is body of the word: a job that has ended is never taken for the next one.
+        if atomic_swap_if(control, _TICKETS, word, word - 1):
+            if run_part(control, remaining - 1) != 0:
+                atomic_store(control, _FAILED, 1)
+            atomic_add(control, _DONE, 1)
+            taken += 1
+
+
+@kernel
+def _help_out(control, helper, polls):
+    """Do parts of whatever is published, until `polls` looks in a row have found nothing."""
+    atomic_store(control, _AWAKE + helper * _LINE, 1)
+    idle = 0
+    while idle < polls:
+        idle += 1
+        if helper < atomic_load(control, _LIMIT) and _take_parts(control) > 0:
+            idle = 0
+        pause()
+    atomic_store(control, _AWAKE + helper * _LINE, 0)
+
+
+@kernel
+def _finish(control, parts, helpers):
+    """Hand out the prepared job, and return when all of its parts are done; true unless one failed."""
+    atomic_store(control, _LIMIT, helpers)
+    atomic_store(control, _FAILED, 0)
+    atomic_store(control, _DONE, 0)
+    job = (atomic_load(control, _TICKETS) >> 32) + 1
+    atomic_store(control, _TICKETS, (job << 32) | parts)
+    _take_parts(control)
+    polls = 0
+    while atomic_load(control, _DONE) != parts:
+        polls += 1
+        if polls < _CALLER_POLLS:
+            pause()
+        else:
+            nap()
+    return atomic_load(control, _FAILED) == 0
+
+
+class _Team:
+    """The helpers of this process, and the control block that they look at."""
+
+    def __init__(self) -> None:
+        self.most = numba.config.NUMBA_NUM_THREADS
+        self.threads = self.most
+        self._reset()
+
+    def _reset(self) -> None:
+        self.control = np.zeros(_AWAKE + self.most * _LINE, np.int64)
+        self.helpers: list[LockType] = []
+        self.lock = threading.Lock()
+
+    def after_fork_in_child(self) -> None:
+        """The parent's helpers don't exist here; neither does whoever may have held the lock."""
+        self._reset()
+
+    def run(self, driver: Callable, body: Callable, parts: int, args: tuple) -> None:
+        """Do a job with all threads, or alone if another Python thread has the team."""
+        if not self.lock.acquire(blocking=False):
+            for part in range(parts):
+                body(part, parts, *args)
+            return
+        try:
+            helpers = min(self.threads, parts) - 1
+            self._wake(helpers)
+            succeeded = driver(self.control, parts, helpers, *args)
+        finally:
+            self.lock.release()
+        if not succeeded:
+            raise IndexError("a kernel was about to read or write outside of an array")
+
+    def _wake(self, count: int) -> None:
+        for i in range(count):
+            if i == len(self.helpers):
+                self._hire()
+            elif not self.control[_AWAKE + i * _LINE] and self.helpers[i].locked():
+                self.helpers[i].release()
+
+    def _hire(self) -> None:
+        """Start one more helper, at work already."""
+        _help_out(self.control, 0, 0)  # compiles, here rather than there
+        lock = allocate_lock()
+        index = len(self.helpers)
+        self.helpers.append(lock)
+        arguments = (self.control, index, lock)
+        threading.Thread(target=_helper, args=arguments, name=f"fastcnn-{index}", daemon=True).start()
+
+
+def _helper(control: np.ndarray, index: int, lock: LockType) -> None:
+    while True:
+        lock.acquire()
+        _help_out(control, index, _HELPER_POLLS)
+
+
+_team = _Team()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.after_fork_in_child)
+
+
+def get_num_threads() -> int:
+    """Number of threads that kernels use."""
+    return _team.threads
+
+
+def set_num_threads(threads: int) -> None:
+    """Use `threads` threads in every kernel from now on. Results don't depend on it, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If `threads` is below 1, or above the number of processors (``NUMBA_NUM_THREADS`` where it is set).
+    """
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+        raise TypeError(f"threads: expected an int, got {threads!r}")
+    if not 1 <= threads <= _team.most:
+        raise ValueError(
+            f"threads: {threads} is not between 1 and {_team.most} (set NUMBA_NUM_THREADS to raise it)"
+        )
+    _team.threads = int(threads)
+
+
+def part_count(tasks: int, work: float = np.inf) -> int:
+    """Number of parts in which to do `tasks` independent tasks of `work` operations or bytes in all.
+
+    Handing parts out costs some microseconds, so that little work is done in one.
+    """
+    if work < 50_000 or _team.threads == 1:
+        return 1
+    return max(1, min(_PARTS_A_THREAD * _team.threads, tasks))
+
+
+class Parallel:
+    """A kernel ``func(part, parts, ...)`` that does one part of its work, and returns nothing.
+
+    Called with the number of parts and the other arguments, it does all of them, on several threads if there
+    is more than one.
+    """
+
+    def __init__(self, func: Callable):
+        body = kernel(func)
+
+        def driver(control, parts, helpers, *args):
+            prepare(control, parts, body, args)
+            return _finish(control, parts, helpers)
+
+        self.__doc__ = func.__doc__
+        self.__name__ = func.__name__
+        self._body = body
+        self._driver = njit_cached(driver, f"{func.__module__}.{func.__qualname__}.driver")
+
+    def __call__(self, parts: int, *args: Any) -> None:
+        if parts == 1:
+            self._body(0, 1, *args)
+        else:
+            _team.run(self._driver, self._body, parts, args)
+
+
+def parallel(func: Callable) -> Parallel:
+    """Compile a kernel that works in parts; see `Parallel`."""
+    return Parallel(func)
+
+
+@kernel
+def span(part, parts, tasks):
+    """First and last + 1 of the `tasks` that `part` of `parts` does."""
+    return part * tasks // parts, (part + 1) * tasks // parts
