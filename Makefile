@@ -39,5 +39,14 @@ lint: .venv/.installed-dev
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+# The quick asv suites, in this environment; benchmarks/README.md tells the rest.
+bench: .venv/.installed-bench
+	cd benchmarks && ../$(BIN)/asv machine --yes
+	cd benchmarks && ../$(BIN)/asv run -E existing --quick --show-stderr --bench "layers|networks\..*\('(emotion|mnist-prelu)'|start.Imports|space.*new_buffers\('(emotion|cifar-b)"
+
+.venv/.installed-bench: .venv/.installed-test
+	$(PIP) --editable '.[bench]'
+	touch $@
+
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -94,7 +94,7 @@ _ALL = (
         10_000,
         "MIT",
         "https://github.com/zalandoresearch/fashion-mnist",
-        "light",
+        "digits",
         url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         files=tuple(zip(_IDX_FILES, _FASHION_SHA256, strict=True)),
         system_folders=("/usr/share/datasets/fashion-mnist",),
