@@ -110,11 +110,11 @@ def _pack(part, parts, weight, positions, transposed, columns, packed):
             for i in range(inner):
                 target = packed[g, p, t * inner + i]
                 if transposed:
+                    source = weight[positions[t], p * width : p * width + many, g * filters + i]
                     for j in range(many):
-                        target[j] = weight[positions[t], p * width + j, g * filters + i]
+                        target[j] = source[j]
                 else:
-                    for j in range(many):
-                        target[j] = weight[positions[t], i, g * filters + p * width + j]
+                    copy(weight[positions[t], i], g * filters + p * width, target, 0, many)
                 clear(target, many, width - many)
 
 
@@ -187,8 +187,9 @@ def _reduce(part, parts, partial, columns, dweight):
                 target = dweight[k, g * columns + p * width :]
                 total = partial[0, g, p, k]
                 for piece in range(1, pieces):
+                    more = partial[piece, g, p, k]
                     for j in range(many):
-                        total[j] += partial[piece, g, p, k, j]
+                        total[j] += more[j]
                 for j in range(many):
                     target[j] += total[j]
 

@@ -1,7 +1,7 @@
 """Matrix products on the register tile: the linear layer and its two gradients.
 
-One driver computes C (+)= A B for any strides of A and B. A is read in place through offset tables; a panel
-of B's columns is packed a block of k at a time, so that it stays in the cache while all rows of A pass.
+One driver computes C (+)= A B, of which either may lie transposed. A block of A's rows and a panel of B's
+columns are packed, a block of k at a time, so that they stay in the cache, and in different sets of it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
 from .tile import add_panel, overwrite_panel, padded_rows
-from .workspace import clear, scratch
+from .workspace import clear, copy, scratch
 
 _BLOCK_K = 256
 _BLOCK_ROWS = 96
+# From one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
+_PITCH = _BLOCK_K + 16
+# With so few rows of A, reading B where it lies costs less than packing it.
+_FEW_ROWS = 16
 _MULTIPLY_ADDS_PER_BYTE = 10
 
 
@@ -40,19 +44,41 @@ class Product(NamedTuple):
 
 @kernel
 def _pack_panel(b, p, k0, depth, first, many, width, panel):
-    """Copy `depth` rows and `many` columns of B to `panel`, with zeros up to `width` columns."""
-    for k in range(depth):
-        target = panel[k * width : (k + 1) * width]
-        source = (k0 + k) * p.b_k + first * p.b_column
+    """Copy `depth` rows and `many` columns of B to `panel`, with zeros up to `width` columns.
+
+    One of B's strides is 1: the inner loop reads along it.
+    """
+    source = k0 * p.b_k + first * p.b_column
+    if p.b_column == 1:
+        for k in range(depth):
+            copy(b, source + k * p.b_k, panel, k * width, many)
+            clear(panel, k * width + many, width - many)
+    else:
+        if many < width:
+            clear(panel, 0, depth * width)
         for j in range(many):
-            target[j] = b[source + j * p.b_column]
-        clear(target, many, width - many)
+            column = b[source + j * p.b_column : source + j * p.b_column + depth]
+            places = panel[j : j + depth * width : width]
+            for k in range(column.size):
+                places[k] = column[k]
+
+
+@kernel
+def _pack_rows(a, p, a0, depth, rows, block):
+    """Copy `rows` rows of A, and `depth` of each, along the axis on which A's stride is 1; see `_tables`."""
+    if p.a_k == 1:
+        for r in range(rows):
+            copy(a, a0 + r * p.a_row, block, r * _PITCH, depth)
+    else:
+        for k in range(depth):
+            copy(a, a0 + k * p.a_k, block, k * p.block_rows, rows)
 
 
 @parallel
-def _multiply(part, parts, a, b, start, c, p, row, crow, col, packed):
+def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, blocks_of_a):
     keep_out_of_line()
-    panel = packed[part]
+    panel = panels_of_b[part]
+    rows_of_a = blocks_of_a[part]
     width = panel.size // col.size
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
@@ -62,27 +88,32 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, packed):
         first = (task - block * panels) * width
         many = min(p.columns - first, width)
         r0, r1 = (p.tail, row.size) if block == blocks - 1 else (0, p.tail)
-        a0 = block * p.block_rows * p.a_row
+        rows = min(p.rows - block * p.block_rows, p.block_rows)
         c0 = block * p.block_rows * p.columns + first
         for k0 in range(0, max(p.depth, 1), col.size):
             depth = min(p.depth - k0, col.size)
-            _pack_panel(b, p, k0, depth, first, many, width, panel)
-            a1 = a0 + k0 * p.a_k
+            source, b0, ldb = b, k0 * p.b_k + first, p.b_k
+            if p.b_column != 1 or many < width or p.rows > _FEW_ROWS:
+                _pack_panel(b, p, k0, depth, first, many, width, panel)
+                source, b0, ldb = panel, 0, width
+            _pack_rows(a, p, block * p.block_rows * p.a_row + k0 * p.a_k, depth, rows, rows_of_a)
             if k0 == 0 and p.accumulate == 0:
                 overwrite_panel(
-                    a, a1, row, col, r0, r1, depth, panel, 0, width, start, first, c, c0, crow, many
+                    rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, start, first, c, c0, crow, many
                 )
             else:
-                add_panel(a, a1, row, col, r0, r1, depth, panel, 0, width, c, c0, crow, many)
+                add_panel(rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
 
 
 @lru_cache(maxsize=512)
-def _tables(
-    rows: int, columns: int, a_row: int, a_k: int
-) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a block, where the last block's tables begin, and the tables of A's rows, C's rows and k."""
+def _tables(rows: int, columns: int, along_k: bool) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of a block, where the last block's tables begin, and the tables of A's rows, C's rows and k.
+
+    A packed block holds row after row, each `_PITCH` long, or else k after k, each as long as the block.
+    """
     block = min(rows, _BLOCK_ROWS)
     last = rows - (-(-rows // block) - 1) * block
+    a_row, a_k = (_PITCH, 1) if along_k else (1, block)
     row, crow = ([padded_rows(np.arange(many) * step) for many in (block, last)] for step in (a_row, columns))
     col = np.arange(_BLOCK_K) * a_k
     return block, len(row[0]), np.concatenate(row), np.concatenate(crow), col
@@ -103,7 +134,7 @@ def _product(
     if not c.size:
         return
     width = simd.panel_width(c.dtype)
-    block, tail, row, crow, col = _tables(rows, columns, *a_strides)
+    block, tail, row, crow, col = _tables(rows, columns, a_strides[1] == 1)
     product = Product(
         rows,
         depth,
@@ -122,8 +153,10 @@ def _product(
         start[:columns] = bias
     tasks = -(-columns // width) * -(-rows // block)
     parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
-    packed = scratch("weights", parts * _BLOCK_K * width, c.dtype).reshape(parts, -1)
-    _multiply(parts, a.reshape(-1), b.reshape(-1), start, c.reshape(-1), product, row, crow, col, packed)
+    panels = scratch("weights", parts * _BLOCK_K * width, c.dtype).reshape(parts, -1)
+    blocks = scratch("windows", parts * _BLOCK_ROWS * _PITCH, c.dtype).reshape(parts, -1)
+    flat = (a.reshape(-1), b.reshape(-1), start, c.reshape(-1))
+    _multiply(parts, *flat, product, row, crow, col, panels, blocks)
 
 
 def linear_forward(

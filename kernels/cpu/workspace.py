@@ -1,6 +1,7 @@
 """Scratch memory of the CPU kernels, and the two loops that fill it.
 
-The loops stand in for slice assignments, whose error messages cost seconds of compilation.
+The loops stand in for slice assignments, whose error messages cost seconds of compilation. They count from 0
+in slices, because an index that Numba can't tell to be positive is tested at every step.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
 @kernel
 def copy(source, s0, target, t0, size):
     """target[t0 : t0 + size] = source[s0 : s0 + size], both 1-D."""
-    for i in range(size):
-        target[t0 + i] = source[s0 + i]
+    values, places = source[s0 : s0 + size], target[t0 : t0 + size]
+    for i in range(places.size):
+        places[i] = values[i]
 
 
 @kernel
 def clear(target, t0, size):
     """target[t0 : t0 + size] = 0, 1-D."""
-    for i in range(size):
-        target[t0 + i] = 0
+    places = target[t0 : t0 + size]
+    for i in range(places.size):
+        places[i] = 0
