@@ -57,10 +57,15 @@ def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread
     weights = packed.reshape(packed.size)
     window = windows[part]
     image_out = y.size // images
-    lo, hi = span(part, parts, images * b.blocks)
-    for task in range(lo, hi):
-        n = task // b.blocks
-        first = (task - n * b.blocks) * b.rows
+    # The work is every block of every image for every panel, so that one small image keeps all threads busy.
+    item, end = span(part, parts, images * b.blocks * groups * panels)
+    while item < end:
+        block = item // (groups * panels)
+        panel0 = item - block * groups * panels
+        panel1 = min(panel0 + end - item, groups * panels)
+        item += panel1 - panel0
+        n = block // b.blocks
+        first = (block - n * b.blocks) * b.rows
         is_last = first + b.rows >= b.height
         r0, r1 = (b.tail, pixels.size) if is_last else (0, b.tail)
         h0 = b.origin_h + first * b.step
@@ -72,27 +77,27 @@ def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread
             a = window
             a0 = 0
         c0 = n * image_out + b.out_first + first * b.out_row
-        for g in range(groups):
-            for p in range(panels):
-                panel = g * panels + p
-                overwrite_panel(
-                    a,
-                    a0 + g * (b.channels // groups),
-                    pixels,
-                    taps,
-                    r0,
-                    r1,
-                    depth,
-                    weights,
-                    panel * depth * width,
-                    width,
-                    start,
-                    panel * width,
-                    y,
-                    c0 + g * columns + p * width,
-                    spread,
-                    min(columns - p * width, width),
-                )
+        for panel in range(panel0, panel1):
+            g = panel // panels
+            column = (panel - g * panels) * width
+            overwrite_panel(
+                a,
+                a0 + g * (b.channels // groups),
+                pixels,
+                taps,
+                r0,
+                r1,
+                depth,
+                weights,
+                panel * depth * width,
+                width,
+                start,
+                panel * width,
+                y,
+                c0 + g * columns + column,
+                spread,
+                min(columns - column, width),
+            )
 
 
 @parallel
@@ -290,7 +295,8 @@ class _Layer:
             start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
         b = table.blocks
         images = x.shape[0]
-        parts = part_count(images * b.blocks, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        items = images * b.blocks * packed.shape[0] * packed.shape[1]
+        parts = part_count(items, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
         windows = _windows(parts, b, x.dtype)
         tables = (b, table.pixels, table.taps, table.spread)
         _correlate(parts, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
