@@ -21,17 +21,17 @@ from typing import Any
 import numba
 import numpy as np
 
-from .atomic import JOB, atomic_add, atomic_load, atomic_store, atomic_swap_if, nap, pause, prepare, run_part
+from .atomic import atomic_add, atomic_load, atomic_store, atomic_swap_if, nap, pause, prepare, run_part
 from .jit import kernel, njit_cached
 
 # The words of a control block, each on a cache line of its own.
 _LINE = 8
 _TICKETS = 0 * _LINE  # job number << 32 | parts that nobody has taken
 _DONE = 1 * _LINE  # parts that are finished
+# atomic.JOB and the two words behind it: the third line
 _FAILED = 3 * _LINE  # 1 if a part ended in an error
 _LIMIT = 4 * _LINE  # helpers that may take parts
 _AWAKE = 5 * _LINE  # and on: 1 for each helper that looks for jobs
-assert JOB == 2 * _LINE
 
 _REMAINING = (1 << 32) - 1
 # Polls of some 15 ns each: how long a helper looks for a job before it sleeps, and how long a caller waits

@@ -53,10 +53,24 @@ class _Emitter:
             pointer = self.builder.gep(pointer, [offset])
         return pointer
 
-    def load(self, pointer):
-        value = self.builder.load(self.builder.bitcast(pointer, self.vector.as_pointer()))
+    def load(self, pointer, mask=None):
+        """A vector; lanes outside of `mask` are zero and not read."""
+        pointer = self.builder.bitcast(pointer, self.vector.as_pointer())
+        if mask is not None:
+            arguments = [pointer, ir.Constant(_I32, self.bytes), mask, ir.Constant(self.vector, None)]
+            return self.call(f"llvm.masked.load.{self.suffix}.p0", self.vector, arguments)
+        value = self.builder.load(pointer)
         value.align = self.bytes
         return value
+
+    def store(self, value, pointer, mask=None):
+        """Write a vector; lanes outside of `mask` are left alone."""
+        pointer = self.builder.bitcast(pointer, self.vector.as_pointer())
+        if mask is not None:
+            arguments = [value, pointer, ir.Constant(_I32, self.bytes), mask]
+            self.call(f"llvm.masked.store.{self.suffix}.p0", ir.VoidType(), arguments)
+        else:
+            self.builder.store(value, pointer).align = self.bytes
 
     def broadcast(self, scalar):
         undefined = ir.Constant(self.vector, ir.Undefined)
@@ -76,19 +90,6 @@ class _Emitter:
         limit = self.builder.insert_element(undefined, columns, ir.Constant(_I32, 0))
         limit = self.builder.shuffle_vector(limit, undefined, zeros)
         return self.builder.icmp_signed("<", first, limit)
-
-    def load_masked(self, pointer, mask):
-        pointer = self.builder.bitcast(pointer, self.vector.as_pointer())
-        arguments = [pointer, ir.Constant(_I32, self.bytes), mask, ir.Constant(self.vector, None)]
-        return self.call(f"llvm.masked.load.{self.suffix}.p0", self.vector, arguments)
-
-    def store(self, value, pointer):
-        self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer())).align = self.bytes
-
-    def store_masked(self, value, pointer, mask):
-        pointer = self.builder.bitcast(pointer, self.vector.as_pointer())
-        arguments = [value, pointer, ir.Constant(_I32, self.bytes), mask]
-        self.call(f"llvm.masked.store.{self.suffix}.p0", ir.VoidType(), arguments)
 
 
 def _products(emit, a_rows, col, depth, b, ldb, start, vectors):
@@ -129,6 +130,21 @@ def _products(emit, a_rows, col, depth, b, ldb, start, vectors):
             results[m][v].add_incoming(start[v], entry)
             results[m][v].add_incoming(new[m][v], loop)
     return results
+
+
+def _write(emit, sums, places, masks, adds):
+    """Store the accumulators to C, or add them to it: all of C is then read before any is written."""
+    tiles = [
+        (value, place, mask)
+        for row, row_places in zip(sums, places, strict=True)
+        for value, place, mask in zip(row, row_places, masks, strict=True)
+    ]
+    if adds:
+        tiles = [
+            (emit.builder.fadd(value, emit.load(place, mask)), place, mask) for value, place, mask in tiles
+        ]
+    for value, place, mask in tiles:
+        emit.store(value, place, mask)
 
 
 @intrinsic(prefer_literal=True)
@@ -184,20 +200,10 @@ def tile(
         begin = [zero if adds else emit.load(emit.at(data(13), s0, lane)) for lane in lanes]
         sums = _products(emit, a_rows, col, depth, panel, ldb, begin, tile_vectors)
 
-        places = [[emit.at(c_rows[m], lane) for lane in lanes] for m in range(tile_rows)]
-        # Only the last vector of a ragged panel is cut: multiply_panel sees to it.
+        # Only the last vector of a ragged panel is cut: the panel functions below see to it.
         masks = [None] * (tile_vectors - 1) + [emit.mask(columns, tile_vectors - 1) if is_ragged else None]
-        if adds:
-            for m in range(tile_rows):
-                for v, mask in enumerate(masks):
-                    old = emit.load(places[m][v]) if mask is None else emit.load_masked(places[m][v], mask)
-                    sums[m][v] = builder.fadd(sums[m][v], old)
-        for m in range(tile_rows):
-            for v, mask in enumerate(masks):
-                if mask is None:
-                    emit.store(sums[m][v], places[m][v])
-                else:
-                    emit.store_masked(sums[m][v], places[m][v], mask)
+        places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
+        _write(emit, sums, places, masks, adds)
         return context.get_dummy_value()
 
     return signature, codegen
