@@ -1,374 +1,16 @@
-"""Direct convolution on the register tile: forward, backward to the input and to the weights.
+"""Convolution: forward, and backward to the input and to the weights.
 
-No im2col matrix is built. A thread copies the padded window of one block of output rows to scratch, then runs
-the tile over it with offset tables (see `geometry`). The sums are those of Dumoulin & Visin, "A guide to
-convolution arithmetic for deep learning" (2016), sections 2 and 4.
+The functions check their arguments and choose the way: `direct` convolves by the definition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
-from . import geometry, simd
-from .geometry import Correlation
-from .tile import add_panel, overwrite_panel, padded_rows
-from .workspace import clear, copy, scratch
-
-# Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
-# or in fewer where the pieces would take more memory than the second number says.
-_PIECES = 16
-_FEWEST_PIECES = 4
-_PIECES_BYTES = 1 << 25
-# Multiply-adds that take about as long as moving one byte: the unit of part_count.
-_MULTIPLY_ADDS_PER_BYTE = 10
-
-
-@kernel
-def _fill_window(x, n, b, h0, rows, window):
-    """Copy a block's input rows, from `h0` on, to `window`, with zeros where the image ends."""
-    row = b.window_w * b.channels
-    left = min(max(-b.origin_w, 0), b.window_w)
-    first = max(b.origin_w, 0)
-    copied = max(min(b.image_w - first, b.window_w - left), 0)
-    begin = left * b.channels
-    end = (left + copied) * b.channels
-    for r in range(rows):
-        h = h0 + r
-        if h < 0 or h >= b.image_h:
-            clear(window, r * row, row)
-        else:
-            source = ((n * b.image_h + h) * b.image_w + first) * b.channels
-            clear(window, r * row, begin)
-            copy(x, source, window, r * row + begin, end - begin)
-            clear(window, r * row + end, row - end)
-
-
-@parallel
-def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
-    keep_out_of_line()
-    groups, panels, depth, width = packed.shape
-    weights = packed.reshape(packed.size)
-    window = windows[part]
-    image_out = y.size // images
-    # The work is every block of every image for every panel, so that one small image keeps all threads busy.
-    item, end = span(part, parts, images * b.blocks * groups * panels)
-    while item < end:
-        block = item // (groups * panels)
-        panel0 = item - block * groups * panels
-        panel1 = min(panel0 + end - item, groups * panels)
-        item += panel1 - panel0
-        n = block // b.blocks
-        first = (block - n * b.blocks) * b.rows
-        is_last = first + b.rows >= b.height
-        r0, r1 = (b.tail, pixels.size) if is_last else (0, b.tail)
-        h0 = b.origin_h + first * b.step
-        a = x
-        a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
-        if b.in_place == 0:
-            rows = b.window_h - (b.rows - (b.height - first)) * b.step if is_last else b.window_h
-            _fill_window(x, n, b, h0, rows, window)
-            a = window
-            a0 = 0
-        c0 = n * image_out + b.out_first + first * b.out_row
-        for panel in range(panel0, panel1):
-            g = panel // panels
-            column = (panel - g * panels) * width
-            overwrite_panel(
-                a,
-                a0 + g * (b.channels // groups),
-                pixels,
-                taps,
-                r0,
-                r1,
-                depth,
-                weights,
-                panel * depth * width,
-                width,
-                start,
-                panel * width,
-                y,
-                c0 + g * columns + column,
-                spread,
-                min(columns - column, width),
-            )
-
-
-@parallel
-def _pack(part, parts, weight, positions, transposed, columns, packed):
-    keep_out_of_line()
-    groups, panels, depth, width = packed.shape
-    filters = weight.shape[2] // groups
-    inner = depth // max(positions.size, 1)
-    lo, hi = span(part, parts, groups * panels)
-    for task in range(lo, hi):
-        g = task // panels
-        p = task - g * panels
-        many = min(columns - p * width, width)
-        for t in range(positions.size):
-            for i in range(inner):
-                target = packed[g, p, t * inner + i]
-                if transposed:
-                    source = weight[positions[t], p * width : p * width + many, g * filters + i]
-                    for j in range(many):
-                        target[j] = source[j]
-                else:
-                    copy(weight[positions[t], i], g * filters + p * width, target, 0, many)
-                clear(target, many, width - many)
-
-
-@parallel
-def _weight(part, parts, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
-    keep_out_of_line()
-    pieces, groups, panels, depth, width = partial.shape
-    window = windows[part]
-    spare = spares[part]
-    filters = groups * columns
-    lo, hi = span(part, parts, pieces)
-    for piece in range(lo, hi):
-        sums = partial[piece].reshape(groups * panels * depth * width)
-        clear(sums, 0, sums.size)
-        task0, task1 = span(piece, pieces, images * b.blocks)
-        for task in range(task0, task1):
-            n = task // b.blocks
-            first = (task - n * b.blocks) * b.rows
-            is_last = first + b.rows >= b.height
-            grid_rows = b.height - first if is_last else b.rows
-            count = grid_rows * b.width
-            window_pixels = pixels[b.tail :] if is_last else pixels[: b.tail]
-            h0 = b.origin_h + first * b.step
-            a = x
-            a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
-            if b.in_place == 0:
-                _fill_window(x, n, b, h0, b.window_h - (b.rows - grid_rows) * b.step, window)
-                a = window
-                a0 = 0
-            for g in range(groups):
-                for p in range(panels):
-                    source = dout
-                    b0 = (n * b.height + first) * b.width * filters + g * columns + p * width
-                    ldb = filters
-                    many = min(columns - p * width, width)
-                    if b0 + (count - 1) * ldb + width > dout.size:
-                        # Whole vectors would read past the end of dout.
-                        for k in range(count):
-                            copy(dout, b0 + k * ldb, spare, k * width, many)
-                        source = spare
-                        b0 = 0
-                        ldb = width
-                    add_panel(
-                        a,
-                        a0 + g * (b.channels // groups),
-                        taps,
-                        window_pixels,
-                        0,
-                        taps.size,
-                        count,
-                        source,
-                        b0,
-                        ldb,
-                        sums,
-                        (g * panels + p) * depth * width,
-                        places,
-                        many,
-                    )
-
-
-@parallel
-def _reduce(part, parts, partial, columns, dweight):
-    keep_out_of_line()
-    pieces, groups, panels, depth, width = partial.shape
-    lo, hi = span(part, parts, depth)
-    for k in range(lo, hi):
-        for g in range(groups):
-            for p in range(panels):
-                many = min(columns - p * width, width)
-                target = dweight[k, g * columns + p * width :]
-                total = partial[0, g, p, k]
-                for piece in range(1, pieces):
-                    more = partial[piece, g, p, k]
-                    for j in range(many):
-                        total[j] += more[j]
-                for j in range(many):
-                    target[j] += total[j]
-
-
-class _Side(NamedTuple):
-    """A convolution along one axis."""
-
-    size: int
-    kernel: int
-    stride: int
-    padding: tuple[int, int]
-    dilation: int
-
-    @property
-    def outputs(self) -> int:
-        """Outputs along this axis."""
-        return checks.window_output(*self)
-
-    @property
-    def skips(self) -> bool:
-        """Whether some inputs may meet no tap at all."""
-        return self.stride > 1 and (self.stride > self.kernel or self.dilation > 1)
-
-    def forward(self) -> geometry.Axis:
-        return geometry.forward_axis(self.outputs, self.stride, self.padding[0], self.kernel, self.dilation)
-
-    def phases(self) -> list[tuple[geometry.Axis, tuple[int, ...]]]:
-        return geometry.input_axes(self.size, self.stride, self.padding[0], self.kernel, self.dilation)
-
-
-class _Layer:
-    """A convolution's sizes and tables, the same for its three passes."""
-
-    def __init__(
-        self, image: tuple[int, int], channels: int, filters: int, groups: int, sides: Sequence[_Side]
-    ):
-        self.image = image
-        self.channels = channels
-        self.filters = filters
-        self.groups = groups
-        self.rows, self.columns = sides
-        self.out_image = (self.rows.outputs, self.columns.outputs)
-        taps = self.rows.kernel * self.columns.kernel * (channels // groups)
-        self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
-
-    @cached_property
-    def forward_tables(self) -> Correlation:
-        return geometry.correlation(
-            self.rows.forward(),
-            self.columns.forward(),
-            self.image,
-            self.channels,
-            self.channels // self.groups,
-            self.out_image[1],
-            self.filters,
-        )
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """Every position in the kernel, as kh * kW + kw."""
-        return np.arange(self.rows.kernel * self.columns.kernel)
-
-    @cached_property
-    def input_tables(self) -> list[tuple[Correlation, np.ndarray]]:
-        """For each phase of the input: its tables over dout, and the kernel positions of its taps."""
-        tables = []
-        for rows, kernel_rows in self.rows.phases():
-            for columns, kernel_columns in self.columns.phases():
-                first = np.array(kernel_rows, np.intp) * self.columns.kernel
-                table = geometry.correlation(
-                    rows,
-                    columns,
-                    self.out_image,
-                    self.filters,
-                    self.filters // self.groups,
-                    self.image[1],
-                    self.channels,
-                )
-                tables.append((table, np.add.outer(first, np.array(kernel_columns, np.intp)).ravel()))
-        return tables
-
-    def run(
-        self,
-        x: np.ndarray,
-        table: Correlation,
-        weight: np.ndarray,
-        positions: np.ndarray,
-        transposed: bool,
-        bias: np.ndarray | None,
-        y: np.ndarray,
-    ) -> None:
-        """Correlate `x` with the weights at `positions`, plus `bias`, into `y`."""
-        columns = (self.channels if transposed else self.filters) // self.groups
-        packed = self._packed(weight, positions, transposed, columns)
-        start = scratch("start", packed.shape[0] * packed.shape[1] * packed.shape[3], x.dtype)
-        start[:] = 0
-        if bias is not None:
-            start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
-        b = table.blocks
-        images = x.shape[0]
-        items = images * b.blocks * packed.shape[0] * packed.shape[1]
-        parts = part_count(items, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        windows = _windows(parts, b, x.dtype)
-        tables = (b, table.pixels, table.taps, table.spread)
-        _correlate(parts, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
-
-    def add_weight_gradient(self, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
-        """Add the gradient of the weights to `dweight`."""
-        table = self.forward_tables
-        b = table.blocks
-        images = x.shape[0]
-        columns = self.filters // self.groups
-        width = simd.panel_width(dout.dtype)
-        panels = -(-columns // width)
-        depth = table.taps.size
-        piece = self.groups * panels * depth * width
-        most = max(_FEWEST_PIECES, min(_PIECES, _PIECES_BYTES // (piece * dout.itemsize)))
-        pieces = min(images * b.blocks, most)
-        partial = scratch("partial", pieces * piece, dout.dtype)
-        partial = partial.reshape(pieces, self.groups, panels, depth, width)
-        parts = part_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        spares = scratch("spares", parts * b.tail * width, dout.dtype).reshape(parts, -1)
-        windows = _windows(parts, b, x.dtype)
-        tables = (b, table.pixels, padded_rows(table.taps), padded_rows(np.arange(depth) * width))
-        _weight(parts, x.reshape(-1), images, dout.reshape(-1), *tables, columns, partial, windows, spares)
-        parts = part_count(depth, partial.nbytes)
-        _reduce(parts, partial, columns, dweight.reshape(depth, self.filters))
-
-    def _packed(self, weight, positions, transposed, columns):
-        width = simd.panel_width(weight.dtype)
-        panels = -(-columns // width)
-        inner = (self.filters if transposed else self.channels) // self.groups
-        depth = len(positions) * inner
-        packed = scratch("weights", self.groups * panels * depth * width, weight.dtype)
-        packed = packed.reshape(self.groups, panels, depth, width)
-        parts = part_count(self.groups * panels, packed.nbytes)
-        _pack(parts, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
-        return packed
-
-
-@lru_cache(maxsize=512)
-def _cached_layer(
-    image, channels, filters, weight_channels, groups, kernel, stride, padding, dilation
-) -> _Layer:
-    if channels % groups or filters % groups:
-        raise ValueError(
-            f"groups: {groups} does not divide both the input's {channels} channels and the {filters} filters"
-        )
-    if weight_channels * groups != channels:
-        raise ValueError(
-            f"weight: {weight_channels} channels in each of {groups} groups are not the input's {channels}"
-        )
-    sides = [_Side(*side) for side in zip(image, kernel, stride, padding, dilation, strict=True)]
-    return _Layer(image, channels, filters, groups, sides)
-
-
-def _layer(x_shape, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> _Layer:
-    groups = checks.integer("groups", groups, 1)
-    return _cached_layer(
-        x_shape[1:3],
-        x_shape[3],
-        filters,
-        x_shape[3] // groups if weight_channels is None else weight_channels,
-        groups,
-        checks.pair("kernel_size", kernel_size, 1),
-        checks.pair("stride", stride, 1),
-        checks.padding2d(padding),
-        checks.pair("dilation", dilation, 1),
-    )
-
-
-def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
-    size = 1 if b.in_place else b.window_h * b.window_w * b.channels
-    return scratch("windows", parts * size, dtype).reshape(parts, size)
+from . import direct
 
 
 def conv2d_forward(
@@ -411,7 +53,7 @@ def conv2d_forward(
     x = checks.floating("x", x, 4)
     weight = checks.floating("weight", weight, 4, x.dtype)
     kh, kw, channels, filters = weight.shape
-    layer = _layer(x.shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
+    layer = direct.layer(x.shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
@@ -451,7 +93,7 @@ def conv2d_backward_input(
     weight = checks.floating("weight", weight, 4, dout.dtype)
     shape = checks.shape4("x_shape", x_shape)
     kh, kw, channels, filters = weight.shape
-    layer = _layer(shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
+    layer = direct.layer(shape, (kh, kw), channels, filters, stride, padding, dilation, groups)
     checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
@@ -493,7 +135,7 @@ def conv2d_backward_weight(
     dout = checks.floating("dout", dout, 4)
     x = checks.floating("x", x, 4, dout.dtype)
     images, filters = x.shape[0], dout.shape[3]
-    layer = _layer(x.shape, kernel_size, None, filters, stride, padding, dilation, groups)
+    layer = direct.layer(x.shape, kernel_size, None, filters, stride, padding, dilation, groups)
     checks.same_shape("dout", dout, (images, *layer.out_image, filters))
     shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
