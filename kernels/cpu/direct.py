@@ -17,6 +17,7 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import geometry, simd
+from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
 from .tile import add_panel, overwrite_panel, padded_rows
 from .workspace import clear, copy, scratch
@@ -28,6 +29,7 @@ _FEWEST_PIECES = 4
 _PIECES_BYTES = 1 << 25
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
+_NOWHERE = np.empty(0, np.uint8)
 
 
 @kernel
@@ -51,11 +53,14 @@ def _fill_window(x, n, b, h0, rows, window):
 
 
 @parallel
-def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows):
+def _correlate(
+    part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows, e, pool, argmax, zs
+):
     keep_out_of_line()
     groups, panels, depth, width = packed.shape
     weights = packed.reshape(packed.size)
     window = windows[part]
+    z = zs[part]
     image_out = y.size // images
     # The work is every block of every image for every panel, so that one small image keeps all threads busy.
     item, end = span(part, parts, images * b.blocks * groups * panels)
@@ -76,10 +81,18 @@ def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread
             _fill_window(x, n, b, h0, rows, window)
             a = window
             a0 = 0
-        c0 = n * image_out + b.out_first + first * b.out_row
+        if e.pool_h > 0:
+            pooled = min(b.rows, b.height - first) // e.pool_h
+            c0 = (n * e.out_h + first // e.pool_h) * e.out_w * e.filters
+        else:
+            pooled = 0
+            c0 = n * image_out + b.out_first + first * b.out_row
         for panel in range(panel0, panel1):
             g = panel // panels
             column = (panel - g * panels) * width
+            many = min(columns - column, width)
+            place = c0 + g * columns + column
+            target, t0, stored = (z, 0, width) if e.pool_h > 0 else (y, place, many)
             overwrite_panel(
                 a,
                 a0 + g * (b.channels // groups),
@@ -93,11 +106,12 @@ def _correlate(part, parts, x, images, packed, start, y, b, pixels, taps, spread
                 width,
                 start,
                 panel * width,
-                y,
-                c0 + g * columns + column,
+                target,
+                t0,
                 spread,
-                min(columns - column, width),
+                stored,
             )
+            finish_panel(z, width, pooled, e, pool, y, place, argmax, many)
 
 
 @parallel
@@ -238,6 +252,7 @@ class Layer:
         self.rows, self.columns = sides
         self.out_image = (self.rows.outputs, self.columns.outputs)
         taps = self.rows.kernel * self.columns.kernel * (channels // groups)
+        self._pooled_tables: dict[tuple[int, int, int], Correlation] = {}
         self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 
     @cached_property
@@ -251,6 +266,22 @@ class Layer:
             self.out_image[1],
             self.filters,
         )
+
+    def pooled_tables(self, e: Epilogue, width: int) -> Correlation:
+        """Tables of the forward pass for what `e` pools, into a scratch block of `width` filters."""
+        key = (e.pool_h, e.pool_w, width)
+        if key not in self._pooled_tables:
+            self._pooled_tables[key] = geometry.correlation(
+                self.rows.forward()._replace(outputs=e.out_h * e.pool_h),
+                self.columns.forward()._replace(outputs=e.out_w * e.pool_w),
+                self.image,
+                self.channels,
+                self.channels // self.groups,
+                e.out_w * e.pool_w,
+                width,
+                e.pool_h,
+            )
+        return self._pooled_tables[key]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -285,8 +316,10 @@ class Layer:
         transposed: bool,
         bias: np.ndarray | None,
         y: np.ndarray,
+        e: Epilogue = NO_EPILOGUE,
+        argmax: np.ndarray = _NOWHERE,
     ) -> None:
-        """Correlate `x` with the weights at `positions`, plus `bias`, into `y`."""
+        """Correlate `x` with the weights at `positions`, plus `bias`, into `y`, through the epilogue `e`."""
         columns = (self.channels if transposed else self.filters) // self.groups
         packed = self._packed(weight, positions, transposed, columns)
         start = scratch("start", packed.shape[0] * packed.shape[1] * packed.shape[3], x.dtype)
@@ -298,8 +331,27 @@ class Layer:
         items = images * b.blocks * packed.shape[0] * packed.shape[1]
         parts = part_count(items, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
         windows = _windows(parts, b, x.dtype)
-        tables = (b, table.pixels, table.taps, table.spread)
-        _correlate(parts, x.reshape(-1), images, packed, start, y.reshape(-1), *tables, columns, windows)
+        width = packed.shape[3]
+        block = b.rows * b.width * width if e.pool_h else 1
+        zs = scratch("rows", parts * block, x.dtype).reshape(parts, block)
+        _correlate(
+            parts,
+            x.reshape(-1),
+            images,
+            packed,
+            start,
+            y.reshape(-1),
+            b,
+            table.pixels,
+            table.taps,
+            table.spread,
+            columns,
+            windows,
+            e,
+            window_taps(e, width),
+            argmax.reshape(-1),
+            zs,
+        )
 
     def add_weight_gradient(self, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
         """Add the gradient of the weights to `dweight`."""

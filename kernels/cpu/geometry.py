@@ -99,13 +99,14 @@ def input_axes(
     return phases
 
 
-def _rows_per_block(rows: int, width: int, step: int, extent: int, row_bytes: int) -> int:
-    """Rows of the grid in a block: few wasted tile rows, little overlap of windows, all within the cache."""
-    best, best_cost = 1, np.inf
-    for count in range(1, rows + 1):
+def _rows_per_block(rows: int, width: int, step: int, extent: int, row_bytes: int, multiple: int) -> int:
+    """Rows of the grid in a block, a multiple of `multiple`: few wasted tile rows, little overlap of windows,
+    all within the cache."""
+    best, best_cost = multiple, np.inf
+    for count in range(multiple, rows + 1, multiple):
         pixels = count * width
         window = ((count - 1) * step + extent) * row_bytes
-        if count > 1 and (pixels > _BLOCK_PIXELS or window > _WINDOW_BYTES):
+        if count > multiple and (pixels > _BLOCK_PIXELS or window > _WINDOW_BYTES):
             break
         blocks = -(-rows // count)
         tiles = -(-pixels // TILE_ROWS) * (rows // count) + -(-(rows % count) * width // TILE_ROWS)
@@ -125,10 +126,11 @@ def correlation(
     group: int,
     out_width: int,
     out_channels: int,
+    multiple: int = 1,
 ) -> Correlation:
     """Tables for images of `image` pixels and `channels`, `group` of which feed one output channel.
 
-    The result has rows of `out_width` pixels of `out_channels`.
+    The result has rows of `out_width` pixels of `out_channels`. A block has a multiple of `multiple` rows.
     """
     height, width = image
     in_place = all(
@@ -138,7 +140,12 @@ def correlation(
     pitch = (width if in_place else columns.window) * channels
     itemsize = 4  # of float32; float64 windows are twice as large and do as well in the second-level cache
     count = _rows_per_block(
-        rows.outputs, columns.outputs, rows.step, rows.extent, columns.window * channels * itemsize
+        rows.outputs,
+        columns.outputs,
+        rows.step,
+        rows.extent,
+        columns.window * channels * itemsize,
+        multiple,
     )
     last = rows.outputs - (-(-rows.outputs // count) - 1) * count
 

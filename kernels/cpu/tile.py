@@ -31,8 +31,8 @@ _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
 
 
-class _Emitter:
-    """Writes the tile's instructions for one element type."""
+class Emitter:
+    """Writes vector instructions for one element type."""
 
     def __init__(self, context, builder, element: types.Float):
         self.builder = builder
@@ -72,8 +72,18 @@ class _Emitter:
         else:
             self.builder.store(value, pointer).align = self.bytes
 
-    def broadcast(self, scalar):
-        undefined = ir.Constant(self.vector, ir.Undefined)
+    def store_bytes(self, value, pointer, mask=None):
+        """Write a vector of bytes, one for each lane."""
+        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
+        if mask is None:
+            self.builder.store(value, pointer).align = 1
+            return
+        arguments = [value, pointer, ir.Constant(_I32, 1), mask]
+        self.call(f"llvm.masked.store.v{self.lanes}i8.p0", ir.VoidType(), arguments)
+
+    def broadcast(self, scalar, element=None):
+        """A vector of `scalar`s, of the emitter's element type or another."""
+        undefined = ir.Constant(ir.VectorType(element or self.element, self.lanes), ir.Undefined)
         zeros = ir.Constant(ir.VectorType(_I32, self.lanes), None)
         first = self.builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
         return self.builder.shuffle_vector(first, undefined, zeros)
@@ -182,7 +192,7 @@ def tile(
     signature = types.void(*literals, a, a0, row, col, r0, depth, b, b0, ldb, start, s0, c, c0, crow, columns)
 
     def codegen(context, builder, signature, arguments):
-        emit = _Emitter(context, builder, a.dtype)
+        emit = Emitter(context, builder, a.dtype)
 
         def data(position):
             array = context.make_array(signature.args[position])(context, builder, arguments[position])

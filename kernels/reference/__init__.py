@@ -28,6 +28,11 @@ from .loss import (
 )
 from .normalization import batch_norm_backward, batch_norm_forward
 from .optimizer import adam_update, sgd_update
+from .pooled_convolution import (
+    conv2d_pool_backward_input,
+    conv2d_pool_backward_weight,
+    conv2d_pool_forward,
+)
 from .pooling import (
     adaptive_avg_pool2d_backward,
     adaptive_avg_pool2d_forward,
@@ -53,6 +58,9 @@ __all__ = [
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "conv2d_forward",
+    "conv2d_pool_backward_input",
+    "conv2d_pool_backward_weight",
+    "conv2d_pool_forward",
     "dropout_backward",
     "dropout_forward",
     "gather_batch",

@@ -1,0 +1,487 @@
+"""Gradients of a convolution behind max-pooling, from the pixels that have one.
+
+Of each window of pixels only the largest has a gradient g, and none has where ReLU was shut. A pixel's
+gradient meets one row of the kernel as a contiguous run of kW * C numbers, both in the image and in the
+gradient of the image, so that both passes are sums of weighted runs, held in registers:
+
+    dweight[f, kh, :] += sum over pixels of g * x[pixel's row + kh, its kW columns, :]
+    dx[pixel's row + kh, its kW columns, :] += sum over filters of g * weight[f, kh, :]
+
+For 2x2 windows that is a quarter of the multiplications of the dense sums, or less.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from . import direct, simd
+from .epilogue import DEAD, Epilogue
+from .simd import VECTOR_BITS
+from .tile import Emitter
+from .workspace import clear, copy, scratch
+
+# Runs are summed so many vectors at a time.
+_MOST_VECTORS = 8
+# Sums that a processor can start before the first is done: shorter runs are summed in several chains.
+_CHAINS = 4
+# A block's window, or its part for one row of the kernel, should stay in the first-level cache.
+_WINDOW_BYTES = 24 * 1024
+_INPUT_BYTES = 128 * 1024
+_CHUNK = 16
+# The gradient of the weights is summed in at most this many pieces of the batch; of the input, one image
+# alone is cut into at least as many.
+_PIECES = 16
+
+
+class Sparse(NamedTuple):
+    """The integers that the drivers read."""
+
+    image_h: int
+    image_w: int
+    channels: int
+    filters: int
+    pooled_h: int
+    pooled_w: int
+    pool_h: int
+    pool_w: int
+    stride_h: int
+    stride_w: int
+    dilation_h: int
+    kernel_h: int
+    origin_h: int  # input row of the first tap of row 0
+    origin_w: int
+    window_w: int  # columns of the padded image that any window reaches
+    run: int  # numbers in one row of the kernel: kW * C
+    padded_run: int  # in whole vectors
+    rows: int  # rows in a block: of windows for the weights, of the image for the input
+    blocks: int  # in an image
+
+
+@intrinsic(prefer_literal=True)
+def _add_weighted(typing_context, vectors, values, offsets, first, count, source, s0, target, t0, columns):
+    """target[t0 + c] += sum over i of values[first + i] * source[s0 + offsets[first + i] + c], c < columns.
+
+    All but the last of `vectors` vectors are whole; `source` is read in whole vectors.
+    """
+    if not isinstance(vectors, types.IntegerLiteral):
+        return None
+    many = vectors.literal_value
+    chains = max(1, _CHAINS // many)
+    signature = types.void(vectors, values, offsets, first, count, source, s0, target, t0, columns)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, source.dtype)
+        i64 = ir.IntType(64)
+
+        def at(position, *offset):
+            array = context.make_array(signature.args[position])(context, builder, arguments[position])
+            return emit.at(array.data, *offset)
+
+        first, count, columns = arguments[3], arguments[4], arguments[9]
+        weights, places = at(1, first), at(2, first)
+        runs, result = at(5, arguments[6]), at(7, arguments[8])
+        lanes = [ir.Constant(i64, v * emit.lanes) for v in range(many)]
+        masks = [None] * (many - 1) + [emit.mask(columns, many - 1)]
+        sums = [emit.load(emit.at(result, lane), mask) for lane, mask in zip(lanes, masks, strict=True)]
+        sums += [ir.Constant(emit.vector, None)] * (many * (chains - 1))
+
+        def loop(begin, step, sums):
+            """Entries from `begin` on, `step` at once while there are so many: where it ended, the sums."""
+            entry = builder.block
+            head, body, end = (builder.append_basic_block(name) for name in ("sum.if", "sum.do", "sum.end"))
+            builder.branch(head)
+            builder.position_at_end(head)
+            i = builder.phi(i64)
+            i.add_incoming(begin, entry)
+            phis = [builder.phi(emit.vector) for _ in sums]
+            following = builder.add(i, ir.Constant(i64, step))
+            builder.cbranch(builder.icmp_signed("<=", following, count), body, end)
+            builder.position_at_end(body)
+            new = list(phis)
+            for chain in range(step):
+                entry_i = builder.add(i, ir.Constant(i64, chain))
+                weight = emit.broadcast(builder.load(emit.at(weights, entry_i)))
+                run = emit.at(runs, builder.sext(builder.load(emit.at(places, entry_i)), i64))
+                for v in range(many):
+                    k = chain * many + v
+                    new[k] = emit.multiply_add(weight, emit.load(emit.at(run, lanes[v])), phis[k])
+            for phi, begun, done in zip(phis, sums, new, strict=True):
+                phi.add_incoming(begun, entry)
+                phi.add_incoming(done, builder.block)
+            i.add_incoming(following, builder.block)
+            builder.branch(head)
+            builder.position_at_end(end)
+            return i, phis
+
+        i, sums = loop(ir.Constant(i64, 0), chains, sums)
+        if chains > 1:
+            sums = [_total(builder, [sums[chain * many + v] for chain in range(chains)]) for v in range(many)]
+            _, sums = loop(i, 1, sums)
+        for value, lane, mask in zip(sums, lanes, masks, strict=True):
+            emit.store(value, emit.at(result, lane), mask)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _total(builder, terms):
+    total = terms[0]
+    for term in terms[1:]:
+        total = builder.fadd(total, term)
+    return total
+
+
+@kernel
+def _add_runs(values, offsets, first, count, source, s0, target, t0, run):
+    """target[t0 : t0 + run] += the weighted sum of `count` runs of the source, from entry `first` on."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * source.itemsize)
+    while run > _MOST_VECTORS * lanes:
+        _add_weighted(8, values, offsets, first, count, source, s0, target, t0, 8 * lanes)
+        s0 += 8 * lanes
+        t0 += 8 * lanes
+        run -= 8 * lanes
+    vectors = (run + lanes - 1) // lanes
+    if vectors == 1:
+        _add_weighted(1, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 2:
+        _add_weighted(2, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 3:
+        _add_weighted(3, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 4:
+        _add_weighted(4, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 5:
+        _add_weighted(5, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 6:
+        _add_weighted(6, values, offsets, first, count, source, s0, target, t0, run)
+    elif vectors == 7:
+        _add_weighted(7, values, offsets, first, count, source, s0, target, t0, run)
+    else:
+        _add_weighted(8, values, offsets, first, count, source, s0, target, t0, run)
+
+
+@kernel
+def _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts):
+    """Lists for each filter of the gradients of a block's pixels, and where the pixels' runs begin."""
+    filters = np.uintp(s.filters)
+    capacity = np.uintp(s.rows * s.pooled_w)
+    pitch = s.window_w * s.channels
+    for f in range(filters):
+        counts[f] = 0
+    for i in range(rows):
+        for j in range(s.pooled_w):
+            base = i * s.pool_h * s.stride_h * pitch + j * s.pool_w * s.stride_w * s.channels
+            p = p0 + (i * s.pooled_w + j) * s.filters
+            gradients, codes = dout[p : p + s.filters], argmax[p : p + s.filters]
+            for f in range(filters):
+                code = codes[f]
+                k = counts[f]
+                values[f * capacity + k] = gradients[f]
+                offsets[f * capacity + k] = base + places[code]
+                # What is dead is overwritten by the next.
+                counts[f] = k + np.uintp(places[code] >= 0)
+
+
+@kernel
+def _fill_window(x, n, s, h0, rows, window):
+    """Copy `rows` rows of an image from `h0` on, as wide as windows reach, with zeros outside of it."""
+    row = s.window_w * s.channels
+    left = min(max(-s.origin_w, 0), s.window_w)
+    copied = min(s.image_w, s.window_w - left)
+    begin, end = left * s.channels, (left + copied) * s.channels
+    for r in range(rows):
+        h = h0 + r
+        if h < 0 or h >= s.image_h:
+            clear(window, r * row, row)
+        else:
+            clear(window, r * row, begin)
+            copy(x, (n * s.image_h + h) * s.image_w * s.channels, window, r * row + begin, end - begin)
+            clear(window, r * row + end, row - end)
+
+
+@parallel
+def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, values, offsets, counts):
+    keep_out_of_line()
+    pieces = partial.shape[0]
+    images = dout.size // (s.pooled_h * s.pooled_w * s.filters)
+    window, values, offsets, counts = windows[part], values[part], offsets[part], counts[part]
+    capacity = s.rows * s.pooled_w
+    pitch = s.window_w * s.channels
+    lo, hi = span(part, parts, pieces)
+    for piece in range(lo, hi):
+        sums, bias = partial[piece], biases[piece]
+        clear(sums, 0, sums.size)
+        clear(bias, 0, bias.size)
+        task0, task1 = span(piece, pieces, images * s.blocks)
+        for task in range(task0, task1):
+            n = task // s.blocks
+            first = (task - n * s.blocks) * s.rows
+            rows = min(s.rows, s.pooled_h - first)
+            window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
+            _fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
+            p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
+            _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts)
+            for kh in range(s.kernel_h):
+                for f in range(s.filters):
+                    _add_runs(
+                        values,
+                        offsets,
+                        f * capacity,
+                        np.intp(counts[f]),
+                        window,
+                        kh * s.dilation_h * pitch,
+                        sums,
+                        (kh * s.filters + f) * s.padded_run,
+                        s.run,
+                    )
+            for f in range(s.filters):
+                gradients = values[f * capacity : f * capacity + np.intp(counts[f])]
+                total = bias[f]
+                for k in range(gradients.size):
+                    total += gradients[k]
+                bias[f] = total
+
+
+@parallel
+def _reduce_weight(part, parts, partial, s, dweight):
+    """Add all pieces to dweight (kH, kW * C, F)."""
+    keep_out_of_line()
+    pieces = partial.shape[0]
+    lo, hi = span(part, parts, s.kernel_h * s.filters)
+    for row in range(lo, hi):
+        kh = row // s.filters
+        f = row - kh * s.filters
+        sums = partial[0, row * s.padded_run : row * s.padded_run + s.run]
+        for piece in range(1, pieces):
+            more = partial[piece, row * s.padded_run : row * s.padded_run + s.run]
+            for c in range(sums.size):
+                sums[c] += more[c]
+        places = dweight[(kh * s.run) * s.filters + f : (kh + 1) * s.run * s.filters : s.filters]
+        for c in range(sums.size):
+            places[c] += sums[c]
+
+
+@kernel
+def _sort_by_pixel(dout, argmax, p0, pixels, s, slots, values, offsets, counts):
+    """Lists for each pixel of `pixels` windows: the gradients of its filters, and their weights' runs."""
+    filters = np.uintp(s.filters)
+    area = s.pool_h * s.pool_w + 1  # and one list for what is dead
+    for j in range(pixels):
+        count = counts[j * area : (j + 1) * area]
+        for q in range(area):
+            count[q] = 0
+        p = p0 + j * s.filters
+        gradients, codes = dout[p : p + s.filters], argmax[p : p + s.filters]
+        value = values[j * area * s.filters : (j + 1) * area * s.filters]
+        offset = offsets[j * area * s.filters : (j + 1) * area * s.filters]
+        run = np.int32(0)
+        for f in range(filters):
+            slot = slots[codes[f]]
+            k = slot * filters + count[slot]
+            value[k] = gradients[f]
+            offset[k] = run
+            count[slot] += np.uintp(1)
+            run += np.int32(s.padded_run)
+
+
+@kernel
+def _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, counts):
+    """Add what `pixels` windows from (i, j0) on have for the rows from `h0` on to the window."""
+    area = s.pool_h * s.pool_w + 1
+    pitch = s.window_w * s.channels
+    for kh in range(s.kernel_h):
+        for qh in range(s.pool_h):
+            r = (i * s.pool_h + qh) * s.stride_h + kh * s.dilation_h + s.origin_h - h0
+            if r < 0 or r >= rows:
+                continue
+            for j in range(pixels):
+                for qw in range(s.pool_w):
+                    place = j * area + qh * s.pool_w + qw
+                    column = ((j0 + j) * s.pool_w + qw) * s.stride_w
+                    _add_runs(
+                        values,
+                        offsets,
+                        place * s.filters,
+                        np.intp(counts[place]),
+                        weights,
+                        kh * s.filters * s.padded_run,
+                        window,
+                        r * pitch + column * s.channels,
+                        s.run,
+                    )
+
+
+@parallel
+def _input(part, parts, dout, argmax, weights, s, slots, dx, windows, values, offsets, counts):
+    keep_out_of_line()
+    images = dout.size // (s.pooled_h * s.pooled_w * s.filters)
+    window, values, offsets, counts = windows[part], values[part], offsets[part], counts[part]
+    pitch = s.window_w * s.channels
+    step = s.pool_h * s.stride_h
+    reach = (s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h
+    left = min(max(-s.origin_w, 0), s.window_w)
+    copied = min(s.image_w, s.window_w - left) * s.channels
+    line = s.image_w * s.channels
+    lo, hi = span(part, parts, images * s.blocks)
+    for task in range(lo, hi):
+        n = task // s.blocks
+        h0 = (task - n * s.blocks) * s.rows
+        rows = min(s.rows, s.image_h - h0)
+        clear(window, 0, rows * pitch)
+        first = max(-((reach + s.origin_h - h0) // step), 0)
+        last = min((h0 + rows - 1 - s.origin_h) // step + 1, s.pooled_h)
+        for i in range(first, last):
+            for j0 in range(0, s.pooled_w, _CHUNK):
+                pixels = min(_CHUNK, s.pooled_w - j0)
+                p0 = ((n * s.pooled_h + i) * s.pooled_w + j0) * s.filters
+                _sort_by_pixel(dout, argmax, p0, pixels, s, slots, values, offsets, counts)
+                _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, counts)
+        for r in range(rows):
+            target = (n * s.image_h + h0 + r) * line
+            copy(window, r * pitch + left * s.channels, dx, target, copied)
+            clear(dx, target + copied, line - copied)
+
+
+@parallel
+def _runs_of_weights(part, parts, weight, s, runs):
+    """weight (kH, kW * C, F) as (kH, F, padded run)."""
+    keep_out_of_line()
+    lo, hi = span(part, parts, s.kernel_h * s.filters)
+    for row in range(lo, hi):
+        kh = row // s.filters
+        f = row - kh * s.filters
+        source = weight[kh * s.run * s.filters + f : (kh + 1) * s.run * s.filters : s.filters]
+        target = runs[row * s.padded_run : (row + 1) * s.padded_run]
+        for c in range(source.size):
+            target[c] = source[c]
+        clear(target, source.size, target.size - source.size)
+
+
+def _sizes(layer: direct.Layer, e: Epilogue, dtype: np.dtype, rows: int, image_rows: int) -> Sparse:
+    high, wide = layer.rows, layer.columns
+    run = wide.kernel * layer.channels
+    lanes = simd.lanes(dtype)
+    return Sparse(
+        image_h=layer.image[0],
+        image_w=layer.image[1],
+        channels=layer.channels,
+        filters=layer.filters,
+        pooled_h=e.out_h,
+        pooled_w=e.out_w,
+        pool_h=e.pool_h,
+        pool_w=e.pool_w,
+        stride_h=high.stride,
+        stride_w=wide.stride,
+        dilation_h=high.dilation,
+        kernel_h=high.kernel,
+        origin_h=-high.padding[0],
+        origin_w=-wide.padding[0],
+        window_w=(e.out_w * e.pool_w - 1) * wide.stride + wide.kernel,
+        run=run,
+        padded_run=-(-run // lanes) * lanes,
+        rows=rows,
+        blocks=-(-image_rows // rows),
+    )
+
+
+def _work(layer: direct.Layer, images: int) -> float:
+    # A quarter of the dense multiply-adds, each of which takes a tenth of the time of a byte.
+    return images * layer.multiply_adds / 40
+
+
+def add_weight_gradient(
+    dout: np.ndarray,
+    argmax: np.ndarray,
+    x: np.ndarray,
+    layer: direct.Layer,
+    e: Epilogue,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+) -> None:
+    """Add the gradients of weight and bias to `dweight` and `dbias`."""
+    images, dtype = x.shape[0], x.dtype
+    s = _sizes(layer, e, dtype, 1, e.out_h)
+    row_bytes = s.pool_h * s.stride_h * s.window_w * s.channels * dtype.itemsize
+    rows = min(max(_WINDOW_BYTES // row_bytes, 1), e.out_h)
+    s = _sizes(layer, e, dtype, rows, e.out_h)
+    pitch = s.window_w * s.channels
+    places = np.full(DEAD + 1, -1, np.int32)
+    pixels = np.add.outer(
+        np.arange(s.pool_h) * s.stride_h * pitch, np.arange(s.pool_w) * s.stride_w * s.channels
+    )
+    places[: pixels.size] = pixels.ravel()
+    pieces = min(images * s.blocks, _PIECES)
+    parts = part_count(pieces, _work(layer, images))
+    partial = scratch("partial", pieces * s.kernel_h * s.filters * s.padded_run, dtype).reshape(pieces, -1)
+    biases = scratch("biases", pieces * s.filters, dtype).reshape(pieces, -1)
+    window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
+    windows = _parts("windows", parts, window_rows * pitch + s.padded_run, dtype)
+    entries = s.filters * rows * s.pooled_w + 1
+    values, offsets = (
+        _parts("values", parts, entries, dtype),
+        _parts("offsets", parts, entries, np.dtype(np.int32)),
+    )
+    counts = _parts("counts", parts, s.filters, np.dtype(np.uintp))
+    flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
+    _weight(parts, *flat, s, places, partial, biases, windows, values, offsets, counts)
+    _reduce_weight(part_count(s.kernel_h * s.filters, partial.nbytes), partial, s, dweight.reshape(-1))
+    for bias in biases:
+        dbias += bias
+
+
+def input_gradient(
+    dout: np.ndarray,
+    argmax: np.ndarray,
+    weight: np.ndarray,
+    layer: direct.Layer,
+    e: Epilogue,
+    dx: np.ndarray,
+) -> None:
+    """Overwrite `dx` with the gradient of the input."""
+    images, dtype = dx.shape[0], dx.dtype
+    s = _sizes(layer, e, dtype, layer.image[0], layer.image[0])
+    pitch = s.window_w * s.channels
+    rows = min(s.image_h, max(_INPUT_BYTES // (pitch * dtype.itemsize), s.kernel_h))
+    if images < _PIECES:
+        rows = min(rows, max(-(-s.image_h * images // _PIECES), 2))
+    s = s._replace(rows=rows, blocks=-(-s.image_h // rows))
+    slots = np.full(DEAD + 1, s.pool_h * s.pool_w, np.uintp)
+    slots[: s.pool_h * s.pool_w] = np.arange(s.pool_h * s.pool_w)
+    runs = scratch("weights", s.kernel_h * s.filters * s.padded_run, dtype)
+    _runs_of_weights(part_count(s.kernel_h * s.filters, runs.nbytes), weight.reshape(-1), s, runs)
+    parts = part_count(images * s.blocks, _work(layer, images))
+    windows = _parts("windows", parts, rows * pitch + s.padded_run, dtype)
+    lists = _CHUNK * (s.pool_h * s.pool_w + 1)
+    values = _parts("values", parts, lists * s.filters, dtype)
+    offsets = _parts("offsets", parts, lists * s.filters, np.dtype(np.int32))
+    counts = _parts("counts", parts, lists, np.dtype(np.uintp))
+    flat = (dout.reshape(-1), argmax.reshape(-1), runs)
+    _input(parts, *flat, s, slots, dx.reshape(-1), windows, values, offsets, counts)
+
+
+def _parts(use: str, parts: int, size: int, dtype: np.dtype) -> np.ndarray:
+    return scratch(use, parts * size, dtype).reshape(parts, size)
+
+
+def pays(layer: direct.Layer, e: Epilogue, dtype: np.dtype) -> tuple[bool, bool]:
+    """Whether to expect less work of these sums than of dense ones, for the weights and for the input."""
+    area = e.pool_h * e.pool_w
+    if area == 1 or layer.groups > 1 or layer.columns.dilation > 1:
+        return False, False
+    lanes = simd.lanes(dtype)
+    run = layer.columns.kernel * layer.channels
+    runs = layer.filters * layer.rows.kernel
+    vectors = -(-run // lanes)
+    # In vector multiply-adds for one window: runs of the image cross cache lines, those of weights don't.
+    crossing = 1.0 if layer.channels % lanes == 0 else 1.6
+    taps = layer.rows.kernel * layer.columns.kernel
+    dense = area * taps * layer.channels * -(-layer.filters // lanes)
+    dense_input = area * taps * layer.filters * -(-layer.channels // lanes)
+    return runs * (vectors * crossing + 2) < dense, runs * (vectors + 2) < dense_input
