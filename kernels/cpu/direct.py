@@ -17,8 +17,9 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import geometry, simd
-from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
+from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, unpool_panel, window_taps
 from .geometry import Correlation
+from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
 from .workspace import clear, copy, scratch
 
@@ -62,6 +63,7 @@ def _correlate(
     window = windows[part]
     z = zs[part]
     image_out = y.size // images
+    lanes = VECTOR_BITS // (8 * x.itemsize)
     # The work is every block of every image for every panel, so that one small image keeps all threads busy.
     item, end = span(part, parts, images * b.blocks * groups * panels)
     while item < end:
@@ -92,7 +94,9 @@ def _correlate(
             column = (panel - g * panels) * width
             many = min(columns - column, width)
             place = c0 + g * columns + column
-            target, t0, stored = (z, 0, width) if e.pool_h > 0 else (y, place, many)
+            # In scratch whole vectors are stored, which needs no mask.
+            stored = (many + lanes - 1) // lanes * lanes if e.pool_h > 0 else many
+            target, t0 = (z, 0) if e.pool_h > 0 else (y, place)
             overwrite_panel(
                 a,
                 a0 + g * (b.channels // groups),
@@ -138,7 +142,25 @@ def _pack(part, parts, weight, positions, transposed, columns, packed):
 
 
 @parallel
-def _weight(part, parts, x, images, dout, b, pixels, taps, places, columns, partial, windows, spares):
+def _weight(
+    part,
+    parts,
+    x,
+    images,
+    dout,
+    b,
+    pixels,
+    taps,
+    places,
+    columns,
+    partial,
+    windows,
+    spares,
+    e,
+    pool,
+    argmax,
+    biases,
+):
     keep_out_of_line()
     pieces, groups, panels, depth, width = partial.shape
     window = windows[part]
@@ -148,6 +170,8 @@ def _weight(part, parts, x, images, dout, b, pixels, taps, places, columns, part
     for piece in range(lo, hi):
         sums = partial[piece].reshape(groups * panels * depth * width)
         clear(sums, 0, sums.size)
+        bias = biases[piece]
+        clear(bias, 0, bias.size)
         task0, task1 = span(piece, pieces, images * b.blocks)
         for task in range(task0, task1):
             n = task // b.blocks
@@ -165,17 +189,25 @@ def _weight(part, parts, x, images, dout, b, pixels, taps, places, columns, part
                 a0 = 0
             for g in range(groups):
                 for p in range(panels):
-                    source = dout
-                    b0 = (n * b.height + first) * b.width * filters + g * columns + p * width
-                    ldb = filters
                     many = min(columns - p * width, width)
-                    if b0 + (count - 1) * ldb + width > dout.size:
-                        # Whole vectors would read past the end of dout.
-                        for k in range(count):
-                            copy(dout, b0 + k * ldb, spare, k * width, many)
-                        source = spare
+                    source, b0, ldb = spare, 0, width
+                    column = g * columns + p * width
+                    if e.pool_h > 0:
+                        b0 = (n * e.out_h + first // e.pool_h) * e.out_w * filters + column
+                        rows = grid_rows // e.pool_h
+                        s0 = (g * panels + p) * width
+                        unpool_panel(dout, argmax, b0, rows, e, pool, spare, width, bias, s0, many)
                         b0 = 0
-                        ldb = width
+                    else:
+                        b0 = (n * b.height + first) * b.width * filters + column
+                        if b0 + (count - 1) * filters + width > dout.size:
+                            # Whole vectors would read past the end of dout.
+                            for k in range(count):
+                                copy(dout, b0 + k * filters, spare, k * width, many)
+                            b0 = 0
+                        else:
+                            source = dout
+                            ldb = filters
                     add_panel(
                         a,
                         a0 + g * (b.channels // groups),
@@ -353,13 +385,21 @@ class Layer:
             zs,
         )
 
-    def add_weight_gradient(self, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
-        """Add the gradient of the weights to `dweight`."""
-        table = self.forward_tables
+    def add_weight_gradient(
+        self,
+        dout: np.ndarray,
+        x: np.ndarray,
+        dweight: np.ndarray,
+        e: Epilogue = NO_EPILOGUE,
+        argmax: np.ndarray = _NOWHERE,
+        dbias: np.ndarray | None = None,
+    ) -> None:
+        """Add the weights' gradient to `dweight` and, of what `e` pooled, the bias's to `dbias`."""
+        width = simd.panel_width(dout.dtype)
+        table = self.pooled_tables(e, width) if e.pool_h else self.forward_tables
         b = table.blocks
         images = x.shape[0]
         columns = self.filters // self.groups
-        width = simd.panel_width(dout.dtype)
         panels = -(-columns // width)
         depth = table.taps.size
         piece = self.groups * panels * depth * width
@@ -367,13 +407,32 @@ class Layer:
         pieces = min(images * b.blocks, most)
         partial = scratch("partial", pieces * piece, dout.dtype)
         partial = partial.reshape(pieces, self.groups, panels, depth, width)
+        biases = scratch("biases", pieces * self.groups * panels * width, dout.dtype).reshape(pieces, -1)
         parts = part_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
         spares = scratch("spares", parts * b.tail * width, dout.dtype).reshape(parts, -1)
-        windows = _windows(parts, b, x.dtype)
-        tables = (b, table.pixels, padded_rows(table.taps), padded_rows(np.arange(depth) * width))
-        _weight(parts, x.reshape(-1), images, dout.reshape(-1), *tables, columns, partial, windows, spares)
+        _weight(
+            parts,
+            x.reshape(-1),
+            images,
+            dout.reshape(-1),
+            b,
+            table.pixels,
+            padded_rows(table.taps),
+            padded_rows(np.arange(depth) * width),
+            columns,
+            partial,
+            _windows(parts, b, x.dtype),
+            spares,
+            e,
+            window_taps(e, width),
+            argmax.reshape(-1),
+            biases,
+        )
         parts = part_count(depth, partial.nbytes)
         _reduce(parts, partial, columns, dweight.reshape(depth, self.filters))
+        if dbias is not None:
+            for bias in biases:
+                dbias += bias.reshape(self.groups, -1)[:, :columns].ravel()
 
     def _packed(self, weight, positions, transposed, columns):
         width = simd.panel_width(weight.dtype)

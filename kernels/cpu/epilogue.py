@@ -133,6 +133,82 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
                 _pool_vector(e.relu, e.keeps, z, source + c, taps, y, target + c, argmax, columns - c)
 
 
+@intrinsic
+def _unpool_vector(typing_context, dout, argmax, p0, taps, z, z0, sums, s0, columns):
+    """Write to each z[z0 + taps[t]] the lanes of dout[p0:] from there, else zero; add them to sums."""
+    signature = types.void(dout, argmax, p0, taps, z, z0, sums, s0, columns)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, z.dtype)
+
+        def array(position):
+            return context.make_array(signature.args[position])(context, builder, arguments[position])
+
+        p0, z0, s0, columns = (arguments[i] for i in (2, 5, 7, 8))
+        offsets, target = array(3).data, emit.at(array(4).data, z0)
+        area = builder.extract_value(array(3).shape, 0)
+        i64 = ir.IntType(64)
+        integer = ir.IntType(8 * emit.bytes)
+        indices = ir.VectorType(integer, emit.lanes)
+        zero = ir.Constant(emit.vector, None)
+
+        def read(mask):
+            value = emit.load(emit.at(array(0).data, p0), mask)
+            return value, emit.load_bytes(emit.at(array(1).data, p0), mask)
+
+        is_full = builder.icmp_signed(">=", columns, ir.Constant(columns.type, emit.lanes))
+        with builder.if_else(is_full) as (full, part):
+            with full:
+                whole, whole_block = read(None), builder.block
+            with part:
+                masked, masked_block = read(emit.mask(columns, 0)), builder.block
+        value, code = builder.phi(emit.vector), builder.phi(whole[1].type)
+        for phi, first, second in zip((value, code), whole, masked, strict=True):
+            phi.add_incoming(first, whole_block)
+            phi.add_incoming(second, masked_block)
+        code = builder.zext(code, indices)
+
+        entry = builder.block
+        loop, end = (builder.append_basic_block(name) for name in ("unpool.tap", "unpool.end"))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        tap, total = builder.phi(i64), builder.phi(emit.vector)
+        number = builder.trunc(tap, integer) if emit.bytes < 8 else tap
+        chosen = builder.icmp_unsigned("==", code, emit.broadcast(number, integer))
+        gradient = builder.select(chosen, value, zero)
+        emit.store(gradient, emit.at(target, builder.load(emit.at(offsets, tap))))
+        following = builder.add(tap, ir.Constant(i64, 1))
+        more = builder.fadd(total, gradient)
+        for phi, begin, new in ((tap, ir.Constant(i64, 0), following), (total, zero, more)):
+            phi.add_incoming(begin, entry)
+            phi.add_incoming(new, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, area), loop, end)
+        builder.position_at_end(end)
+        place = emit.at(array(6).data, s0)
+        emit.store(builder.fadd(emit.load(place), more), place)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def unpool_panel(dout, argmax, p0, rows, e, taps, z, width, sums, s0, columns):
+    """The adjoint of `finish_panel`: write the gradients of a block's pixels to `z`, zeros included.
+
+    `dout` and `argmax` are read from p0 on; the gradients' sums over all pixels are added to `sums` from s0
+    on, which like `z` is in whole vectors.
+    """
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * z.itemsize)
+    line = e.out_w * e.pool_w * width
+    for i in range(rows):
+        for j in range(e.out_w):
+            target = i * e.pool_h * line + j * e.pool_w * width
+            source = p0 + (i * e.out_w + j) * e.filters
+            for c in range(0, columns, lanes):
+                _unpool_vector(dout, argmax, source + c, taps, z, target + c, sums, s0 + c, columns - c)
+
+
 def window_taps(e: Epilogue, width: int) -> np.ndarray:
     """Offsets of a window's pixels in a block whose pixels are `width` elements apart."""
     line = e.out_w * e.pool_w * width

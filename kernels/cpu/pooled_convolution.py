@@ -15,8 +15,7 @@ import numpy as np
 
 from .. import checks
 from . import direct, simd, sparse
-from .columns import conv2d_backward_bias
-from .convolution import conv2d_backward_input, conv2d_backward_weight
+from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
 from .workspace import scratch
@@ -221,8 +220,5 @@ def conv2d_pool_backward_weight(
     if sparse.pays(layer, e, dout.dtype)[0]:
         sparse.add_weight_gradient(dout, argmax, x, layer, e, dweight, dbias)
         return dweight, dbias
-    dense = _unpooled(dout, argmax, layer, pool_size)
-    geometry = (stride, padding, dilation, groups)
-    conv2d_backward_weight(dense, x, kernel_size, *geometry, out=dweight, accumulate=True)
-    conv2d_backward_bias(dense, out=dbias, accumulate=True)
+    layer.add_weight_gradient(dout, x, dweight, e, argmax, dbias)
     return dweight, dbias

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..jit import keep_out_of_line, kernel
+from ..jit import keep_in_line, keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import direct, simd
 from .epilogue import DEAD, Epilogue
@@ -141,7 +141,7 @@ def _total(builder, terms):
 @kernel
 def _add_runs(values, offsets, first, count, source, s0, target, t0, run):
     """target[t0 : t0 + run] += the weighted sum of `count` runs of the source, from entry `first` on."""
-    keep_out_of_line()
+    keep_in_line()
     lanes = VECTOR_BITS // (8 * source.itemsize)
     while run > _MOST_VECTORS * lanes:
         _add_weighted(8, values, offsets, first, count, source, s0, target, t0, 8 * lanes)

@@ -72,6 +72,17 @@ class Emitter:
         else:
             self.builder.store(value, pointer).align = self.bytes
 
+    def load_bytes(self, pointer, mask=None):
+        """A vector of bytes, one for each lane; those outside of `mask` are zero."""
+        many = ir.VectorType(ir.IntType(8), self.lanes)
+        pointer = self.builder.bitcast(pointer, many.as_pointer())
+        if mask is None:
+            value = self.builder.load(pointer)
+            value.align = 1
+            return value
+        arguments = [pointer, ir.Constant(_I32, 1), mask, ir.Constant(many, None)]
+        return self.call(f"llvm.masked.load.v{self.lanes}i8.p0", many, arguments)
+
     def store_bytes(self, value, pointer, mask=None):
         """Write a vector of bytes, one for each lane."""
         pointer = self.builder.bitcast(pointer, value.type.as_pointer())
