@@ -156,8 +156,10 @@ def test_ten_training_steps(name, kind):
 @pytest.mark.parametrize("name", models.names())
 def test_float32_training_steps_stay_close(name):
     net, peer = twins(name)
-    ours = optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    theirs = torch.optim.SGD(peer.parameters(), lr=0.01, momentum=0.9)
+    # At 0.01 this one's loss explodes within ten steps, and every rounding error with it.
+    lr = 1e-3 if name == "resnet9" else 0.01
+    ours = optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+    theirs = torch.optim.SGD(peer.parameters(), lr=lr, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
     for step in range(10):
         x, y = batch(name, 4 if name == "resnet9" else 16, seed=step)

@@ -1,6 +1,7 @@
 """Convolution: forward, and backward to the input and to the weights.
 
-The functions check their arguments and choose the way: `direct` convolves by the definition.
+The functions check their arguments and choose the way: `direct` convolves by the definition, `winograd` in
+fewer multiplications where filters are 3x3.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct
+from . import direct, winograd
 
 
 def conv2d_forward(
@@ -57,7 +58,9 @@ def conv2d_forward(
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
-    if y.size:
+    if y.size and winograd.suits(layer, x.shape[0], x.dtype):
+        winograd.forward(layer, x, weight, bias, y)
+    elif y.size:
         layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
     return y
 
@@ -99,6 +102,9 @@ def conv2d_backward_input(
     if dx.size:
         if layer.rows.skips or layer.columns.skips:
             dx.fill(0)
+        if winograd.suits(layer, shape[0], dout.dtype):
+            winograd.backward_input(layer, dout, weight, dx)
+            return dx
         for table, positions in layer.input_tables:
             layer.run(dout, table, weight, positions, True, None, dx)
     return dx

@@ -1,0 +1,161 @@
+"""Winograd's algorithm: exact to a documented bound, at every edge, and only where it is wanted."""
+
+import numpy as np
+import pytest
+
+import fastcnn
+from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels.cpu import direct, simd, winograd
+
+# The largest error, in units of the largest result, for standard normal images and weights.
+BOUND = 2e-5
+
+
+@pytest.fixture
+def switch():
+    before = fastcnn.get_winograd()
+    yield fastcnn.set_winograd
+    fastcnn.set_winograd(before)
+
+
+@pytest.fixture
+def team():
+    before = threads.get_num_threads()
+    yield threads.set_num_threads
+    threads.set_num_threads(before)
+
+
+CASES = [
+    # x, filters, padding
+    pytest.param((2, 8, 8, 32), 32, 1, id="whole tiles"),
+    pytest.param((3, 7, 9, 48), 32, 1, id="cut tiles"),
+    pytest.param((1, 16, 15, 32), 48, 0, id="no padding"),
+    pytest.param((2, 9, 8, 32), 80, ((0, 2), (2, 1)), id="asymmetric"),
+    pytest.param((2, 7, 6, 64), 32, 5, id="padding beyond the filter"),
+    pytest.param((8, 4, 4, 32), 64, 1, id="a tile an image"),
+    pytest.param((9, 3, 3, 32), 32, 1, id="less than a tile an image"),
+    pytest.param((1, 3, 290, 32), 32, 2, id="long rows"),
+    pytest.param((37, 4, 4, 160), 192, 1, id="many tiles"),
+    pytest.param((3, 7, 8, 512), 512, 1, id="several groups of panels"),
+]
+
+
+def arguments(x_shape, filters, padding, dtype=np.float32):
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal(x_shape)
+    weight = rng.standard_normal((3, 3, x_shape[3], filters))
+    bias = rng.standard_normal(filters)
+    layer = direct.layer(x_shape, (3, 3), x_shape[3], filters, 1, padding, 1, 1)
+    dout = rng.standard_normal((x_shape[0], *layer.out_image, filters))
+    return layer, *(array.astype(dtype) for array in (x, weight, bias, dout))
+
+
+def error(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)
+def test_error_is_within_the_documented_bound(x_shape, filters, padding):
+    layer, x, weight, bias, dout = arguments(x_shape, filters, padding)
+    y, dx = np.full_like(dout, np.nan), np.full_like(x, np.nan)
+    winograd.forward(layer, x, weight, bias, y)
+    winograd.backward_input(layer, dout, weight, dx)
+    exact = [array.astype(np.float64) for array in (x, weight, bias, dout)]
+    assert error(y, reference.conv2d_forward(*exact[:3], padding=padding)) < BOUND
+    assert error(dx, reference.conv2d_backward_input(exact[3], exact[1], x_shape, padding=padding)) < BOUND
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)
+def test_threads_do_not_change_a_bit(x_shape, filters, padding, team):
+    layer, x, weight, bias, dout = arguments(x_shape, filters, padding)
+    results = []
+    for count in (1, 2):
+        team(count)
+        y, dx = np.full_like(dout, np.nan), np.full_like(x, np.nan)
+        winograd.forward(layer, x, weight, bias, y)
+        winograd.backward_input(layer, dout, weight, dx)
+        results.append((y.tobytes(), dx.tobytes()))
+    assert results[0] == results[1]
+
+
+def test_public_functions_use_it_only_when_switched_on(switch):
+    layer, x, weight, bias, dout = arguments((2, 8, 8, 32), 32, 1)
+    y, dx = np.empty_like(dout), np.empty_like(x)
+    winograd.forward(layer, x, weight, bias, y)
+    winograd.backward_input(layer, dout, weight, dx)
+    for enabled in (True, False):
+        switch(enabled)
+        assert fastcnn.get_winograd() is enabled
+        forward = cpu.conv2d_forward(x, weight, bias, padding=1)
+        backward = cpu.conv2d_backward_input(dout, weight, x.shape, padding=1)
+        assert np.array_equal(forward, y) is enabled
+        assert np.array_equal(backward, dx) is enabled
+        assert error(forward, y) < BOUND
+        assert error(backward, dx) < BOUND
+
+
+def test_switch_takes_a_bool():
+    with pytest.raises(TypeError, match="enabled: expected a bool, got 1"):
+        fastcnn.set_winograd(1)
+
+
+UNFIT = [
+    # x, filters, kernel, stride, padding, dilation, groups
+    pytest.param((8, 8, 8, 64), 64, 3, 2, 1, 1, 1, id="stride 2"),
+    pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 2, 1, id="dilation 2"),
+    pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 1, 2, id="groups"),
+    pytest.param((8, 8, 8, 64), 64, 5, 1, 1, 1, 1, id="5 x 5"),
+    pytest.param((8, 8, 8, 16), 64, 3, 1, 1, 1, 1, id="few channels"),
+    pytest.param((8, 8, 8, 64), 16, 3, 1, 1, 1, 1, id="few filters"),
+    pytest.param((8, 8, 8, 33), 64, 3, 1, 1, 1, 1, id="channels that don't fill vectors"),
+    pytest.param((1, 8, 8, 64), 64, 3, 1, 1, 1, 1, id="few tiles"),
+    pytest.param((99, 1, 8, 64), 64, 3, 1, 1, 1, 1, id="tiles of few pixels"),
+    pytest.param((99, 3, 3, 64), 64, 3, 1, 0, 1, 1, id="tiles of one output"),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "kernel", "stride", "padding", "dilation", "groups"), UNFIT)
+def test_not_used_where_it_is_no_use(x_shape, filters, kernel, stride, padding, dilation, groups):
+    layer = direct.layer(x_shape, kernel, None, filters, stride, padding, dilation, groups)
+    assert not winograd.suits(layer, x_shape[0], np.dtype(np.float32))
+
+
+def test_float64_is_convolved_directly():
+    layer = direct.layer((2, 8, 8, 32), 3, 32, 32, 1, 1, 1, 1)
+    assert winograd.suits(layer, 2, np.dtype(np.float32))
+    assert not winograd.suits(layer, 2, np.dtype(np.float64))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
+    layer, x, weight, bias, dout = arguments((2, 12, 12, 32), 32, 1)
+    x[1, 5, 6, 3] = poison
+    y = np.empty_like(dout)
+    winograd.forward(layer, x, weight, bias, y)
+    expected = np.zeros(y.shape, bool)
+    expected[1, 4:8, 4:8] = True  # the only window with pixel (5, 6): rows and columns 3 to 8
+    assert np.array_equal(np.isnan(y), expected)
+    with np.errstate(invalid="ignore"):
+        direct_result = reference.conv2d_forward(x, weight, bias, padding=1)
+    assert np.all(expected | np.isfinite(direct_result))
+
+
+def test_nan_in_the_weights_reaches_its_filter():
+    layer, x, weight, bias, dout = arguments((2, 8, 8, 32), 48, 1)
+    weight[1, 1, 5, 40] = np.nan
+    y = np.empty_like(dout)
+    winograd.forward(layer, x, weight, bias, y)
+    assert np.array_equal(np.isnan(y).all(axis=(0, 1, 2)), np.arange(48) == 40)
+    assert np.isnan(y).any(axis=(0, 1, 2)).sum() == 1
+
+
+@pytest.mark.parametrize("tile_columns", [1, 2, 3, 5, 8, 56, 64, 65, 500])
+def test_blocks_are_whole_rows_of_tiles_where_these_are_short(tile_columns):
+    block = winograd._block_tiles(tile_columns, 10_000)
+    assert 0 < block <= 64
+    assert block % tile_columns == 0 or tile_columns > 64
+    assert winograd._block_tiles(tile_columns, 3) == 3
+
+
+def test_a_vector_divides_the_smallest_layer():
+    assert winograd._FEWEST_CHANNELS % simd.lanes(np.float32) == 0
