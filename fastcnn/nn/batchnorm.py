@@ -106,8 +106,9 @@ class _BatchNorm(Module):
             )
         return channels_last(x)
 
-    def forward(self, input: np.ndarray) -> np.ndarray:
-        """Normalise (N, C, ...)."""
+    def _begin(self, input: np.ndarray) -> tuple[np.ndarray, bool, tuple[Any, Any], float]:
+        """Count a forward pass: its input, channels last, whether the batch's statistics serve, which
+        running statistics take part, and with what momentum they change."""
         batch_statistics = self.training or not self.track_running_stats
         x = self._input(input, batch_statistics)
         track = self.training and self.track_running_stats
@@ -117,6 +118,11 @@ class _BatchNorm(Module):
             if momentum is None:
                 momentum = 1 / int(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if track or not batch_statistics else (None, None)
+        return x, batch_statistics, running, 0.0 if momentum is None else momentum
+
+    def forward(self, input: np.ndarray) -> np.ndarray:
+        """Normalise (N, C, ...)."""
+        x, batch_statistics, running, momentum = self._begin(input)
         y = _buffers.empty(x.shape, x.dtype)
         weight = None if self.weight is None else self.weight.memory
         bias = None if self.bias is None else self.bias.memory
@@ -126,7 +132,7 @@ class _BatchNorm(Module):
             bias,
             *running,
             batch_statistics,
-            0.0 if momentum is None else momentum,
+            momentum,
             self.eps,
             out=y,
         )

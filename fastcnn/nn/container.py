@@ -11,6 +11,7 @@ import numpy as np
 from .. import _buffers
 from .._grad_mode import is_grad_enabled
 from ._arrays import floats, inverse, memory_order
+from .fusion import Plan, Run
 from .module import Module
 
 
@@ -76,6 +77,7 @@ class Sequential(_Container):
 
     def __init__(self, *layers: Any):
         super().__init__()
+        self._plan = Plan()
         named: Iterable[tuple[str, Any]]
         if len(layers) == 1 and isinstance(layers[0], dict):
             named = layers[0].items()
@@ -161,15 +163,27 @@ class Sequential(_Container):
             input_shape = layer.output_shape(input_shape)
         return tuple(input_shape)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_plan": Plan()}
+
+    def _runs(self, layers: list[Module]) -> list[tuple[int, int, Run | None]]:
+        return self._plan.runs(layers, lambda layer: id(layer) in self._shared)
+
     def forward(self, input: np.ndarray) -> Any:
-        """Run the layers, first to last."""
+        """Run the layers, first to last; some of them in one pass, see `set_fusion`."""
         x: Any = input
         del input
-        tapes = []
-        for layer in self._order():
-            x = layer(x)
-            tapes.append(self._tape_of(layer) if self._shared else None)
-        self._keep(tapes)
+        layers = self._order()
+        kept = []
+        runs = self._runs(layers)
+        for first, _, run in runs:
+            if run is None:
+                x = layers[first](x)
+                kept.append(self._tape_of(layers[first]) if self._shared else None)
+            else:
+                x, saved = run.forward(x)
+                kept.append(saved)
+        self._keep(layers, runs, kept)
         return x
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
@@ -178,20 +192,25 @@ class Sequential(_Container):
         Without `input_grad` it stops at the first layer with anything to train, whose input gradient is not
         computed either.
         """
-        (tapes,) = self._kept()
-        layers = self._order()
-        first = -1
+        layers, runs, kept = self._kept()
+        kept = list(kept)
+        stop = -1
         if not input_grad:
-            first = next((i for i, layer in enumerate(layers) if trainable(layer)), len(layers))
+            stop = next((i for i, layer in enumerate(layers) if trainable(layer)), len(layers))
         grad: Any = dout
         del dout
-        for i in range(len(layers) - 1, -1, -1):
-            self._rewind(tapes[i])
-            if i >= first:
-                grad = layers[i].backward(grad, input_grad=i > first)
+        for first, last, run in reversed(runs):
+            if last <= stop:
+                for layer in layers[first:last]:
+                    for module in layer.modules():
+                        module._forget()
+            elif run is None:
+                self._rewind(kept.pop())
+                grad = layers[first].backward(grad, input_grad=first > stop)
             else:
-                for module in layers[i].modules():
-                    module._forget()
+                grad = run.backward(grad, kept, first > stop)
+            # Not before: a gradient of a wrong shape leaves everything as it was.
+            self._forget()
         self._forget()
         return grad if input_grad else None
 

@@ -18,6 +18,17 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
+class _Structure:
+    """Counts the changes of any module's attributes, for those who remember what modules are like."""
+
+    version = 0
+
+
+def structure_version() -> int:
+    """A number that changes when any module gets, changes or loses an attribute other than `training`."""
+    return _Structure.version
+
+
 # Of one forward pass, or of one place in memory: not part of a copy or a pickle.
 _OWN_ONLY = {"_saved": None, "_consolidated": ()}
 
@@ -60,6 +71,8 @@ class Module:
         elif name in (self.__dict__.get("_buffers") or ()):
             self._expect(name, value, "NumPy array", isinstance(value, np.ndarray))
             self._buffers[name] = value
+        if name != "training":
+            _Structure.version += 1
         object.__setattr__(self, name, value)
 
     @staticmethod
@@ -75,12 +88,14 @@ class Module:
             if registry is not target:
                 registry.pop(name, None)
         target[name] = value
+        _Structure.version += 1
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         for registry in (self._parameters, self._buffers, self._modules):
             registry.pop(name, None)
         self._not_saved.discard(name)
+        _Structure.version += 1
         object.__delattr__(self, name)
 
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
