@@ -70,12 +70,18 @@ def test_same_result_as_the_reference_and_unchanged_inputs(operation, dtype):
         assert_close(operation, arguments, actual, run(reference, operation, arguments), case)
 
 
+# The reference multiplies these with the zeros of the padding; depthwise convolution leaves those taps out.
+MEETS_NO_PADDING = {"conv2d_forward": "weight", "conv2d_backward_weight": "dout"}
+
+
 @every_row
 def test_nan_spreads_as_in_the_reference(operation, dtype):
     for case, arguments in operation.calls(dtype):
         for name, array in arrays(arguments).items():
             # The parameters of an augmentation may not be NaN.
             if name in (*operation.meets_padding, "params") or array.dtype.kind != "f" or not array.size:
+                continue
+            if "depthwise" in case and name == MEETS_NO_PADDING.get(operation.name):
                 continue
             poisoned = array.copy()
             poisoned.reshape(-1)[array.size // 2] = np.nan

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct, winograd
+from . import depthwise, direct, winograd
 
 
 def conv2d_forward(
@@ -58,7 +58,9 @@ def conv2d_forward(
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
-    if y.size and winograd.suits(layer, x.shape[0], x.dtype):
+    if y.size and depthwise.fits(layer):
+        depthwise.forward(layer, x, weight, bias, y)
+    elif y.size and winograd.suits(layer, x.shape[0], x.dtype):
         winograd.forward(layer, x, weight, bias, y)
     elif y.size:
         layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
@@ -102,6 +104,9 @@ def conv2d_backward_input(
     if dx.size:
         if layer.rows.skips or layer.columns.skips:
             dx.fill(0)
+        if depthwise.fits(layer):
+            depthwise.backward_input(layer, dout, weight, dx)
+            return dx
         if winograd.suits(layer, shape[0], dout.dtype):
             winograd.backward_input(layer, dout, weight, dx)
             return dx
@@ -147,6 +152,8 @@ def conv2d_backward_weight(
     dweight = checks.output("out", out, shape, dout.dtype)
     if not accumulate or out is None:
         dweight.fill(0)
-    if dweight.size and dout.size:
+    if dweight.size and dout.size and depthwise.fits(layer):
+        depthwise.add_weight_gradient(layer, dout, x, dweight)
+    elif dweight.size and dout.size:
         layer.add_weight_gradient(dout, x, dweight)
     return dweight

@@ -1,0 +1,430 @@
+"""Depthwise convolution: every channel has a filter of its own, so that vectors run over channels.
+
+Output pixels that see the same taps of the kernel are one class: the inner pixels, which see all of them, and
+some lines along the border. Within a class a tile keeps several pixels in registers while it goes over the
+taps, or several taps while it goes over the pixels. Taps that fall into the padding are left out, so that the
+images are read in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..jit import keep_out_of_line
+from ..threads import parallel, part_count, span
+from .direct import Layer
+from .geometry import Axis
+from .pieces import fold
+from .simd import TILE_ROWS, VECTOR_BITS
+from .tile import Emitter
+from .workspace import clear, scratch
+
+_I64 = ir.IntType(64)
+
+# Pixels of a forward tile, and taps of the two tiles of the gradient to the weights: enough to hide the
+# latency of an addition, few enough for a pointer each.
+_PIXELS = TILE_ROWS
+_FEW_PIXELS = 4
+_TAPS = 9 if TILE_ROWS == 8 else 5
+_FEW_TAPS = 3
+# Rows of a band: enough to fill a tile with the pixels of one column along the border.
+_ROWS = 8
+_BAND_PIXELS = 256
+_PIECES = 16
+# Multiply-adds that take about as long as moving one byte: the unit of part_count.
+_MULTIPLY_ADDS_PER_BYTE = 4
+
+
+class Classes(NamedTuple):
+    """Which pixels see which taps; all offsets are in elements.
+
+    A band is some rows of the result that see the same rows of the kernel; its columns are cut into spans
+    that see the same columns of the kernel. Tables of pixels are made for a full band: row by row, so that a
+    band of fewer rows uses their beginning.
+    """
+
+    bands: np.ndarray  # (_, 4): first row, rows, first and last + 1 row of taps
+    spans: np.ndarray  # (_, 4): where its pixels begin, its columns, where its taps begin, taps in a row
+    pixels: np.ndarray  # offset of each pixel's input
+    places: np.ndarray  # offset of each pixel in the result
+    taps: np.ndarray  # offset of each tap from the pixel's input
+    weights: np.ndarray  # offset of each tap's weights
+    steps: tuple[int, int, int, int]  # input: first row, next row; result: first row, next row
+
+
+def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
+    """Outputs in a row that see the same taps: the first, how many, first and last + 1 tap."""
+    offsets = axis.origin + np.array(axis.taps)
+    runs: list[tuple[int, int, int, int]] = []
+    for i in range(axis.outputs):
+        seen = np.flatnonzero((i * axis.step + offsets >= 0) & (i * axis.step + offsets < size))
+        first, last = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
+        if runs and runs[-1][2:] == (first, last):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, first, last)
+        else:
+            runs.append((i, 1, first, last))
+    return runs
+
+
+def _classes(
+    rows: Axis,
+    columns: Axis,
+    kernel_rows: Sequence[int],
+    kernel_columns: Sequence[int],
+    kernel_w: int,
+    image: tuple[int, int],
+    out_width: int,
+    channels: int,
+) -> Classes:
+    """The classes of a correlation whose taps have the weights of these rows and columns of the kernel."""
+    height, width = image
+    count = min(rows.outputs, max(_ROWS, _BAND_PIXELS // columns.outputs))
+    bands = [
+        (row, min(count, first + many - row), tap0, tap1)
+        for first, many, tap0, tap1 in _runs(rows, height)
+        for row in range(first, first + many, count)
+    ]
+    pitch, out_pitch = width * channels, out_width * channels
+    spans, pixels, places, taps, weights = [], [], [], [], []
+    pixels_before = taps_before = 0
+    for first, many, tap0, tap1 in _runs(columns, width):
+        spans.append((pixels_before, many, taps_before, tap1 - tap0))
+        j = np.arange(first, first + many)
+        pixels.append(np.add.outer(np.arange(count) * rows.step * pitch, j * columns.step * channels).ravel())
+        places.append(
+            np.add.outer(
+                np.arange(count) * rows.out_step * out_pitch, j * columns.out_step * channels
+            ).ravel()
+        )
+        taps.append(
+            np.add.outer(
+                np.array(rows.taps) * pitch, np.array(columns.taps[tap0:tap1], np.intp) * channels
+            ).ravel()
+        )
+        weights.append(
+            np.add.outer(
+                np.array(kernel_rows) * kernel_w, np.array(kernel_columns[tap0:tap1], np.intp)
+            ).ravel()
+            * channels
+        )
+        pixels_before += count * many
+        taps_before += taps[-1].size
+    return Classes(
+        np.array(bands, np.intp),
+        np.array(spans, np.intp),
+        np.concatenate(pixels).astype(np.intp),
+        np.concatenate(places).astype(np.intp),
+        np.concatenate(taps).astype(np.intp),
+        np.concatenate(weights).astype(np.intp),
+        (
+            rows.origin * pitch + columns.origin * channels,
+            rows.step * pitch,
+            rows.out_first * out_pitch + columns.out_first * channels,
+            rows.out_step * out_pitch,
+        ),
+    )
+
+
+@lru_cache(maxsize=512)
+def _forward_classes(layer: Layer) -> Classes:
+    kernel_h, kernel_w = layer.rows.kernel, layer.columns.kernel
+    axes = layer.rows.forward(), layer.columns.forward()
+    positions = range(kernel_h), range(kernel_w)
+    return _classes(*axes, *positions, kernel_w, layer.image, layer.out_image[1], layer.channels)
+
+
+@lru_cache(maxsize=512)
+def _input_classes(layer: Layer) -> list[Classes]:
+    return [
+        _classes(
+            rows,
+            columns,
+            kernel_rows,
+            kernel_columns,
+            layer.columns.kernel,
+            layer.out_image,
+            layer.image[1],
+            layer.channels,
+        )
+        for rows, kernel_rows in layer.rows.phases()
+        for columns, kernel_columns in layer.columns.phases()
+    ]
+
+
+def _sum_loop(emit, first, last, start, step):
+    """The loop of k from `first` to `last` over ``sums = step(k, sums)``; returns the final sums."""
+    builder = emit.builder
+    entry = builder.block
+    loop = builder.append_basic_block("depthwise.k")
+    end = builder.append_basic_block("depthwise.end")
+    builder.cbranch(builder.icmp_signed("<", first, last), loop, end)
+
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = [builder.phi(emit.vector) for _ in start]
+    new = step(k, sums)
+    next_k = builder.add(k, ir.Constant(_I64, 1))
+    k.add_incoming(first, entry)
+    k.add_incoming(next_k, loop)
+    for phi, begin, value in zip(sums, start, new, strict=True):
+        phi.add_incoming(begin, entry)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", next_k, last), loop, end)
+
+    builder.position_at_end(end)
+    results = [builder.phi(emit.vector) for _ in start]
+    for phi, begin, value in zip(results, start, new, strict=True):
+        phi.add_incoming(begin, entry)
+        phi.add_incoming(value, loop)
+    return results
+
+
+def _memory(context, builder, kind, array):
+    """The pointer to an array's elements."""
+    return context.make_array(kind)(context, builder, array).data
+
+
+def _tables(context, builder, kind, classes):
+    """The pointers to the tables of pixels, places, taps and weights."""
+    positions = [kind.fields.index(name) for name in ("pixels", "places", "taps", "weights")]
+    return [_memory(context, builder, kind.types[i], builder.extract_value(classes, i)) for i in positions]
+
+
+@intrinsic(prefer_literal=True)
+def _pixels_tile(
+    typing_context, pixels, vectors, ragged, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left
+):
+    """y[place] = start + sum over taps k of x[pixel + tap] * weight[tap], for some pixels from p0 on.
+
+    The literals: the number of `pixels`, and of `vectors` of channels from `c` on; `ragged` reads and stores
+    only the first `left` channels. Nothing is checked.
+    """
+    literals = (pixels, vectors, ragged)
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+        return None
+    many_pixels, many_vectors, is_ragged = (literal.literal_value for literal in literals)
+    signature = types.void(*literals, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, x.dtype)
+        x0, p0, k0, k1, y0, c, left = (arguments[i] for i in (4, 6, 7, 8, 12, 13, 14))
+        image, filters, bias, result = (
+            emit.at(_memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 9, 10, 11)
+        )
+        pixel_table, place_table, taps, weights = _tables(context, builder, of, arguments[5])
+        lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(many_vectors)]
+        masks = [emit.mask(left, v) if is_ragged else None for v in range(many_vectors)]
+        numbers = [ir.Constant(_I64, p) for p in range(many_pixels)]
+        inputs = [emit.at(image, x0, builder.load(emit.at(pixel_table, p0, p))) for p in numbers]
+
+        def row(pointer):
+            return [emit.load(emit.at(pointer, lane), mask) for lane, mask in zip(lanes, masks, strict=True)]
+
+        def step(k, sums):
+            w = row(emit.at(filters, builder.load(emit.at(weights, k))))
+            tap = builder.load(emit.at(taps, k))
+            values = [value for pointer in inputs for value in row(emit.at(pointer, tap))]
+            return [
+                emit.multiply_add(value, w[i % many_vectors], total)
+                for i, (value, total) in enumerate(zip(values, sums, strict=True))
+            ]
+
+        sums = _sum_loop(emit, k0, k1, row(bias) * many_pixels, step)
+        places = [emit.at(result, y0, builder.load(emit.at(place_table, p0, p))) for p in numbers]
+        for i, total in enumerate(sums):
+            v = i % many_vectors
+            emit.store(total, emit.at(places[i // many_vectors], lanes[v]), masks[v])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def _taps_tile(
+    typing_context, taps, vectors, ragged, x, x0, of, k0, last, p0, p1, dout, d0, dweight, c, left
+):
+    """dweight[tap] += sum over pixels p0 to p1 of x[pixel + tap] * dout[place], for some taps from k0 on.
+
+    The literals: the number of `taps`, and of `vectors` of channels from `c` on; `ragged` reads and stores
+    only the first `left` channels. Taps beyond `last` stand for it, so that all of dweight is read before any
+    is written. Nothing is checked.
+    """
+    literals = (taps, vectors, ragged)
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+        return None
+    many_taps, many_vectors, is_ragged = (literal.literal_value for literal in literals)
+    signature = types.void(*literals, x, x0, of, k0, last, p0, p1, dout, d0, dweight, c, left)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, x.dtype)
+        x0, k0, last, p0, p1, d0, c, left = (arguments[i] for i in (4, 6, 7, 8, 9, 11, 13, 14))
+        image, gradient, result = (
+            emit.at(_memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 10, 12)
+        )
+        pixel_table, place_table, tap_table, weights = _tables(context, builder, of, arguments[5])
+        lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(many_vectors)]
+        masks = [emit.mask(left, v) if is_ragged else None for v in range(many_vectors)]
+        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(many_taps)]
+        ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
+        inputs = [emit.at(image, x0, builder.load(emit.at(tap_table, k))) for k in ks]
+
+        def row(pointer):
+            return [emit.load(emit.at(pointer, lane), mask) for lane, mask in zip(lanes, masks, strict=True)]
+
+        def step(p, sums):
+            d = row(emit.at(gradient, d0, builder.load(emit.at(place_table, p))))
+            pixel = builder.load(emit.at(pixel_table, p))
+            values = [value for pointer in inputs for value in row(emit.at(pointer, pixel))]
+            return [
+                emit.multiply_add(value, d[i % many_vectors], total)
+                for i, (value, total) in enumerate(zip(values, sums, strict=True))
+            ]
+
+        zero = ir.Constant(emit.vector, None)
+        sums = _sum_loop(emit, p0, p1, [zero] * (many_taps * many_vectors), step)
+        places = [emit.at(result, builder.load(emit.at(weights, k))) for k in ks]
+        before = [value for place in places for value in row(place)]
+        for i, (value, total) in enumerate(zip(before, sums, strict=True)):
+            v = i % many_vectors
+            place = emit.at(places[i // many_vectors], lanes[v])
+            emit.store(builder.fadd(value, total), place, masks[v])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@parallel
+def _correlate(part, parts, x, images, weight, start, y, of):
+    keep_out_of_line()
+    channels = start.size
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    in_first, in_row, out_first, out_row = of.steps
+    bands, spans = of.bands, of.spans
+    lo, hi = span(part, parts, images * len(bands))
+    for task in range(lo, hi):
+        n = task // len(bands)
+        band = bands[task - n * len(bands)]
+        x0 = n * (x.size // images) + in_first + band[0] * in_row
+        y0 = n * (y.size // images) + out_first + band[0] * out_row
+        for s in range(len(spans)):
+            begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+            end = begin + band[1] * columns
+            k0, k1 = tap + band[2] * width, tap + band[3] * width
+            p = begin
+            while p < end:
+                # The last tile begins earlier than it would, if it then fits: some pixels are done twice.
+                many = 1
+                if end - begin >= _PIXELS and end - p > _FEW_PIXELS:
+                    many = _PIXELS
+                elif end - begin >= _FEW_PIXELS and end - p > 1:
+                    many = _FEW_PIXELS
+                p0 = min(p, end - many)
+                p += many
+                c = 0
+                while c < channels:
+                    left = channels - c
+                    if many == 1:
+                        _pixels_tile(1, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                        c += 2 * lanes
+                    elif many == _FEW_PIXELS:
+                        _pixels_tile(_FEW_PIXELS, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                        c += 2 * lanes
+                    elif left >= 2 * lanes:
+                        _pixels_tile(_PIXELS, 2, 0, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                        c += 2 * lanes
+                    else:
+                        _pixels_tile(_PIXELS, 1, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                        c += lanes
+
+
+@parallel
+def _weight(part, parts, x, images, dout, partial, channels, of):
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    in_first, in_row, out_first, out_row = of.steps
+    bands, spans = of.bands, of.spans
+    pieces = len(partial)
+    lo, hi = span(part, parts, pieces)
+    for piece in range(lo, hi):
+        sums = partial[piece]
+        clear(sums, 0, sums.size)
+        task0, task1 = span(piece, pieces, images * len(bands))
+        for task in range(task0, task1):
+            n = task // len(bands)
+            band = bands[task - n * len(bands)]
+            x0 = n * (x.size // images) + in_first + band[0] * in_row
+            d0 = n * (dout.size // images) + out_first + band[0] * out_row
+            for s in range(len(spans)):
+                p0, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+                p1 = p0 + band[1] * columns
+                last = tap + band[3] * width - 1
+                k = tap + band[2] * width
+                while k <= last:
+                    many = _TAPS if last - k >= _FEW_TAPS else _FEW_TAPS
+                    c = 0
+                    while c < channels:
+                        left = channels - c
+                        if many == _FEW_TAPS:
+                            _taps_tile(_FEW_TAPS, 2, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                            c += 2 * lanes
+                        elif left >= 2 * lanes:
+                            _taps_tile(_TAPS, 2, 0, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                            c += 2 * lanes
+                        else:
+                            _taps_tile(_TAPS, 1, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                            c += lanes
+                    k += many
+
+
+def fits(layer: Layer) -> bool:
+    """Whether a layer is a depthwise convolution."""
+    return layer.groups == layer.channels == layer.filters
+
+
+def _parts(layer: Layer, images: int, tasks: int) -> int:
+    return part_count(tasks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+
+
+def _run(
+    layer: Layer, x: np.ndarray, weight: np.ndarray, start: np.ndarray, y: np.ndarray, of: Classes
+) -> None:
+    images = len(x)
+    parts = _parts(layer, images, images * len(of.bands))
+    _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, y.reshape(-1), of)
+
+
+def _zeros(channels: int, dtype: np.dtype) -> np.ndarray:
+    zeros = scratch("start", channels, dtype)
+    zeros.fill(0)
+    return zeros
+
+
+def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    """Overwrite `y` with the convolution of `x`."""
+    start = _zeros(layer.channels, x.dtype) if bias is None else bias
+    _run(layer, x, weight, start, y, _forward_classes(layer))
+
+
+def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
+    """Write the gradient to the input to those elements of `dx` that any tap reaches."""
+    start = _zeros(layer.channels, dout.dtype)
+    for classes in _input_classes(layer):
+        _run(layer, dout, weight, start, dx, classes)
+
+
+def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+    """Add the gradient of the weights to `dweight`."""
+    classes = _forward_classes(layer)
+    images = len(x)
+    pieces = min(_PIECES, images * len(classes.bands))
+    partial = scratch("partial", pieces * dweight.size, x.dtype).reshape(pieces, dweight.size)
+    parts = _parts(layer, images, pieces)
+    _weight(parts, x.reshape(-1), images, dout.reshape(-1), partial, layer.channels, classes)
+    fold(partial, dweight.reshape(-1), 1)
