@@ -122,6 +122,47 @@ def conv2d_backward_weight(rng, dtype, x, filters, kernel, stride, padding, dila
     return {**arguments, "x": _normal(rng, dtype, *x), "kernel_size": kernel}
 
 
+POOLED_CONVOLUTIONS = {
+    # x, filters, kernel, pool, relu, stride, padding, dilation, groups
+    "one of each": ((1, 1, 1, 1), 1, (1, 1), 1, True, 1, 0, 1, 1),
+    "ReLU alone": ((2, 7, 5, 3), 17, (3, 3), 1, True, 1, 1, 1, 1),
+    "a pool alone": ((2, 8, 9, 16), 10, (3, 3), 2, False, 1, 1, 1, 1),
+    "rows and columns left over": ((1, 9, 11, 10), 33, (3, 3), 2, True, 1, (1, 0), 1, 1),
+    "oblong windows": ((2, 10, 7, 3), 16, (5, 5), (3, 2), True, 1, 2, 1, 1),
+    "one window": ((3, 6, 5, 17), 5, (3, 3), (6, 5), True, 1, 1, 1, 1),
+    "asymmetric": ((2, 8, 9, 33), 15, (3, 2), 2, True, 1, ASYMMETRIC, 1, 1),
+    "strided": ((1, 17, 15, 20), 31, (3, 3), 2, True, (2, 1), 1, 1, 1),
+    "dilated rows": ((1, 12, 9, 17), 16, (3, 3), 2, True, 1, 2, (2, 1), 1),
+    "dilated": ((1, 12, 13, 16), 4, (3, 3), 2, True, 1, 2, 2, 1),
+    "stride beyond the kernel": ((1, 14, 13, 40), 4, (1, 2), 2, True, 3, 0, 1, 1),
+    "more padding than kernel": ((1, 4, 5, 35), 3, (2, 2), 2, True, 1, 3, 1, 1),
+    "groups": ((2, 8, 6, 12), 8, (3, 3), 2, True, 1, 1, 1, 4),
+    "long runs": ((1, 6, 6, 130), 16, (3, 3), 2, True, 1, 1, 1, 1),
+    "wide": ((1, 4, 70, 16), 16, (3, 3), 2, True, 1, 1, 1, 1),
+    "no images": ((0, 6, 6, 3), 4, (3, 3), 2, True, 1, 1, 1, 1),
+    "large": ((5, 20, 18, 32), 40, (3, 3), 2, True, 1, 1, 1, 1),
+}
+
+
+def conv2d_pool_forward(rng, dtype, x, filters, kernel, pool, relu, *geometry) -> Arguments:
+    arguments = conv2d_forward(rng, dtype, x, filters, kernel, *geometry)
+    return {**arguments, "pool_size": pool, "relu": relu}
+
+
+def conv2d_pool_backward_input(rng, dtype, x, filters, kernel, pool, relu, *geometry) -> Arguments:
+    forward = conv2d_pool_forward(rng, dtype, x, filters, kernel, pool, relu, *geometry)
+    _, argmax = reference.conv2d_pool_forward(**forward)
+    for name in ("x", "bias", "relu"):
+        del forward[name]
+    return {**forward, "dout": _normal(rng, dtype, *argmax.shape), "argmax": argmax, "x_shape": x}
+
+
+def conv2d_pool_backward_weight(rng, dtype, x, filters, kernel, *settings) -> Arguments:
+    arguments = conv2d_pool_backward_input(rng, dtype, x, filters, kernel, *settings)
+    del arguments["weight"], arguments["x_shape"]
+    return {**arguments, "x": _normal(rng, dtype, *x), "kernel_size": kernel}
+
+
 LINEAR = {
     # rows, features, filters
     "one of each": (1, 1, 1),
@@ -346,6 +387,44 @@ def batch_norm_backward(rng, dtype, shape, kind) -> Arguments:
     _, mean, inv_std = reference.batch_norm_forward(**forward)
     kept = {name: forward[name] for name in ("x", "weight", "training")}
     return {"dout": _normal(rng, dtype, *shape), **kept, "mean": mean, "inv_std": inv_std}
+
+
+NORM_POOLS = {
+    # x, pool_size, relu, training
+    "one channel": ((3, 5, 6, 1), 2, True, True),
+    "3 channels": ((2, 7, 5, 3), (2, 1), True, True),
+    "10 channels, eval": ((2, 6, 7, 10), 2, True, False),
+    "15 channels, no ReLU": ((1, 9, 7, 15), 3, False, True),
+    "16 channels": ((2, 4, 4, 16), 2, True, True),
+    "17 channels, eval, no ReLU": ((2, 5, 4, 17), (1, 3), False, False),
+    "33 channels": ((1, 4, 6, 33), 2, True, True),
+    "64 channels": ((2, 3, 2, 64), (3, 2), True, True),
+    "100 channels": ((2, 3, 4, 100), 2, True, True),
+    "no pool": ((3, 5, 7, 10), 1, True, True),
+    "no pool, 3 channels, eval": ((3, 9, 11, 3), 1, True, False),
+    "no pool, 100 channels, no ReLU": ((2, 5, 7, 100), 1, False, True),
+    "window as large as the image": ((4, 3, 5, 2), (3, 5), True, True),
+    "no images": ((0, 4, 4, 3), 2, True, True),
+    "large": ((6, 33, 34, 10), 2, True, True),
+}
+
+
+def batch_norm_pool_forward(rng, dtype, shape, pool_size, relu, training) -> Arguments:
+    norm = batch_norm_forward(rng, dtype, shape, "training" if training else "eval")
+    return {**norm, "pool_size": pool_size, "relu": relu}
+
+
+def batch_norm_pool_backward(rng, dtype, shape, pool_size, relu, training) -> Arguments:
+    forward = batch_norm_pool_forward(rng, dtype, shape, pool_size, relu, training)
+    y, argmax, mean, inv_std = reference.batch_norm_pool_forward(**forward)
+    kept = {name: forward[name] for name in ("x", "weight", "training", "pool_size")}
+    return {
+        "dout": _normal(rng, dtype, *y.shape),
+        "argmax": argmax,
+        **kept,
+        "mean": mean,
+        "inv_std": inv_std,
+    }
 
 
 # ------------------------------------------------------------------ softmax and losses

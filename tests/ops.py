@@ -31,8 +31,8 @@ class Operation:
     dtypes : dtypes to run in
     updates : arguments that the function changes in place
     any_shape : arguments that may have one axis more than in the cases
-    meets_padding : arguments that are multiplied with zeros of padding by `cpu` but not by `reference`: their
-        NaN may spread further
+    meets_padding : arguments that one of `cpu` and `reference` multiplies with zeros (of padding, or of a
+        scattered gradient), and the other doesn't: their NaN may spread further
     terms : function of the arguments; how many terms the longest sum has
     scale : function of the arguments; the largest number on the way to the result, if the result is smaller
     """
@@ -122,6 +122,21 @@ OPERATIONS = [
     ),
     Operation("conv2d_backward_weight", calls.conv2d_backward_weight, calls.CONVOLUTIONS, terms=_pixels),
     Operation("conv2d_backward_bias", calls.dout, calls.CHANNELS, any_shape=("dout",), terms=_rows("dout")),
+    Operation("conv2d_pool_forward", calls.conv2d_pool_forward, calls.POOLED_CONVOLUTIONS, terms=_taps),
+    Operation(
+        "conv2d_pool_backward_input",
+        calls.conv2d_pool_backward_input,
+        calls.POOLED_CONVOLUTIONS,
+        meets_padding=("weight",),
+        terms=lambda arguments: prod(arguments["weight"].shape[:2]) * arguments["weight"].shape[3],
+    ),
+    Operation(
+        "conv2d_pool_backward_weight",
+        calls.conv2d_pool_backward_weight,
+        calls.POOLED_CONVOLUTIONS,
+        meets_padding=("x",),
+        terms=_pixels,
+    ),
     Operation("linear_forward", calls.linear_forward, calls.LINEAR, terms=_last_axis("x")),
     Operation("linear_backward_input", calls.linear_backward_input, calls.LINEAR, terms=_last_axis("dout")),
     Operation("linear_backward_weight", calls.linear_backward_weight, calls.LINEAR, terms=_rows("dout")),
@@ -164,6 +179,22 @@ OPERATIONS = [
         "batch_norm_backward",
         calls.batch_norm_backward,
         calls.NORMS,
+        terms=_rows("x"),
+        scale=_normalized_scale,
+    ),
+    Operation(
+        "batch_norm_pool_forward",
+        calls.batch_norm_pool_forward,
+        calls.NORM_POOLS,
+        updates=("running_mean", "running_var"),
+        terms=_rows("x"),
+        scale=_normalized_scale,
+    ),
+    Operation(
+        "batch_norm_pool_backward",
+        calls.batch_norm_pool_backward,
+        calls.NORM_POOLS,
+        meets_padding=("x",),
         terms=_rows("x"),
         scale=_normalized_scale,
     ),

@@ -23,7 +23,12 @@ from .loss import (
     softmax_cross_entropy,
     softmax_cross_entropy_backward,
 )
-from .normalization import batch_norm_backward, batch_norm_forward
+from .normalization import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_pool_backward,
+    batch_norm_pool_forward,
+)
 from .optimizer import adam_update, sgd_update
 from .pooled_convolution import (
     conv2d_pool_backward_input,
@@ -50,6 +55,8 @@ __all__ = [
     "avg_pool2d_forward",
     "batch_norm_backward",
     "batch_norm_forward",
+    "batch_norm_pool_backward",
+    "batch_norm_pool_forward",
     "col2im",
     "conv2d_backward_bias",
     "conv2d_backward_input",

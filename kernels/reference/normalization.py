@@ -1,4 +1,4 @@
-"""Batch normalization over all axes but the last, and its gradients.
+"""Batch normalization over all axes but the last, alone or with ReLU and max-pooling; and the gradients.
 
 Source: Ioffe and Szegedy, arXiv:1502.03167, algorithms 1 and 2 and the gradients of section 3.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .shapes import require_shape, wide
+from .pooling import max_pool2d_backward, max_pool2d_forward
+from .shapes import Pair, pair, require_shape, wide
+
+# In place of an offset in the window: ReLU let nothing pass.
+_DEAD = 255
 
 
 def batch_norm_forward(
@@ -130,6 +134,84 @@ def batch_norm_backward(
     if weight is not None:
         dx = dx * wide("weight", weight)
     return dx.reshape(x.shape).astype(dout.dtype), dweight.astype(dout.dtype), dbias.astype(dout.dtype)
+
+
+def batch_norm_pool_forward(
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    running_mean: np.ndarray | None,
+    running_var: np.ndarray | None,
+    training: bool,
+    pool_size: Pair = 1,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`batch_norm_forward`, ReLU if `relu` is true, and `max_pool2d_forward` with windows of `pool_size`.
+
+    Returns
+    -------
+    y : ndarray, dtype of `x`, shape (N, H // height, W // width, C)
+    argmax : ndarray, uint8, shape of y
+        Offset kh * width + kw within the window, or 255 where `relu` is true and the largest value is not
+        above 0.
+    mean, inv_std : ndarray, dtype of `x`, shape (C,)
+
+    Raises
+    ------
+    ValueError
+        As `batch_norm_forward` and `max_pool2d_forward`, and if a window has more than 255 pixels.
+    """
+    _check_pool(x, pool_size)
+    z, mean, inv_std = batch_norm_forward(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    y, argmax = max_pool2d_forward(z, pool_size)
+    if relu:
+        argmax[~(y > 0)] = _DEAD
+        y[y <= 0] = 0
+    return y, argmax, mean, inv_std
+
+
+def batch_norm_pool_backward(
+    dout: np.ndarray,
+    argmax: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+    training: bool,
+    pool_size: Pair = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `batch_norm_pool_forward`: each window's gradient goes to its largest pixel, and through
+    `batch_norm_backward`.
+
+    Returns
+    -------
+    dx : ndarray, dtype and shape of `x`
+    dweight, dbias : ndarray, dtype of `x`, shape (C,)
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree.
+    """
+    _check_pool(x, pool_size)
+    require_shape("dout", dout, max_pool2d_forward(x, pool_size)[0].shape)
+    require_shape("argmax", argmax, dout.shape)
+    dead = argmax == _DEAD
+    living = np.where(dead, 0, dout).astype(dout.dtype)
+    dz = max_pool2d_backward(living, np.where(dead, 0, argmax), x.shape, pool_size)
+    return batch_norm_backward(dz, x, weight, mean, inv_std, training)
+
+
+def _check_pool(x: np.ndarray, pool_size: Pair) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (N, H, W, C), got shape {x.shape}")
+    height, width = pair("pool_size", pool_size)
+    if height * width > _DEAD:
+        raise ValueError(f"pool_size: {pool_size!r} has more than {_DEAD} pixels")
+    if height > x.shape[1] or width > x.shape[2]:
+        raise ValueError(f"pool_size: {pool_size!r} is larger than images of shape {x.shape}")
 
 
 def _channels(x: np.ndarray, weight: np.ndarray | None) -> tuple[int]:

@@ -1,0 +1,124 @@
+"""Mean and variance of each channel of channels-last arrays: one pass over memory, sums in float64.
+
+Distances are taken from a sample, the first value that a sum sees: the sample is less than sqrt(n) standard
+deviations from the mean of n values, so that at most n of the 2**53 that float64 tells apart are lost.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from .pieces import fill, piece_bounds, piece_count
+from .simd import VECTOR_BITS, lanes
+from .vectors import all_lanes, first_lanes, keep_in_line, load, multiply_add, pointer, prefetch, store, wide
+from .workspace import scratch
+
+# Elements that are summed column by column should stay in the first-level cache.
+_BLOCK = 4096
+# And so many elements ahead they are fetched from memory.
+AHEAD = 8192
+# Channels from which on some lanes of a row's last vector may stay empty.
+_MANY = 64
+
+
+def column_width(channels: int, dtype: np.dtype) -> int:
+    """Elements of a row that holds each channel equally often, in whole vectors if channels are few."""
+    return channels if channels >= _MANY else math.lcm(channels, lanes(dtype))
+
+
+@kernel
+def _add_column(x, start, rows, width, slab, k, mask):
+    """Add `rows` rows of a column of vectors to its sums of distances and of their squares."""
+    keep_in_line()
+    total, squares, shift = load(slab, k, mask), load(slab, width + k, mask), load(slab, 2 * width + k, mask)
+    for row in range(rows):
+        place = start + row * width + k
+        # Processors foresee steps from one address to the next only.
+        prefetch(x, place + AHEAD)
+        distance = wide(load(x, place, mask)) - shift
+        total = total + distance
+        squares = multiply_add(distance, distance, squares)
+    store(total, slab, k, mask)
+    store(squares, slab, width + k, mask)
+
+
+@kernel
+def _add_rows(x, start, rows, width, size, slab):
+    """Add the first `size` elements of each of `rows` rows to the sums of their columns."""
+    keep_in_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    values, sums = pointer(x), pointer(slab)
+    everything = all_lanes(values)
+    whole = size // lanes * lanes
+    for k in range(0, whole, lanes):
+        _add_column(values, start, rows, width, sums, k, everything)
+    if whole < size:
+        _add_column(values, start, rows, width, sums, whole, first_lanes(values, size - whole))
+
+
+@parallel
+def _moments(part, parts, x, slabs):
+    """For each piece and column: the sum, the sum of squared distances from the mean, and the count."""
+    keep_out_of_line()
+    pieces, _, width = slabs.shape
+    lo, hi = span(part, parts, pieces)
+    for piece in range(lo, hi):
+        slab = slabs[piece].reshape(3 * width)
+        total, squares, shift = slab[:width], slab[width : 2 * width], slab[2 * width :]
+        first, last = piece_bounds(piece, pieces, x.size, width)
+        rows = (last - first) // width
+        ragged = last - first - rows * width
+        fill(slab, 0)
+        sample = x[first : min(first + width, last)]
+        for k in range(sample.size):
+            shift[k] = sample[k] if np.isfinite(sample[k]) else 0
+        step = max(1, _BLOCK // width)
+        for row in range(0, rows, step):
+            _add_rows(x, first + row * width, min(step, rows - row), width, width, slab)
+        _add_rows(x, first + rows * width, 1, width, ragged, slab)
+        for k in range(width):
+            many = rows + (k < ragged)
+            square = squares[k] - total[k] * total[k] / max(many, 1)
+            squares[k] = 0.0 if square < 0 else square
+            total[k] += many * shift[k]
+            shift[k] = many
+
+
+@kernel
+def _merge(slabs, total, squares, count):
+    """Each channel's sum, sum of squared distances from its mean, and count.
+
+    Two sets of values are merged by equations 2.1 of Chan, Golub and LeVeque: Updating formulae and a
+    pairwise algorithm for computing sample variances, 1979.
+    """
+    channels = total.size
+    pieces, _, width = slabs.shape
+    fill(total, 0)
+    fill(squares, 0)
+    fill(count, 0)
+    for piece in range(pieces):
+        for start in range(0, width, channels):
+            end = start + channels
+            sums, spread = slabs[piece, 0, start:end], slabs[piece, 1, start:end]
+            counts = slabs[piece, 2, start:end]
+            for c in range(channels):
+                distance = sums[c] / max(counts[c], 1.0) - total[c] / max(count[c], 1.0)
+                weight = counts[c] * count[c] / max(counts[c] + count[c], 1.0)
+                squares[c] += spread[c] + distance * distance * weight
+                total[c] += sums[c]
+                count[c] += counts[c]
+
+
+def batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared distances from it, in float64, of each channel of a batch that is not empty."""
+    channels = x.shape[-1]
+    pieces, width = piece_count(x.size), column_width(channels, x.dtype)
+    slabs = scratch("moments", 3 * pieces * width, np.float64).reshape(pieces, 3, width)
+    _moments(part_count(pieces, x.size), x.reshape(-1), slabs)
+    total, squares, count = np.empty((3, channels))
+    _merge(slabs, total, squares, count)
+    return total / count, squares

@@ -1,0 +1,292 @@
+"""Vectors as values in kernels: loads, stores, and what one computes with them.
+
+LLVM turns a loop over a few channels into scalar code and takes long over each loop that it does vectorise.
+With these, a kernel says itself what is done by vector. `Vector` is a Numba type: ``a + b``, ``a > b`` and
+the functions below work on all lanes. A vector of floats has as many lanes as fit a register; what belongs to
+it (masks, bytes, its float64 version) has as many lanes, in as many registers as it takes.
+
+Nothing is checked: an index may leave its array only in lanes that a mask excludes. No operation is reordered
+or contracted by the compiler, so that a result is the same wherever the code is inlined.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from .simd import VECTOR_BITS
+
+_I32 = ir.IntType(32)
+
+
+class Vector(types.Type):
+    """`lanes` values of `element`: a float, an integer, or a boolean, which makes it a mask."""
+
+    def __init__(self, element: Any, lanes: int):
+        self.element = element
+        self.lanes = lanes
+        super().__init__(f"Vector({element}, {lanes})")
+
+    @property
+    def shape(self) -> str:
+        """LLVM's name of the type, as its intrinsics' names have it."""
+        kind = "f" if isinstance(self.element, types.Float) else "i"
+        return f"v{self.lanes}{kind}{self.element.bitwidth}"
+
+    def of(self, element: Any) -> Vector:
+        """The type of as many lanes of another element."""
+        return Vector(element, self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        is_mask = vector.element == types.boolean
+        element = ir.IntType(1) if is_mask else manager[vector.element].get_data_type()
+        super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
+
+
+def _vector_of(pointer: Any) -> Vector:
+    return Vector(pointer.dtype, VECTOR_BITS // pointer.dtype.bitwidth)
+
+
+def _call(builder, name, returned, values):
+    function = ir.FunctionType(returned, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
+
+
+def _splat(builder, scalar, lanes):
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), None))
+
+
+@intrinsic
+def keep_in_line(typing_context):
+    """Have LLVM inline the function that says this."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.function.attributes.add("alwaysinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# ------------------------------------------------------------------ memory
+
+
+@intrinsic
+def pointer(typing_context, array):
+    """Where a contiguous array's elements are. It is valid as long as the array is.
+
+    An array that is handed to another function has its references counted, in the middle of loops, and takes
+    seven registers; a pointer is one number.
+    """
+
+    def codegen(context, builder, signature, values):
+        return context.make_array(array)(context, builder, values[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen  # type: ignore[attr-defined]
+
+
+@intrinsic
+def load(typing_context, source, index, mask):
+    """source[index] and on, `source` being a pointer; lanes outside of `mask` are zero and not read."""
+    vector = Vector(source.dtype, mask.lanes)
+
+    def codegen(context, builder, signature, values):
+        kind = context.get_value_type(vector)
+        place = builder.bitcast(builder.gep(values[0], [values[1]]), kind.as_pointer())
+        alignment = ir.Constant(_I32, source.dtype.bitwidth // 8)
+        arguments = [place, alignment, values[2], ir.Constant(kind, None)]
+        return _call(builder, f"llvm.masked.load.{vector.shape}.p0", kind, arguments)
+
+    return vector(source, types.intp, mask), codegen
+
+
+@intrinsic
+def store(typing_context, value, target, index, mask):
+    """Write to target[index] and on, `target` being a pointer; lanes outside of `mask` are left alone."""
+
+    def codegen(context, builder, signature, values):
+        kind = values[0].type
+        place = builder.bitcast(builder.gep(values[1], [values[2]]), kind.as_pointer())
+        alignment = ir.Constant(_I32, target.dtype.bitwidth // 8)
+        name = f"llvm.masked.store.{value.shape}.p0"
+        _call(builder, name, ir.VoidType(), [values[0], place, alignment, values[3]])
+        return context.get_dummy_value()
+
+    return types.void(value, target, types.intp, mask), codegen
+
+
+@intrinsic
+def prefetch(typing_context, source, index):
+    """Have the second-level cache fetch source[index], which need not exist, `source` being a pointer."""
+
+    def codegen(context, builder, signature, values):
+        place = builder.bitcast(builder.gep(values[0], list(values[1:])), ir.IntType(8).as_pointer())
+        switches = [ir.Constant(_I32, number) for number in (0, 2, 1)]  # to read, to the second level, data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *switches])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), codegen
+
+
+@intrinsic
+def first_lanes(typing_context, pointer, count):
+    """A mask of the first `count` lanes of a vector of what `pointer` points to."""
+    vector = _vector_of(pointer)
+    mask = vector.of(types.boolean)
+
+    def codegen(context, builder, signature, values):
+        numbers = ir.Constant(ir.VectorType(_I32, vector.lanes), list(range(vector.lanes)))
+        most = ir.Constant(values[1].type, vector.lanes)
+        count = builder.select(builder.icmp_signed("<", values[1], most), values[1], most)
+        limit = _splat(builder, builder.trunc(count, _I32), vector.lanes)
+        return builder.icmp_signed("<", numbers, limit)
+
+    return mask(pointer, types.intp), codegen
+
+
+@intrinsic
+def all_lanes(typing_context, pointer):
+    """The mask of every lane of a vector of what `pointer` points to."""
+    mask = _vector_of(pointer).of(types.boolean)
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(context.get_value_type(mask), [1] * mask.lanes)
+
+    return mask(pointer), codegen
+
+
+@intrinsic
+def splat(typing_context, scalar, mask):
+    """`scalar` in as many lanes as `mask` has."""
+    vector = Vector(scalar, mask.lanes)
+
+    def codegen(context, builder, signature, values):
+        return _splat(builder, values[0], vector.lanes)
+
+    return vector(scalar, mask), codegen
+
+
+@intrinsic
+def like(typing_context, vector, scalar):
+    """`scalar`, converted to the elements of `vector`, in each of its lanes."""
+
+    def codegen(context, builder, signature, values):
+        value = context.cast(builder, values[1], scalar, vector.element)
+        return _splat(builder, value, vector.lanes)
+
+    return vector(vector, scalar), codegen
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def _register(function, result, emit):
+    """Give a Python operator a meaning for two vectors of one type."""
+
+    @infer_global(function)
+    class Template(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(result(args[0]), *args)
+            return None
+
+    @lower_builtin(function, Vector, Vector)
+    def lower(context, builder, sig, values):
+        return emit(builder, sig.args[0], *values)
+
+
+def _is_float(vector):
+    return isinstance(vector.element, types.Float)
+
+
+def _arithmetic(float_name, integer_name):
+    def emit(builder, vector, a, b):
+        return getattr(builder, float_name if _is_float(vector) else integer_name)(a, b)
+
+    return emit
+
+
+def _comparison(symbol):
+    def emit(builder, vector, a, b):
+        if not _is_float(vector):
+            return builder.icmp_signed(symbol, a, b)
+        # As in Python, NaN is unequal to everything, and all other comparisons with it are false.
+        compare = builder.fcmp_unordered if symbol == "!=" else builder.fcmp_ordered
+        return compare(symbol, a, b)
+
+    return emit
+
+
+def _same(vector):
+    return vector
+
+
+def _mask_of(vector):
+    return vector.of(types.boolean)
+
+
+_register(operator.add, _same, _arithmetic("fadd", "add"))
+_register(operator.sub, _same, _arithmetic("fsub", "sub"))
+_register(operator.mul, _same, _arithmetic("fmul", "mul"))
+_register(operator.truediv, _same, _arithmetic("fdiv", "sdiv"))
+_register(operator.and_, _same, _arithmetic("", "and_"))
+_register(operator.or_, _same, _arithmetic("", "or_"))
+for _operator, _symbol in (
+    (operator.gt, ">"),
+    (operator.le, "<="),
+    (operator.eq, "=="),
+    (operator.ne, "!="),
+):
+    _register(_operator, _mask_of, _comparison(_symbol))
+
+
+@intrinsic
+def select(typing_context, mask, a, b):
+    """Lane by lane, a where `mask` is true, else b."""
+
+    def codegen(context, builder, signature, values):
+        return builder.select(*values)
+
+    return a(mask, a, a), codegen
+
+
+@intrinsic
+def multiply_add(typing_context, a, b, c):
+    """a * b + c, rounded once."""
+
+    def codegen(context, builder, signature, values):
+        return _call(builder, f"llvm.fma.{a.shape}", values[0].type, list(values))
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def root(typing_context, a):
+    """The square root of each lane."""
+
+    def codegen(context, builder, signature, values):
+        return _call(builder, f"llvm.sqrt.{a.shape}", values[0].type, list(values))
+
+    return a(a), codegen
+
+
+@intrinsic
+def wide(typing_context, a):
+    """A vector of floats in float64."""
+    vector = a.of(types.float64)
+
+    def codegen(context, builder, signature, values):
+        if a.element == types.float64:
+            return values[0]
+        return builder.fpext(values[0], context.get_value_type(vector))
+
+    return vector(a), codegen
