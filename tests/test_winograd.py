@@ -5,7 +5,7 @@ import pytest
 
 import fastcnn
 from fastcnn.kernels import cpu, reference, threads
-from fastcnn.kernels.cpu import direct, simd, winograd
+from fastcnn.kernels.cpu import direct, simd, winograd, winograd_weights
 
 # The largest error, in units of the largest result, for standard normal images and weights.
 BOUND = 2e-5
@@ -50,48 +50,61 @@ def arguments(x_shape, filters, padding, dtype=np.float32):
     return layer, *(array.astype(dtype) for array in (x, weight, bias, dout))
 
 
+def passes(layer, x, weight, bias, dout):
+    """Results of all three, into arrays that hold NaN where these are overwritten."""
+    y, dx, dweight = np.full_like(dout, np.nan), np.full_like(x, np.nan), np.zeros_like(weight)
+    winograd.forward(layer, x, weight, bias, y)
+    winograd.backward_input(layer, dout, weight, dx)
+    winograd_weights.add_backward_weight(layer, dout, x, dweight)
+    return y, dx, dweight
+
+
 def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)
 def test_error_is_within_the_documented_bound(x_shape, filters, padding):
-    layer, x, weight, bias, dout = arguments(x_shape, filters, padding)
-    y, dx = np.full_like(dout, np.nan), np.full_like(x, np.nan)
-    winograd.forward(layer, x, weight, bias, y)
-    winograd.backward_input(layer, dout, weight, dx)
-    exact = [array.astype(np.float64) for array in (x, weight, bias, dout)]
-    assert error(y, reference.conv2d_forward(*exact[:3], padding=padding)) < BOUND
-    assert error(dx, reference.conv2d_backward_input(exact[3], exact[1], x_shape, padding=padding)) < BOUND
+    layer, *arrays = arguments(x_shape, filters, padding)
+    y, dx, dweight = passes(layer, *arrays)
+    x, weight, bias, dout = (array.astype(np.float64) for array in arrays)
+    assert error(y, reference.conv2d_forward(x, weight, bias, padding=padding)) < BOUND
+    assert error(dx, reference.conv2d_backward_input(dout, weight, x_shape, padding=padding)) < BOUND
+    assert error(dweight, reference.conv2d_backward_weight(dout, x, 3, padding=padding)) < BOUND
 
 
 @pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)
 def test_threads_do_not_change_a_bit(x_shape, filters, padding, team):
-    layer, x, weight, bias, dout = arguments(x_shape, filters, padding)
+    layer, *arrays = arguments(x_shape, filters, padding)
     results = []
     for count in (1, 2):
         team(count)
-        y, dx = np.full_like(dout, np.nan), np.full_like(x, np.nan)
-        winograd.forward(layer, x, weight, bias, y)
-        winograd.backward_input(layer, dout, weight, dx)
-        results.append((y.tobytes(), dx.tobytes()))
+        results.append([array.tobytes() for array in passes(layer, *arrays)])
     assert results[0] == results[1]
 
 
 def test_public_functions_use_it_only_when_switched_on(switch):
     layer, x, weight, bias, dout = arguments((2, 8, 8, 32), 32, 1)
-    y, dx = np.empty_like(dout), np.empty_like(x)
-    winograd.forward(layer, x, weight, bias, y)
-    winograd.backward_input(layer, dout, weight, dx)
+    expected = passes(layer, x, weight, bias, dout)
     for enabled in (True, False):
         switch(enabled)
         assert fastcnn.get_winograd() is enabled
-        forward = cpu.conv2d_forward(x, weight, bias, padding=1)
-        backward = cpu.conv2d_backward_input(dout, weight, x.shape, padding=1)
-        assert np.array_equal(forward, y) is enabled
-        assert np.array_equal(backward, dx) is enabled
-        assert error(forward, y) < BOUND
-        assert error(backward, dx) < BOUND
+        results = (
+            cpu.conv2d_forward(x, weight, bias, padding=1),
+            cpu.conv2d_backward_input(dout, weight, x.shape, padding=1),
+            cpu.conv2d_backward_weight(dout, x, 3, padding=1),
+        )
+        for actual, winograds in zip(results, expected, strict=True):
+            assert np.array_equal(actual, winograds) is enabled
+            assert error(actual, winograds) < BOUND
+
+
+def test_gradient_to_the_weights_is_added():
+    _, x, _, _, dout = arguments((2, 8, 8, 32), 48, 1)
+    once = cpu.conv2d_backward_weight(dout, x, 3, padding=1)
+    out = np.ones_like(once)
+    cpu.conv2d_backward_weight(dout, x, 3, padding=1, out=out, accumulate=True)
+    assert np.array_equal(out, 1 + once)
 
 
 def test_switch_takes_a_bool():
@@ -138,6 +151,15 @@ def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
     with np.errstate(invalid="ignore"):
         direct_result = reference.conv2d_forward(x, weight, bias, padding=1)
     assert np.all(expected | np.isfinite(direct_result))
+
+
+def test_nan_in_an_image_reaches_the_gradients_of_its_channel():
+    layer, x, weight, _, dout = arguments((2, 12, 12, 48), 32, 1)
+    x[1, 5, 6, 40] = np.nan
+    dweight = np.zeros_like(weight)
+    winograd_weights.add_backward_weight(layer, dout, x, dweight)
+    assert np.isnan(dweight[:, :, 40]).all()
+    assert np.isfinite(np.delete(dweight, 40, axis=2)).all()
 
 
 def test_nan_in_the_weights_reaches_its_filter():

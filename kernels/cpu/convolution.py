@@ -1,7 +1,7 @@
 """Convolution: forward, and backward to the input and to the weights.
 
-The functions check their arguments and choose the way: `direct` convolves by the definition, `winograd` in
-fewer multiplications where filters are 3x3.
+The functions check their arguments and choose the way: `direct` convolves by the definition, `winograd` and
+`winograd_weights` in fewer multiplications where filters are 3x3.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import depthwise, direct, winograd
+from . import depthwise, direct, few_channels, winograd, winograd_weights
 
 
 def conv2d_forward(
@@ -107,6 +107,9 @@ def conv2d_backward_input(
         if depthwise.fits(layer):
             depthwise.backward_input(layer, dout, weight, dx)
             return dx
+        if few_channels.suits(layer, dout.dtype):
+            few_channels.backward_input(layer, dout, weight, dx)
+            return dx
         if winograd.suits(layer, shape[0], dout.dtype):
             winograd.backward_input(layer, dout, weight, dx)
             return dx
@@ -154,6 +157,8 @@ def conv2d_backward_weight(
         dweight.fill(0)
     if dweight.size and dout.size and depthwise.fits(layer):
         depthwise.add_weight_gradient(layer, dout, x, dweight)
+    elif dweight.size and dout.size and winograd.suits(layer, images, dout.dtype):
+        winograd_weights.add_backward_weight(layer, dout, x, dweight)
     elif dweight.size and dout.size:
         layer.add_weight_gradient(dout, x, dweight)
     return dweight

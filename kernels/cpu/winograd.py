@@ -120,8 +120,11 @@ def _transform_weights(part, parts, weight, transposed, g, panel0, panels, u, sq
 
 
 @kernel
-def _transform_input(x, g, first, last, offsets, zeros, columns, v):
-    """B^T d B of the tiles from `first` to `last`, a row of tiles and a vector of channels at a time."""
+def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch):
+    """B^T d B of the tiles from `first` to `last`, the channels from `c0` to `c1`, to rows of `pitch` in `v`.
+
+    It is done by row of tiles and vector of channels.
+    """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
     column = 6 * lanes
@@ -142,11 +145,11 @@ def _transform_input(x, g, first, last, offsets, zeros, columns, v):
             offsets[i] = ((n * g.height + h) * g.width + w0) * g.channels if 0 <= h < g.height else -1
         clear(columns, 0, before * column)
         clear(columns, (before + inside) * column, (window - before - inside) * column)
-        for c in range(0, g.channels, lanes):
+        for c in range(c0, c1, lanes):
             input_columns(x, offsets, c, g.channels, inside, zeros, columns, before * column)
-            place = (tile - first) * g.channels + c
+            place = (tile - first) * pitch + c - c0
             for k in range(many):
-                input_tile(columns, k * 4 * column, v, place + k * g.channels, g.input_step)
+                input_tile(columns, k * 4 * column, v, place + k * pitch, g.input_step)
         tile += many
 
 
@@ -183,7 +186,7 @@ def _correlate(part, parts, x, u, panel0, panels, bias, y, g, tables, zeros, off
     keep_out_of_line()
     v = vs[part]
     m = ms[part]
-    input_rows, channels, product_rows = tables
+    input_rows, inner, product_rows = tables
     # The work is every block for every panel, so that few blocks keep all threads busy.
     item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * panels)
     while item < end:
@@ -193,7 +196,8 @@ def _correlate(part, parts, x, u, panel0, panels, bias, y, g, tables, zeros, off
         item += stop - begin
         first = block * g.block
         last = min(first + g.block, g.tiles)
-        _transform_input(x, g, first, last, offsets[part], zeros, columns[part], v)
+        channels = g.channels
+        transform_input(x, g, first, last, 0, channels, offsets[part], zeros, columns[part], v, channels)
         for panel in range(begin, stop):
             filter0 = (panel0 + panel) * g.panel
             for e in range(36):
@@ -201,10 +205,10 @@ def _correlate(part, parts, x, u, panel0, panels, bias, y, g, tables, zeros, off
                     v,
                     e * g.input_step,
                     input_rows,
-                    channels,
+                    inner,
                     0,
                     last - first,
-                    g.channels,
+                    channels,
                     u,
                     (panel * 36 + e) * g.weight_step,
                     g.panel,
@@ -229,7 +233,7 @@ def _block_tiles(tile_columns: int, tiles: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _tiling(
+def tiling(
     x_shape: tuple[int, ...], y_shape: tuple[int, ...], top: int, left: int
 ) -> tuple[Tiling, tuple[np.ndarray, ...]]:
     """The sizes, and the engine's tables: rows of the transformed input, channels, rows of the products."""
@@ -278,7 +282,7 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 
 
 def _convolve(x, weight, transposed, top, left, bias, y):
-    g, tables = _tiling(x.shape, y.shape, top, left)
+    g, tables = tiling(x.shape, y.shape, top, left)
     lanes = simd.lanes(x.dtype)
     panels = -(-g.filters // g.panel)
     panel_size = _AREA * g.weight_step

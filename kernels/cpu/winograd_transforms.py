@@ -22,6 +22,8 @@ TILE = 4
 TAPS = 3
 
 _I64 = ir.IntType(64)
+# Numba gives its own flags to instructions that have none: LLVM would then reorder these sums.
+_FLAGS = ("nsz",)
 
 
 class _Transformer(Emitter):
@@ -31,10 +33,13 @@ class _Transformer(Emitter):
         return ir.Constant(self.vector, [value] * self.lanes)
 
     def add(self, a, b):
-        return self.builder.fadd(a, b)
+        return self.builder.fadd(a, b, flags=_FLAGS)
 
     def subtract(self, a, b):
-        return self.builder.fsub(a, b)
+        return self.builder.fsub(a, b, flags=_FLAGS)
+
+    def times(self, factor, a):
+        return self.builder.fmul(self.constant(factor), a, flags=_FLAGS)
 
     def scaled(self, factor, a, b):
         """factor * a + b"""
@@ -56,11 +61,11 @@ class _Transformer(Emitter):
     def weight(self, g):
         """G g"""
         outer = self.add(g[0], g[2])
-        far = self.scaled(1 / 24, g[0], self.builder.fmul(self.constant(1 / 6), g[2]))
+        far = self.scaled(1 / 24, g[0], self.times(1 / 6, g[2]))
         return [
-            self.builder.fmul(self.constant(1 / 4), g[0]),
-            self.builder.fmul(self.constant(-1 / 6), self.add(outer, g[1])),
-            self.builder.fmul(self.constant(-1 / 6), self.subtract(outer, g[1])),
+            self.times(1 / 4, g[0]),
+            self.times(-1 / 6, self.add(outer, g[1])),
+            self.times(-1 / 6, self.subtract(outer, g[1])),
             self.scaled(1 / 12, g[1], far),
             self.scaled(-1 / 12, g[1], far),
             g[2],
@@ -75,6 +80,30 @@ class _Transformer(Emitter):
             self.scaled(2.0, far_odd, near_odd),
             self.scaled(4.0, far, near),
             self.add(self.scaled(8.0, far_odd, near_odd), m[5]),
+        ]
+
+    def output_gradient(self, y):
+        """A y"""
+        even, odd = self.add(y[0], y[2]), self.add(y[1], y[3])
+        far_even, far_odd = self.scaled(4.0, y[2], y[0]), self.scaled(4.0, y[3], y[1])
+        return [
+            y[0],
+            self.add(even, odd),
+            self.subtract(even, odd),
+            self.scaled(2.0, far_odd, far_even),
+            self.scaled(-2.0, far_odd, far_even),
+            y[3],
+        ]
+
+    def weight_gradient(self, m):
+        """G^T m"""
+        near, near_odd = self.add(m[1], m[2]), self.subtract(m[2], m[1])
+        far, far_odd = self.add(m[3], m[4]), self.subtract(m[3], m[4])
+        outer = self.times(-1 / 6, near)
+        return [
+            self.scaled(1 / 4, m[0], self.scaled(1 / 24, far, outer)),
+            self.scaled(1 / 12, far_odd, self.times(1 / 6, near_odd)),
+            self.add(self.scaled(1 / 6, far, outer), m[5]),
         ]
 
     def steps(self, pointer, step, count):
@@ -206,6 +235,62 @@ def output_tile(typing_context, m, m0, step, bias, b0, y, y0, row, pixel, rows, 
             for j, value in enumerate(emit.output([half[i] for half in halves])):
                 place = builder.select(builder.and_(in_row, in_columns[j]), places[j], nowhere)
                 emit.store(emit.add(value, start), place)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def output_gradient_tile(typing_context, dout, d0, row, pixel, rows, columns, zeros, w, w0, step):
+    """w[w0 + (6 i + j) * step] = (A dY A^T)[i, j], dY[i, j] being dout[d0 + i * row + j * pixel].
+
+    It is zero for i from `rows` on and j from `columns` on; `zeros` is a vector of zeros.
+    """
+    signature = types.void(dout, d0, row, pixel, rows, columns, zeros, w, w0, step)
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Transformer(context, builder, dout.dtype)
+        source = emit.at(_array(context, builder, signature, arguments, 0), arguments[1])
+        row, pixel, rows, columns = arguments[2:6]
+        nothing = _array(context, builder, signature, arguments, 6)
+        target = emit.at(_array(context, builder, signature, arguments, 7), arguments[8])
+        in_rows = [builder.icmp_signed("<", _number(i), rows) for i in range(TILE)]
+        lines = [emit.steps(line, pixel, TILE) for line in emit.steps(source, row, TILE)]
+        halves = []
+        for j in range(TILE):
+            in_column = builder.icmp_signed("<", _number(j), columns)
+            pixels = [
+                builder.select(builder.and_(in_rows[i], in_column), lines[i][j], nothing) for i in range(TILE)
+            ]
+            halves.append(emit.output_gradient([emit.load(pixel) for pixel in pixels]))
+        places = emit.steps(target, arguments[9], WINDOW * WINDOW)
+        for i in range(WINDOW):
+            for j, value in enumerate(emit.output_gradient([half[i] for half in halves])):
+                emit.store(value, places[i * WINDOW + j])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def add_weight_gradient(typing_context, m, m0, step, dweight, d0, tap):
+    """dweight[d0 + (3 kh + kw) * tap] += (G^T M G)[kh, kw], M[i, j] being m[m0 + (6 i + j) * step]."""
+    signature = types.void(m, m0, step, dweight, d0, tap)
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Transformer(context, builder, m.dtype)
+        source = emit.at(_array(context, builder, signature, arguments, 0), arguments[1])
+        target = emit.at(_array(context, builder, signature, arguments, 3), arguments[4])
+        sums = emit.steps(source, arguments[2], WINDOW * WINDOW)
+        places = emit.steps(target, arguments[5], TAPS * TAPS)
+        halves = [
+            emit.weight_gradient([emit.load(sums[i * WINDOW + j]) for i in range(WINDOW)])
+            for j in range(WINDOW)
+        ]
+        for kh in range(TAPS):
+            for kw, value in enumerate(emit.weight_gradient([half[kh] for half in halves])):
+                place = places[kh * TAPS + kw]
+                emit.store(emit.add(emit.load(place), value), place)
         return context.get_dummy_value()
 
     return signature, codegen
