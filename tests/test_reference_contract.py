@@ -35,6 +35,10 @@ def calls(dtype, n=2):
     d_losses = d_losses[:, 0]
     slopes, positive = floats(dtype, (4,))[0], np.array([0.5, 1, 2, 3], dtype)
     norm = (x, x, slopes, slopes, positive, True)
+    quarters = np.full((n, *(size // 2 for size in IMAGES[1:3]), IMAGES[3]), 1, np.uint8)
+    d_halves = np.ones(quarters.shape, dtype)
+    d_pool = dout[:, :2, :2]
+    chosen = np.full(d_pool.shape, 1, np.uint8)
     soft = np.full((n, 5), 0.2, dtype)
     how = {"weight": np.arange(1, 6).astype(dtype), "label_smoothing": 0.1}
     return {
@@ -44,6 +48,9 @@ def calls(dtype, n=2):
         "conv2d_backward_input": ((dout, weight, x_shape, *conv), {}),
         "conv2d_backward_weight": ((dout, x, 3, *conv), {}),
         "conv2d_backward_bias": ((dout,), {}),
+        "conv2d_pool_forward": ((x, weight, bias, 2, True, *conv), {}),
+        "conv2d_pool_backward_input": ((d_pool, chosen, weight, x_shape, 2, *conv), {}),
+        "conv2d_pool_backward_weight": ((d_pool, chosen, x, 3, 2, *conv), {}),
         "max_pool2d_forward": ((x, 2, 1, PADDING), {}),
         "max_pool2d_backward": ((pooled, argmax, x_shape, 2, 1, PADDING), {}),
         "avg_pool2d_forward": ((x, 2, 1, PADDING), {}),
@@ -63,6 +70,8 @@ def calls(dtype, n=2):
         "prelu_backward": ((x, x, slopes), {}),
         "batch_norm_forward": ((x, slopes, slopes, slopes, positive, False), {}),
         "batch_norm_backward": (norm, {}),
+        "batch_norm_pool_forward": ((x, slopes, slopes, slopes, positive, False, 2), {}),
+        "batch_norm_pool_backward": ((d_halves, quarters, x, slopes, slopes, positive, True, 2), {}),
         "dropout_forward": ((x, 0.5, 1), {}),
         "dropout_backward": ((x, 0.5, 1), {}),
         "softmax": ((rows,), {}),
