@@ -133,7 +133,7 @@ def test_inputs_may_be_read_only_and_of_any_strides(name):
 def test_a_batch_of_none_gives_empty_results_or_zero_gradients(name):
     for empty, full in zip(call(name, np.float32, 0), call(name, np.float32), strict=True):
         assert empty.dtype == full.dtype
-        if name == "batch_norm_forward" and empty.ndim == 1:
+        if name in ("batch_norm_forward", "batch_norm_pool_forward") and empty.ndim == 1:
             continue
         if empty.size:
             assert empty.shape == full.shape

@@ -76,9 +76,8 @@ def _train(shape: Model, arrays: Arrays) -> Side:
         return logits, loss
 
     def run() -> float:
-        optimizer.zero_grad()
         _, loss = backward()
-        optimizer.step()
+        optimizer.step(zero_grad=True)
         return loss
 
     def result() -> dict[str, np.ndarray]:

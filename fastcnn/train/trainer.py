@@ -346,8 +346,7 @@ class Trainer:
             raise NonFiniteLossError(loss, epoch, self.step + 1, batch, culprit)
         if self.clip_norm is not None:
             clip_grad_norm_(self._parameters, self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(zero_grad=True)
         self.step += 1
         if self.scheduler is not None and self._interval == "step":
             self.scheduler.step()
