@@ -1,9 +1,8 @@
 """Max, average, adaptive average and global average pooling, with their gradients.
 
-Output sizes and window bounds follow PyTorch. All kernels go through the images a row at a time, so that the
-innermost loop runs over channels at a fixed distance between source and target. A gradient is computed by
-rows of dx, each gathering from the windows above it: no two threads ever write to one pixel, and the order of
-the sums is fixed.
+Output sizes and window bounds follow PyTorch. Where windows overlap, a gradient is computed by rows of dx,
+each gathering from the windows above it: no two threads ever write to one pixel, and the order of the sums is
+fixed.
 """
 
 from __future__ import annotations
@@ -11,15 +10,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel
+from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
+from . import pool_vectors
 from .columns import Windows, valid_range, window_count, windows
 from .pieces import fill
+from .workspace import scratch
 
 
 def _pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -31,58 +32,26 @@ def _pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tupl
     return pads
 
 
-@kernel
-def _first_tap(offset, dilation, taps, size):
-    """The first tap of a window from `offset` on that lies in the image; -1 if none does."""
-    tap = max(0, -(offset // dilation))
-    return tap if tap < taps and offset + tap * dilation < size else -1
+# In its place, every pixel of a window counts.
+_NO_ARGMAX = np.empty(0, np.uint8)
 
 
-@kernel
-def _start_window_row(i, best, where, g):
-    """-inf, at the first tap in the image (0 if there is none): the answer where nothing is larger."""
-    a = _first_tap(i * g.stride_h - g.top, g.dilation_h, g.kernel_h, g.height)
-    fill(best, -np.inf)
-    fill(where, max(a, 0) * g.kernel_w)
-    j = 0
-    while a >= 0 and j < g.out_w and j * g.stride_w < g.left:
-        b = _first_tap(j * g.stride_w - g.left, g.dilation_w, g.kernel_w, g.width)
-        tap = a * g.kernel_w + b if b >= 0 else 0
-        fill(where[j * g.channels : (j + 1) * g.channels], tap)
-        j += 1
+@lru_cache(maxsize=512)
+def _tap_table(size: int, count: int, kernel: int, stride: int, before: int, dilation: int) -> np.ndarray:
+    """For each window along one axis: first pixel, last + 1, and the number of the tap at the first."""
+    begin = np.arange(count) * stride - before
+    tap = np.maximum(0, -(begin // dilation))
+    first = begin + tap * dilation
+    last = np.minimum(begin + (kernel - 1) * dilation + 1, size)
+    # A window may see padding only, on both sides or between its taps.
+    empty = (tap >= kernel) | (first >= last)
+    first[empty] = last[empty] = tap[empty] = 0
+    return np.stack([first, last, tap], axis=1).astype(np.int64)
 
 
-@parallel
-def _max_pool(part, parts, x, y, argmax, g):
-    keep_out_of_line()
-    channels = np.uintp(g.channels)
-    step = np.uintp(g.stride_w * g.channels)
-    lo, hi = span(part, parts, y.shape[0])
-    for row in range(lo, hi):
-        n = row // g.out_h
-        i = row - n * g.out_h
-        best = y[row]
-        where = argmax[row]
-        _start_window_row(i, best, where, g)
-        for a in range(g.kernel_h):
-            h = i * g.stride_h - g.top + a * g.dilation_h
-            if h < 0 or h >= g.height:
-                continue
-            line = x[n * g.height + h]
-            for b in range(g.kernel_w):
-                offset = b * g.dilation_w - g.left
-                first, last = valid_range(g.out_w, g.stride_w, offset, g.width)
-                tap = argmax.dtype.type(a * g.kernel_w + b)
-                source = np.uintp((first * g.stride_w + offset) * g.channels)
-                target = np.uintp(first * g.channels)
-                for _ in range(first, last):
-                    for c in range(channels):
-                        value = line[source + c]
-                        take = value > best[target + c] or value != value
-                        best[target + c] = value if take else best[target + c]
-                        where[target + c] = tap if take else where[target + c]
-                    source += step
-                    target += channels
+def _lists(parts: int, taps: int) -> np.ndarray:
+    """Room for each part's list of taps."""
+    return scratch("taps", parts * 2 * (taps + 1), np.int64).reshape(parts, 2 * (taps + 1))
 
 
 def max_pool2d_forward(
@@ -134,10 +103,17 @@ def max_pool2d_forward(
     y = checks.output("out", out, shape, x.dtype)
     argmax = checks.output("out_argmax", out_argmax, shape, _argmax_dtype(g))
     if y.size:
-        rows = (shape[0] * g.out_h, g.out_w * g.channels)
-        lines = x.reshape(shape[0] * g.height, g.width * g.channels)
-        _max_pool(part_count(rows[0], x.size), lines, y.reshape(rows), argmax.reshape(rows), g)
+        rows = _tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
+        columns = _tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w)
+        parts = part_count(shape[0] * g.out_h, x.size)
+        lists = _lists(parts, g.kernel_h * g.kernel_w)
+        flat = x.reshape(-1), y.reshape(-1), argmax.reshape(-1)
+        pool_vectors.max_forward(parts, *flat, rows, columns, lists, _taps(g))
     return y, argmax
+
+
+def _taps(g: Windows) -> pool_vectors.Taps:
+    return pool_vectors.Taps(g.height, g.width, g.channels, g.kernel_w, g.dilation_h, g.dilation_w)
 
 
 def _argmax_dtype(g: Windows) -> np.dtype:
@@ -224,12 +200,36 @@ def max_pool2d_backward(
         raise TypeError(f"argmax: dtype {argmax.dtype} is not {_argmax_dtype(g)}")
     argmax = checks.contiguous(checks.same_shape("argmax", argmax, dout.shape))
     dx = checks.output("out", out, shape, dout.dtype)
-    if dx.size:
+    if not dx.size:
+        return dx
+    if _are_apart(g):
+        _scatter(dout, argmax, 1.0, dx, g)
+    else:
         rows = (shape[0] * g.out_h, g.out_w * g.channels)
         lines = dx.reshape(shape[0] * g.height, g.width * g.channels)
         parts = part_count(len(lines), dx.size)
         _max_pool_backward(parts, dout.reshape(rows), argmax.reshape(rows), lines, g)
     return dx
+
+
+def _are_apart(g: Windows) -> bool:
+    """Whether windows lie inside of the image, from its corner on, and don't overlap."""
+    return (
+        (g.top, g.left, g.dilation_h, g.dilation_w) == (0, 0, 1, 1)
+        and g.stride_h >= g.kernel_h
+        and g.stride_w >= g.kernel_w
+        and (g.out_h - 1) * g.stride_h + g.kernel_h <= g.height
+        and (g.out_w - 1) * g.stride_w + g.kernel_w <= g.width
+    )
+
+
+def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray, g: Windows) -> None:
+    """Overwrite dx with the gradient of windows that are apart."""
+    rows = dx.shape[0] * g.out_h
+    parts = part_count(rows, dx.size)
+    apart = pool_vectors.Apart(g.out_h, g.out_w, g.stride_h, g.stride_w, g.kernel_h)
+    flat = dout.reshape(-1), argmax.reshape(-1), factor, dx.reshape(-1)
+    pool_vectors.scatter(parts, *flat, apart, _lists(parts, g.kernel_h * g.kernel_w), _taps(g))
 
 
 def _rounded_either_way(
@@ -244,6 +244,24 @@ def _rounded_either_way(
 # with a row for each output: first pixel, last pixel + 1, and a factor of the divisor.
 
 
+class Axis(NamedTuple):
+    """The windows along one axis."""
+
+    table: np.ndarray
+    longest: int  # most pixels of a window
+    step: int  # pixels of each window if they touch, don't overlap, and have one divisor; else 0
+    divisor: float  # of the first window
+
+    @staticmethod
+    def of(table: np.ndarray) -> Axis:
+        """The windows of a table."""
+        first, last, divisors = table.T
+        step = last[0]
+        ends = np.arange(1, len(table) + 1) * step
+        same = (first == ends - step) & (last == ends) & (divisors == divisors[0])
+        return Axis(table, int((last - first).max()), int(step) if same.all() else 0, float(divisors[0]))
+
+
 @lru_cache(maxsize=512)
 def _sliding_table(
     size: int,
@@ -253,7 +271,7 @@ def _sliding_table(
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
-) -> np.ndarray:
+) -> Axis:
     count = window_count(size, kernel, stride, padding, 1, ceil_mode)
     first = np.arange(count) * stride - padding[0]
     # A window of ceil_mode may reach beyond the padding: what lies there never counts.
@@ -262,45 +280,17 @@ def _sliding_table(
     counted = last - first if count_include_pad else inside[1] - inside[0]
     if divisor is not None:
         counted[:] = divisor
-    return np.stack([*inside, counted], axis=1).astype(np.int64)
+    return Axis.of(np.stack([*inside, counted], axis=1).astype(np.int64))
 
 
 @lru_cache(maxsize=512)
-def _adaptive_table(size: int, count: int) -> np.ndarray:
+def _adaptive_table(size: int, count: int) -> Axis:
     """Window i spans floor(i * size / count) to ceil((i + 1) * size / count)."""
     if size < 1:
         raise ValueError(f"x: an image needs at least 1 pixel along each axis, got {size}")
     first = np.arange(count) * size // count
     last = -(-np.arange(1, count + 1) * size // count)
-    return np.stack([first, last, last - first], axis=1).astype(np.int64)
-
-
-@parallel
-def _mean(part, parts, x, y, rows, columns, height, channels):
-    keep_out_of_line()
-    step = np.uintp(channels)
-    lo, hi = span(part, parts, y.shape[0])
-    for row in range(lo, hi):
-        n = row // rows.shape[0]
-        i = row - n * rows.shape[0]
-        total = y[row]
-        fill(total, 0)
-        for h in range(rows[i, 0], rows[i, 1]):
-            line = x[n * height + h]
-            target = np.uintp(0)
-            for j in range(columns.shape[0]):
-                source = np.uintp(columns[j, 0]) * step
-                for _ in range(columns[j, 0], columns[j, 1]):
-                    for c in range(step):
-                        total[target + c] += line[source + c]
-                    source += step
-                target += step
-        target = np.uintp(0)
-        for j in range(columns.shape[0]):
-            divisor = y.dtype.type(rows[i, 2] * columns[j, 2])
-            for c in range(step):
-                total[target + c] /= divisor
-            target += step
+    return Axis.of(np.stack([first, last, last - first], axis=1).astype(np.int64))
 
 
 @parallel
@@ -329,21 +319,29 @@ def _mean_backward(part, parts, dout, dx, rows, columns, height, channels):
                 source += step
 
 
-def _run_mean(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _run_mean(x: np.ndarray, rows: Axis, columns: Axis, y: np.ndarray) -> np.ndarray:
     n, height, width, channels = x.shape
     if y.size:
-        lines = x.reshape(n * height, width * channels)
-        totals = y.reshape(n * len(rows), len(columns) * channels)
-        _mean(part_count(len(totals), x.size), lines, totals, rows, columns, height, channels)
+        parts = part_count(n * len(rows.table), x.size)
+        lists = _lists(parts, rows.longest * columns.longest)
+        g = pool_vectors.Taps(height, width, channels, columns.longest, 1, 1)
+        flat = x.reshape(-1), y.reshape(-1)
+        pool_vectors.mean_forward(parts, *flat, rows.table, columns.table, lists, g)
     return y
 
 
-def _run_mean_backward(dout: np.ndarray, rows: np.ndarray, columns: np.ndarray, dx: np.ndarray) -> np.ndarray:
+def _run_mean_backward(dout: np.ndarray, rows: Axis, columns: Axis, dx: np.ndarray) -> np.ndarray:
     n, height, width, channels = dx.shape
-    if dx.size:
-        gradients = dout.reshape(n * len(rows), len(columns) * channels)
+    out_h, out_w = len(rows.table), len(columns.table)
+    if dx.size and rows.step and columns.step:
+        step = rows.step, columns.step
+        g = Windows(height, width, channels, out_h, out_w, *step, *step, 0, 0, 1, 1)
+        _scatter(dout, _NO_ARGMAX, 1 / (rows.divisor * columns.divisor), dx, g)
+    elif dx.size:
+        gradients = dout.reshape(n * out_h, out_w * channels)
         lines = dx.reshape(n * height, width * channels)
-        _mean_backward(part_count(len(lines), dx.size), gradients, lines, rows, columns, height, channels)
+        parts = part_count(len(lines), dx.size)
+        _mean_backward(parts, gradients, lines, rows.table, columns.table, height, channels)
     return dx
 
 
@@ -355,7 +353,7 @@ def _average_tables(
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Axis, Axis]:
     kernel = checks.pair("kernel_size", kernel_size, 1)
     step = kernel if stride is None else checks.pair("stride", stride, 1)
     pads = _pool_padding(padding, kernel_size)
@@ -420,7 +418,7 @@ def avg_pool2d_forward(
     x = checks.floating("x", x, 4)
     settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     tables = _average_tables(x.shape, *settings)
-    shape = (x.shape[0], len(tables[0]), len(tables[1]), x.shape[3])
+    shape = (x.shape[0], len(tables[0].table), len(tables[1].table), x.shape[3])
     return _run_mean(x, *tables, checks.output("out", out, shape, x.dtype))
 
 
@@ -460,7 +458,7 @@ def avg_pool2d_backward(
     shape = checks.shape4("x_shape", x_shape)
     settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     tables = _average_tables(shape, *settings)
-    checks.same_shape("dout", dout, (shape[0], len(tables[0]), len(tables[1]), shape[3]))
+    checks.same_shape("dout", dout, (shape[0], len(tables[0].table), len(tables[1].table), shape[3]))
     return _run_mean_backward(dout, *tables, checks.output("out", out, shape, dout.dtype))
 
 

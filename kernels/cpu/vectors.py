@@ -165,6 +165,17 @@ def all_lanes(typing_context, pointer):
 
 
 @intrinsic
+def zeros(typing_context, pointer):
+    """Zero in every lane of a vector of what `pointer` points to."""
+    vector = _vector_of(pointer)
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(context.get_value_type(vector), None)
+
+    return vector(pointer), codegen
+
+
+@intrinsic
 def splat(typing_context, scalar, mask):
     """`scalar` in as many lanes as `mask` has."""
     vector = Vector(scalar, mask.lanes)

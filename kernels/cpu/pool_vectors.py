@@ -1,0 +1,224 @@
+"""The loops of pooling, by vectors of channels: the largest of a window's pixels, their sum, and back.
+
+Windows are the product of two tables, one for each axis of the image, with a row for each output: first
+pixel, last pixel + 1, and a number. A window's pixels are kept as a list, which its neighbours share unless
+they lie at an edge of the image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, span
+from .pieces import fill
+from .simd import VECTOR_BITS
+from .vectors import (
+    all_lanes,
+    first_lanes,
+    keep_in_line,
+    like,
+    load,
+    pointer,
+    select,
+    splat,
+    store,
+    zeros,
+)
+
+
+class Taps(NamedTuple):
+    """Images, and how the taps of the windows on them are numbered and spaced."""
+
+    height: int
+    width: int
+    channels: int
+    kernel_w: int
+    dilation_h: int
+    dilation_w: int
+
+
+class Apart(NamedTuple):
+    """Windows that begin at the image's corner and don't overlap."""
+
+    out_h: int
+    out_w: int
+    stride_h: int
+    stride_w: int
+    kernel_h: int
+
+
+@kernel
+def _list_taps(taps, tall, wide, first, g):
+    """Offsets of a window's pixels from its first, and their numbers from `first` on; then -1."""
+    entry = 0
+    for a in range(0, tall, g.dilation_h):
+        number = first + a // g.dilation_h * g.kernel_w
+        for b in range(0, wide, g.dilation_w):
+            taps[entry] = (a * g.width + b) * g.channels
+            taps[entry + 1] = number
+            number += 1
+            entry += 2
+    # LLVM does not unroll a loop that ends here, which would make it longer than most windows are.
+    taps[entry + 1] = -1
+
+
+@kernel
+def _largest(x, y, argmax, kind, taps, source, target, mask):
+    """One vector of channels of one window."""
+    keep_in_line()
+    best = like(zeros(x), -np.inf)
+    where = like(splat(kind, mask), max(taps[1], 0))
+    entry = 0
+    while taps[entry + 1] >= 0:
+        value = load(x, source + taps[entry], mask)
+        takes = (value > best) | (value != value)
+        best = select(takes, value, best)
+        where = select(takes, like(where, taps[entry + 1]), where)
+        entry += 2
+    store(best, y, target, mask)
+    store(where, argmax, target, mask)
+
+
+@parallel
+def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
+    """y and argmax, overwritten; the tables' third columns are the first tap in the image."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    kind, channels = argmax.dtype.type(0), g.channels
+    whole = channels // lanes * lanes
+    taps, values, to, where = pointer(lists[part]), pointer(x), pointer(y), pointer(argmax)
+    everything, some = all_lanes(values), first_lanes(values, channels - whole)
+    out_h, out_w = rows.shape[0], columns.shape[0]
+    shape = (-1, -1, -1)
+    lo, hi = span(part, parts, y.size // (out_w * channels))
+    for row in range(lo, hi):
+        n = row // out_h
+        i = row - n * out_h
+        t = row * out_w * channels
+        for j in range(out_w):
+            tall, wide = rows[i, 1] - rows[i, 0], columns[j, 1] - columns[j, 0]
+            first = rows[i, 2] * g.kernel_w + columns[j, 2]
+            if shape != (tall, wide, first):
+                shape = (tall, wide, first)
+                _list_taps(lists[part], tall, wide, first, g)
+            s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
+            for c in range(0, whole, lanes):
+                _largest(values, to, where, kind, taps, s + c, t + c, everything)
+            if whole < channels:
+                _largest(values, to, where, kind, taps, s + whole, t + whole, some)
+            t += channels
+
+
+@kernel
+def _scatter_vector(dout, argmax, keeps, factor, dx, taps, source, target, mask):
+    keep_in_line()
+    gradient = load(dout, source, mask)
+    entry = 0
+    if keeps:
+        where, zero = load(argmax, source, mask), like(gradient, 0)
+        while taps[entry + 1] >= 0:
+            here = where == like(where, taps[entry + 1])
+            store(select(here, gradient, zero), dx, target + taps[entry], mask)
+            entry += 2
+    else:
+        gradient = gradient * like(gradient, factor)
+        while taps[entry + 1] >= 0:
+            store(gradient, dx, target + taps[entry], mask)
+            entry += 2
+
+
+@parallel
+def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
+    """dx, overwritten: dout at the pixels in argmax; if it is empty, dout * factor at all of a window."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * dx.itemsize)
+    channels, line = g.channels, g.width * g.channels
+    whole = channels // lanes * lanes
+    taps, gradient, where, to = pointer(lists[part]), pointer(dout), pointer(argmax), pointer(dx)
+    keeps, everything = argmax.size > 0, all_lanes(gradient)
+    some = first_lanes(gradient, channels - whole)
+    _list_taps(lists[part], apart.kernel_h, g.kernel_w, 0, g)
+    tiled = apart.stride_h == apart.kernel_h and apart.out_w * g.kernel_w == g.width
+    lo, hi = span(part, parts, dout.size // (apart.out_w * channels))
+    for row in range(lo, hi):
+        n = row // apart.out_h
+        i = row - n * apart.out_h
+        first = n * g.height + i * apart.stride_h
+        last = first + apart.stride_h if i + 1 < apart.out_h else (n + 1) * g.height
+        begin = first + apart.kernel_h if tiled else first
+        if begin < last:
+            fill(dx[begin * line : last * line], 0)
+        s, t = row * apart.out_w * channels, first * line
+        for _ in range(apart.out_w):
+            for c in range(0, whole, lanes):
+                _scatter_vector(gradient, where, keeps, factor, to, taps, s + c, t + c, everything)
+            if whole < channels:
+                _scatter_vector(gradient, where, keeps, factor, to, taps, s + whole, t + whole, some)
+            s += channels
+            t += apart.stride_w * channels
+
+
+@kernel
+def _mean_vector(x, y, factor, taps, source, target, mask):
+    keep_in_line()
+    total = zeros(x)
+    entry = 0
+    while taps[entry + 1] >= 0:
+        total = total + load(x, source + taps[entry], mask)
+        entry += 2
+    store(total * like(total, factor), y, target, mask)
+
+
+@kernel
+def _mean_vectors(x, y, factor, taps, source, target, mask, lanes):
+    """Four vectors of channels of one window: whole stretches of memory are read."""
+    keep_in_line()
+    total0 = total1 = total2 = total3 = zeros(x)
+    entry = 0
+    while taps[entry + 1] >= 0:
+        place = source + taps[entry]
+        total0 = total0 + load(x, place, mask)
+        total1 = total1 + load(x, place + lanes, mask)
+        total2 = total2 + load(x, place + 2 * lanes, mask)
+        total3 = total3 + load(x, place + 3 * lanes, mask)
+        entry += 2
+    share = like(total0, factor)
+    store(total0 * share, y, target, mask)
+    store(total1 * share, y, target + lanes, mask)
+    store(total2 * share, y, target + 2 * lanes, mask)
+    store(total3 * share, y, target + 3 * lanes, mask)
+
+
+@parallel
+def mean_forward(part, parts, x, y, rows, columns, lists, g):
+    """y, overwritten; the tables' third columns are the factors of a window's divisor."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    channels = g.channels
+    whole, fours = channels // lanes * lanes, channels // (4 * lanes) * (4 * lanes)
+    taps, values, to = pointer(lists[part]), pointer(x), pointer(y)
+    everything, some = all_lanes(values), first_lanes(values, channels - whole)
+    out_h, out_w = rows.shape[0], columns.shape[0]
+    shape = (-1, -1)
+    lo, hi = span(part, parts, y.size // (out_w * channels))
+    for row in range(lo, hi):
+        n = row // out_h
+        i = row - n * out_h
+        t = row * out_w * channels
+        for j in range(out_w):
+            tall, wide = rows[i, 1] - rows[i, 0], columns[j, 1] - columns[j, 0]
+            factor = 1 / (rows[i, 2] * columns[j, 2])
+            if shape != (tall, wide):
+                shape = (tall, wide)
+                _list_taps(lists[part], tall, wide, 0, g)
+            s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
+            for c in range(0, fours, 4 * lanes):
+                _mean_vectors(values, to, factor, taps, s + c, t + c, everything, lanes)
+            for c in range(fours, whole, lanes):
+                _mean_vector(values, to, factor, taps, s + c, t + c, everything)
+            if whole < channels:
+                _mean_vector(values, to, factor, taps, s + whole, t + whole, some)
+            t += channels
