@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOATS = (_FLOAT32, _FLOAT64)
 
 
 class _Writable:
@@ -45,6 +46,15 @@ def floating(name: str, array: Any, ndim: int | None = None, dtype: np.dtype | N
     ValueError
         If it has not `ndim` axes.
     """
+    # What kernels are given thousands of times a second costs one look.
+    if (
+        type(array) is np.ndarray
+        and (array.dtype is _FLOAT32 or array.dtype is _FLOAT64)
+        and (dtype is None or array.dtype is dtype)
+        and (ndim is None or array.ndim == ndim)
+        and array.flags.carray
+    ):
+        return array
     array = np.asarray(array)
     native = array.dtype.newbyteorder("=")
     if native not in FLOATS:
@@ -95,8 +105,14 @@ def integer(name: str, value: Any, minimum: int = 0) -> int:
     return result
 
 
+def _is_pair(value: Any) -> TypeGuard[tuple[int, int]]:
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
+
+
 def pair(name: str, value: Any, minimum: int = 0) -> tuple[int, int]:
     """An int, or two, as (height, width)."""
+    if _is_pair(value) and min(value) >= minimum:
+        return value
     if np.ndim(value) == 0:
         one = integer(name, value, minimum)
         return one, one

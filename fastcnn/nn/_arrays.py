@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _buffers
+from ..kernels.cpu import transpose
 from .parameter import FLOATS
 
 _FLOAT64 = np.dtype(np.float64)
@@ -74,8 +75,8 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     """`array` itself if kernels can read it as it is, else a copy in a pooled buffer."""
     if array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
         return array
-    copy = _buffers.empty(array.shape, array.dtype.newbyteorder("="))
-    np.copyto(copy, array)
+    copy = _buffers.empty(array.shape, np.dtype(array.dtype.type))
+    transpose.copy(array, copy)
     return copy
 
 

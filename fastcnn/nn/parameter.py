@@ -89,7 +89,8 @@ class Parameter:
         if sorted(self._order) != list(range(data.ndim)):
             raise ValueError(f"order: {order!r} is no permutation of the {data.ndim} axes of data")
         self._requires_grad = bool(requires_grad)
-        dtype = data.dtype.newbyteorder("=")
+        # NumPy's one object for it, so that kernels can compare by identity.
+        dtype = np.dtype(data.dtype.type)
         self._bind(Store(padded_size(data.size, dtype), dtype), 0, data.shape)
         self._data[...] = data
 

@@ -285,6 +285,7 @@ class Layer:
         self.out_image = (self.rows.outputs, self.columns.outputs)
         taps = self.rows.kernel * self.columns.kernel * (channels // groups)
         self._pooled_tables: dict[tuple[int, int, int], Correlation] = {}
+        self._pool_taps: dict[tuple[int, int, int], np.ndarray] = {}
         self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 
     @cached_property
@@ -314,6 +315,12 @@ class Layer:
                 e.pool_h,
             )
         return self._pooled_tables[key]
+
+    def _window_taps(self, e: Epilogue, width: int) -> np.ndarray:
+        key = (e.pool_h, e.pool_w, width)
+        if key not in self._pool_taps:
+            self._pool_taps[key] = window_taps(e, width)
+        return self._pool_taps[key]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -380,7 +387,7 @@ class Layer:
             columns,
             windows,
             e,
-            window_taps(e, width),
+            self._window_taps(e, width),
             argmax.reshape(-1),
             zs,
         )
@@ -424,7 +431,7 @@ class Layer:
             _windows(parts, b, x.dtype),
             spares,
             e,
-            window_taps(e, width),
+            self._window_taps(e, width),
             argmax.reshape(-1),
             biases,
         )
@@ -463,18 +470,32 @@ def _cached_layer(
 
 
 def layer(x_shape, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> Layer:
+    """The layer of checked arguments; None for `weight_channels` takes those that fit."""
+    given = (x_shape[1:], kernel_size, weight_channels, filters, stride, padding, dilation, groups)
+    try:
+        return _known_layer(*given)
+    except TypeError:
+        # Lists can't be looked up, and what is of a wrong type is told so.
+        return _checked_layer(*given)
+
+
+def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> Layer:
     groups = checks.integer("groups", groups, 1)
+    height, width, channels = image
     return _cached_layer(
-        x_shape[1:3],
-        x_shape[3],
+        (height, width),
+        channels,
         filters,
-        x_shape[3] // groups if weight_channels is None else weight_channels,
+        channels // groups if weight_channels is None else weight_channels,
         groups,
         checks.pair("kernel_size", kernel_size, 1),
         checks.pair("stride", stride, 1),
         checks.padding2d(padding),
         checks.pair("dilation", dilation, 1),
     )
+
+
+_known_layer = lru_cache(maxsize=512, typed=True)(_checked_layer)
 
 
 def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:

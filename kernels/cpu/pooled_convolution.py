@@ -9,6 +9,7 @@ multiplies only what is there.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,12 @@ _MOST_PIXELS = 255
 
 
 def _epilogue(layer: direct.Layer, pool_size: Any, relu: bool, keeps: bool) -> Epilogue:
-    pool_h, pool_w = checks.pair("pool_size", pool_size, 1)
+    return _known_epilogue(layer, checks.pair("pool_size", pool_size, 1), bool(relu), keeps)
+
+
+@lru_cache(maxsize=512)
+def _known_epilogue(layer: direct.Layer, pool_size: tuple[int, int], relu: bool, keeps: bool) -> Epilogue:
+    pool_h, pool_w = pool_size
     if pool_h * pool_w > _MOST_PIXELS:
         raise ValueError(f"pool_size: {(pool_h, pool_w)} has more than {_MOST_PIXELS} pixels")
     height, width = layer.out_image

@@ -7,6 +7,7 @@ in slices, because an index that Numba can't tell to be positive is tested at ev
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
     a training step allocates nothing after its first.
     """
-    buffers: dict[str, np.ndarray] = _local.__dict__
-    key = f"{use} {np.dtype(dtype)}"
+    buffers: dict[Any, np.ndarray] = _local.__dict__
+    key = use, dtype
     buffer = buffers.get(key)
     if buffer is None or buffer.size < size:
         # A vector load from memory that is not aligned meets two cache lines and takes twice as long.
