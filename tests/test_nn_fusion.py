@@ -62,7 +62,7 @@ BLOCKS = {
     "conv pool": (lambda: [nn.Conv2d(3, 8, 5, bias=False), nn.MaxPool2d(2)], ["ConvPool"]),
     "wide": (
         lambda: [nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 33, 3), nn.ReLU(), nn.MaxPool2d(2)],
-        None,
+        ["ConvPool", "ConvPool"],
     ),
     "groups": (lambda: [nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.MaxPool2d(2)], ["ConvPool"]),
     "prelu": (lambda: [nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.MaxPool2d(2)], ["Later"]),
