@@ -8,9 +8,21 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import checks
-from ..jit import keep_out_of_line
+from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count
 from .pieces import BLOCK, blocks, fill, span_elements
+from .simd import VECTOR_BITS
+from .vectors import (
+    all_lanes,
+    first_lanes,
+    keep_in_line,
+    like,
+    load,
+    multiply_add,
+    pointer,
+    root,
+    store,
+)
 
 
 class Sgd(NamedTuple):
@@ -147,20 +159,36 @@ def sgd_update(
     _sgd(part_count(blocks(param.size), param.size), param, grad, moving, step)
 
 
+@kernel
+def _adam_vector(p, g, m, v, at, mask, s):
+    """One vector of parameters and their state."""
+    keep_in_line()
+    param, gradient = load(p, at, mask), load(g, at, mask)
+    if s.zero_grad:
+        store(like(gradient, 0), g, at, mask)
+    if not s.decoupled:
+        gradient = multiply_add(like(param, s.weight_decay), param, gradient)
+    first = multiply_add(like(param, s.beta1), load(m, at, mask), like(param, s.fresh1) * gradient)
+    second = like(param, s.fresh2) * gradient * gradient
+    second = multiply_add(like(param, s.beta2), load(v, at, mask), second)
+    store(first, m, at, mask)
+    store(second, v, at, mask)
+    size = multiply_add(root(second), like(param, s.correction), like(param, s.eps))
+    store(like(param, s.keep) * param - like(param, s.lr) * first / size, p, at, mask)
+
+
 @parallel
 def _adam(part, parts, param, grad, exp_avg, exp_avg_sq, s):
     keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * param.itemsize)
+    p, g, m, v = pointer(param), pointer(grad), pointer(exp_avg), pointer(exp_avg_sq)
+    everything = all_lanes(p)
     lo, hi = span_elements(part, parts, param.size)
-    for start in range(lo, hi, BLOCK):
-        end = min(start + BLOCK, hi)
-        p, g, m, v = param[start:end], grad[start:end], exp_avg[start:end], exp_avg_sq[start:end]
-        for i in range(p.size):
-            gradient = g[i] if s.decoupled else g[i] + s.weight_decay * p[i]
-            m[i] = s.beta1 * m[i] + s.fresh1 * gradient
-            v[i] = s.beta2 * v[i] + s.fresh2 * gradient * gradient
-            p[i] = s.keep * p[i] - s.lr * m[i] / (math.sqrt(v[i]) * s.correction + s.eps)
-        if s.zero_grad:
-            fill(g, 0)
+    whole = lo + (hi - lo) // lanes * lanes
+    for at in range(lo, whole, lanes):
+        _adam_vector(p, g, m, v, at, everything, s)
+    if whole < hi:
+        _adam_vector(p, g, m, v, whole, first_lanes(p, hi - whole), s)
 
 
 def adam_update(
