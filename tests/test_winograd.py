@@ -139,6 +139,35 @@ def test_float64_is_convolved_directly():
     assert not winograd.suits(layer, 2, np.dtype(np.float64))
 
 
+POOLED = [
+    # x, filters, padding, pool_size
+    pytest.param((3, 14, 14, 32), 48, 1, 2, id="2 x 2"),
+    pytest.param((2, 24, 20, 32), 64, 1, (2, 3), id="rows of windows end inside of tiles"),
+    pytest.param((5, 9, 11, 32), 32, 0, (4, 1), id="rows are dropped"),
+    pytest.param((7, 5, 6, 64), 32, ((0, 1), (2, 1)), 2, id="asymmetric"),
+    pytest.param((40, 4, 4, 32), 32, 1, 4, id="a window an image"),
+    pytest.param((2, 8, 9, 32), 32, 1, 1, id="ReLU alone"),
+    pytest.param((1, 30, 200, 32), 32, 1, 2, id="long rows"),
+    pytest.param((3, 12, 12, 32), 32, 1, 3, id="windows that tiles would cut"),
+    pytest.param((1, 9, 270, 32), 32, 1, 2, id="rows that blocks would cut"),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "padding", "pool_size"), POOLED)
+def test_pooled_convolution_ends_in_the_same(x_shape, filters, padding, pool_size, team):
+    _, x, weight, bias, _ = arguments(x_shape, filters, padding)
+    exact = [array.astype(np.float64) for array in (x, weight, bias)]
+    expected, expected_argmax = reference.conv2d_pool_forward(*exact, pool_size, padding=padding)
+    results = []
+    for threads_used in (1, 2):
+        team(threads_used)
+        y, argmax = cpu.conv2d_pool_forward(x, weight, bias, pool_size, padding=padding)
+        results.append((y.tobytes(), argmax.tobytes()))
+        assert error(y, expected) < BOUND
+        assert np.mean(argmax != expected_argmax) < 1e-3  # where two pixels are nearly the same
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
     layer, x, weight, bias, dout = arguments((2, 12, 12, 32), 32, 1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct, simd, sparse
+from . import direct, simd, sparse, winograd
 from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
@@ -120,8 +120,11 @@ def conv2d_pool_forward(
     if with_argmax:
         argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8))
     if y.size:
-        table = layer.pooled_tables(e, simd.panel_width(x.dtype))
         where = np.empty(0, np.uint8) if argmax is None else argmax
+        if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
+            winograd.forward(layer, x, weight, bias, y, e, where)
+            return y, argmax
+        table = layer.pooled_tables(e, simd.panel_width(x.dtype))
         layer.run(x, table, weight, layer.positions, False, bias, y, e, where)
     return y, argmax
 

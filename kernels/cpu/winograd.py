@@ -22,6 +22,7 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
+from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, overwrite_panel
 from .winograd_transforms import (
@@ -44,8 +45,13 @@ _FEWEST_TILES = 8
 _FEWEST_PIXELS = 7
 # Tiles in a block, about: the transformed weights stream past once for each.
 _BLOCK = 32
+# Rows of so many tiles are not cut.
+_WIDEST = 64
 # Transformed weights of a group of panels, at most: they should stay in the third-level cache.
 _GROUP_BYTES = 12 << 20
+
+_NOWHERE = np.empty(0, np.uint8)
+_window_taps = lru_cache(maxsize=256)(window_taps)
 
 _enabled = True
 
@@ -108,7 +114,7 @@ def _transform_weights(part, parts, weight, transposed, g, panel0, panels, u, sq
             if transposed:
                 for tap in range(9):
                     source = ((8 - tap) * g.filters + column + c) * g.channels + k0
-                    transpose_square(weight, source, g.channels, square, tap * lanes * lanes)
+                    transpose_square(weight, source, g.channels, square, tap * lanes * lanes, lanes)
                 for i in range(lanes):
                     place = target + i * g.panel + c
                     weight_vector(square, i * lanes, lanes * lanes, u, place, g.weight_step)
@@ -154,8 +160,12 @@ def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch
 
 
 @kernel
-def _transform_output(m, g, first, last, bias, y, filter0):
-    """Write A^T M A + bias of a panel of filters from `filter0` on to the tiles from `first` to `last`."""
+def _transform_output(m, g, first, last, bias, filter0, y, y0, line, pixel, height):
+    """Write A^T M A + bias of a panel of filters from `filter0` on, for the tiles from `first` to `last`.
+
+    In `y` there are `pixel` elements from one pixel to the next, `line` to the next row, and `height` rows to
+    the next image; `y0` is where the panel of the first image would begin.
+    """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * y.itemsize)
     many = min(g.filters - filter0, g.panel)
@@ -164,7 +174,7 @@ def _transform_output(m, g, first, last, bias, y, filter0):
         w = (tile - row * g.tile_columns) * 4
         n = row // g.tile_rows
         h = (row - n * g.tile_rows) * 4
-        y0 = ((n * g.out_height + h) * g.out_width + w) * g.filters + filter0
+        place = y0 + (n * height + h) * line + w * pixel
         for c in range(0, many, lanes):
             output_tile(
                 m,
@@ -173,17 +183,57 @@ def _transform_output(m, g, first, last, bias, y, filter0):
                 bias,
                 filter0 + c,
                 y,
-                y0 + c,
-                g.out_width * g.filters,
-                g.filters,
+                place + c,
+                line,
+                pixel,
                 g.out_height - h,
                 g.out_width - w,
             )
 
 
+@kernel
+def _pool(z, g, first, last, e, taps, y, argmax, filter0):
+    """Finish whole rows of tiles of a panel, whose convolution lies in `z`, image by image."""
+    row = first // g.tile_columns
+    end = last // g.tile_columns
+    z0 = 0
+    while row < end:
+        n = row // g.tile_rows
+        h = (row - n * g.tile_rows) * 4
+        rows = min((n + 1) * g.tile_rows, end) - row
+        windows = min(rows * 4, g.out_height - h) // e.pool_h
+        y0 = (n * e.out_h + h // e.pool_h) * e.out_w * g.filters + filter0
+        many = min(g.filters - filter0, g.panel)
+        finish_panel(z[z0:], g.panel, windows, e, taps, y, y0, argmax, many)
+        z0 += rows * 4 * g.out_width * g.panel
+        row += rows
+
+
 @parallel
-def _correlate(part, parts, x, u, panel0, panels, bias, y, g, tables, zeros, offsets, columns, vs, ms):
+def _correlate(
+    part,
+    parts,
+    x,
+    u,
+    panel0,
+    panels,
+    bias,
+    y,
+    g,
+    tables,
+    zeros,
+    offsets,
+    columns,
+    vs,
+    ms,
+    e,
+    taps,
+    argmax,
+    zs,
+):
     keep_out_of_line()
+    z = zs[part]
+    line = g.out_width * g.panel
     v = vs[part]
     m = ms[part]
     input_rows, inner, product_rows = tables
@@ -196,37 +246,44 @@ def _correlate(part, parts, x, u, panel0, panels, bias, y, g, tables, zeros, off
         item += stop - begin
         first = block * g.block
         last = min(first + g.block, g.tiles)
-        channels = g.channels
-        transform_input(x, g, first, last, 0, channels, offsets[part], zeros, columns[part], v, channels)
+        # Not the literal 0, for which Numba would compile a second version.
+        c0, channels = span(0, 1, g.channels)
+        transform_input(x, g, first, last, c0, channels, offsets[part], zeros, columns[part], v, channels)
         for panel in range(begin, stop):
             filter0 = (panel0 + panel) * g.panel
-            for e in range(36):
+            for element in range(36):
                 overwrite_panel(
                     v,
-                    e * g.input_step,
+                    element * g.input_step,
                     input_rows,
                     inner,
                     0,
                     last - first,
                     channels,
                     u,
-                    (panel * 36 + e) * g.weight_step,
+                    (panel * 36 + element) * g.weight_step,
                     g.panel,
                     zeros,
                     0,
                     m,
-                    e * g.product_step,
+                    element * g.product_step,
                     product_rows,
                     min(g.filters - filter0, g.panel),
                 )
-            _transform_output(m, g, first, last, bias, y, filter0)
+            if e.pool_h > 0:
+                z0 = -(first // g.tile_columns) * 4 * line
+                _transform_output(m, g, first, last, bias, filter0, z, z0, line, g.panel, g.tile_rows * 4)
+                _pool(z, g, first, last, e, taps, y, argmax, filter0)
+            else:
+                row = g.out_width * g.filters
+                _transform_output(m, g, first, last, bias, filter0, y, filter0, row, g.filters, g.out_height)
 
 
 def _block_tiles(tile_columns: int, tiles: int) -> int:
     """Tiles in a block: about a multiple of the engine's rows, and whole rows of tiles where these fit."""
-    if tile_columns > 2 * _BLOCK:
+    if tile_columns > _WIDEST:
         return min(_BLOCK // TILE_ROWS * TILE_ROWS, tiles)
-    counts = [rows * tile_columns for rows in range(1, 2 * _BLOCK // tile_columns + 1)]
+    counts = [rows * tile_columns for rows in range(1, _WIDEST // tile_columns + 1)]
     counts = [count for count in counts if 2 * count >= _BLOCK] or counts
     waste = {count: -count % TILE_ROWS / count + abs(count - _BLOCK) / (16 * _BLOCK) for count in counts}
     return min(min(counts, key=waste.__getitem__), tiles)
@@ -234,11 +291,14 @@ def _block_tiles(tile_columns: int, tiles: int) -> int:
 
 @lru_cache(maxsize=256)
 def tiling(
-    x_shape: tuple[int, ...], y_shape: tuple[int, ...], top: int, left: int
+    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int]
 ) -> tuple[Tiling, tuple[np.ndarray, ...]]:
-    """The sizes, and the engine's tables: rows of the transformed input, channels, rows of the products."""
+    """The sizes, and the engine's tables: rows of the transformed input, channels, rows of the products.
+
+    `x_shape` is (N, H, W, C), `out_shape` is (Ho, Wo, F), and `padding` is that above and to the left.
+    """
     images, height, width, channels = x_shape
-    _, out_height, out_width, filters = y_shape
+    out_height, out_width, filters = out_shape
     tile_rows, tile_columns = -(-out_height // TILE), -(-out_width // TILE)
     tiles = images * tile_rows * tile_columns
     block = _block_tiles(tile_columns, tiles)
@@ -246,7 +306,7 @@ def tiling(
     panel, lanes = simd.panel_width(np.float32), simd.lanes(np.float32)
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     steps = (len(rows) * channels + lanes, channels * panel + lanes, len(rows) * panel + lanes)
-    image = (height, width, channels, top, left, out_height, out_width, filters)
+    image = (height, width, channels, *padding, out_height, out_width, filters)
     g = Tiling(*image, tile_rows, tile_columns, tiles, block, panel, *steps)
     return g, (rows * channels, np.arange(channels), rows * panel)
 
@@ -270,19 +330,34 @@ def _repays(images: int, height: int, width: int) -> bool:
     return tiles >= _FEWEST_TILES and images * height * width >= _FEWEST_PIXELS * tiles
 
 
-def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
-    """Overwrite `y` with the convolution of `x`; see `suits`."""
-    _convolve(x, weight, False, layer.rows.padding[0], layer.columns.padding[0], bias, y)
+def pools(layer: Layer, e: Epilogue) -> bool:
+    """Whether `forward` can end in `e`: no window may reach from one block of tiles into the next."""
+    return TILE % e.pool_h == 0 and -(-layer.out_image[1] // TILE) <= _WIDEST
+
+
+def forward(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = _NOWHERE,
+) -> None:
+    """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`; see `suits` and `pools`."""
+    image = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
+    g, tables = tiling(x.shape, (*image, layer.filters), (layer.rows.padding[0], layer.columns.padding[0]))
+    _convolve(g, tables, x, weight, False, bias, y, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input: `dout` convolved with the filters' mirror images."""
     top, left = (TAPS - 1 - side.padding[0] for side in (layer.rows, layer.columns))
-    _convolve(dout, weight, True, top, left, None, dx)
+    g, tables = tiling(dout.shape, dx.shape[1:], (top, left))
+    _convolve(g, tables, dout, weight, True, None, dx, NO_EPILOGUE, _NOWHERE)
 
 
-def _convolve(x, weight, transposed, top, left, bias, y):
-    g, tables = tiling(x.shape, y.shape, top, left)
+def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
     lanes = simd.lanes(x.dtype)
     panels = -(-g.filters // g.panel)
     panel_size = _AREA * g.weight_step
@@ -291,6 +366,7 @@ def _convolve(x, weight, transposed, top, left, bias, y):
     if bias is not None:
         start[: g.filters] = bias
     zeros = np.zeros(g.panel, x.dtype)
+    taps = _window_taps(e, g.panel)
     # Groups of about one size, each of as many panels as fit.
     groups = min(panels, -(-panels * panel_size * x.itemsize // _GROUP_BYTES))
     blocks = -(-g.tiles // g.block)
@@ -309,5 +385,8 @@ def _convolve(x, weight, transposed, top, left, bias, y):
         columns = scratch("windows", parts * size, x.dtype).reshape(parts, -1)
         vs = scratch("input", parts * _AREA * g.input_step, x.dtype).reshape(parts, -1)
         ms = scratch("products", parts * _AREA * g.product_step, x.dtype).reshape(parts, -1)
+        rows = -(-g.block // g.tile_columns) * TILE * g.out_width * g.panel if e.pool_h else 1
+        zs = scratch("rows", parts * rows, x.dtype).reshape(parts, rows)
         arrays = (x.reshape(-1), u, panel0, many, start, y.reshape(-1))
-        _correlate(parts, *arrays, g, tables, zeros, offsets, columns, vs, ms)
+        scratches = (zeros, offsets, columns, vs, ms)
+        _correlate(parts, *arrays, g, tables, *scratches, e, taps, argmax.reshape(-1), zs)

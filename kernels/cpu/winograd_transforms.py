@@ -297,9 +297,9 @@ def add_weight_gradient(typing_context, m, m0, step, dweight, d0, tap):
 
 
 @intrinsic
-def transpose_square(typing_context, source, s0, step, target, t0):
-    """target[t0 + i * lanes + j] = source[s0 + j * step + i], a square of one vector's lanes a side."""
-    signature = types.void(source, s0, step, target, t0)
+def transpose_square(typing_context, source, s0, step, target, t0, target_step):
+    """target[t0 + i * target_step + j] = source[s0 + j * step + i], a square of one vector's lanes a side."""
+    signature = types.void(source, s0, step, target, t0, target_step)
 
     def codegen(context, builder, signature, arguments):
         emit = _Transformer(context, builder, source.dtype)
@@ -322,8 +322,8 @@ def transpose_square(typing_context, source, s0, step, target, t0):
                 for i in range(half)
                 for order in orders
             ]
-        for i, vector in enumerate(vectors):
-            emit.store(vector, emit.at(target, _number(i * emit.lanes)))
+        for vector, place in zip(vectors, emit.steps(target, arguments[5], emit.lanes), strict=True):
+            emit.store(vector, place)
         return context.get_dummy_value()
 
     return signature, codegen

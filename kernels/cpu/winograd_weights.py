@@ -148,10 +148,10 @@ def _finish(part, parts, g, cut, sums, dweight):
 
 @lru_cache(maxsize=256)
 def _cut(
-    x_shape: tuple[int, ...], dout_shape: tuple[int, ...], top: int, left: int
+    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int]
 ) -> tuple[Tiling, Cut, tuple[np.ndarray, ...]]:
     """The sizes, and the engine's tables: channels, tiles, and channels in the sums."""
-    g, _ = tiling(x_shape, dout_shape, top, left)
+    g, _ = tiling(x_shape, out_shape, padding)
     lanes = simd.lanes(np.float32)
     panels = -(-g.filters // g.panel)
     rows = -(-g.channels // max(_CHANNELS, lanes))
@@ -175,7 +175,8 @@ def _cut(
 
 def add_backward_weight(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient to the filters to `dweight`; see `winograd.suits`."""
-    g, cut, tables = _cut(x.shape, dout.shape, layer.rows.padding[0], layer.columns.padding[0])
+    padding = (layer.rows.padding[0], layer.columns.padding[0])
+    g, cut, tables = _cut(x.shape, dout.shape[1:], padding)
     lanes = simd.lanes(x.dtype)
     tasks = cut.pieces * cut.rows * cut.columns
     sums = scratch("sums", tasks * _AREA * g.product_step, x.dtype).reshape(tasks, -1)
