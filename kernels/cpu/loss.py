@@ -16,41 +16,36 @@ import numpy as np
 from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
+from .exponential import largest_of, sum_of_powers
 from .pieces import fill
+from .vectors import pointer
 
 # An exponential takes about as long as this many of the operations that part_count counts.
-_EXP = 8
-
-
-@kernel
-def _largest(row):
-    largest = row[0]
-    for k in range(row.size):
-        largest = row[k] if row[k] > largest else largest
-    return largest
+_EXP = 2
 
 
 @parallel
 def _softmax(part, parts, x, y, log):
     keep_out_of_line()
+    source, target = pointer(x), pointer(y)
+    classes = x.shape[1]
     lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
-        source, target = x[m], y[m]
-        largest = _largest(source)
-        total = 0.0
-        for k in range(source.size):
-            target[k] = source[k] - largest
-            power = math.exp(target[k])
-            total += power
-            target[k] = target[k] if log else power
+        first = m * classes
+        largest = largest_of(source, first, classes)
+        total = sum_of_powers(source, first, classes, largest, target, first, not log)
+        row, result = x[m], y[m]
         if log:
             logarithm = x.dtype.type(math.log(total))
-            for k in range(source.size):
-                target[k] -= logarithm
+            for k in range(classes):
+                result[k] = row[k] - largest
+            # In a loop of its own: regrouped, a huge `largest` would swallow the logarithm.
+            for k in range(classes):
+                result[k] -= logarithm
         else:
-            divisor = x.dtype.type(total)
-            for k in range(source.size):
-                target[k] /= divisor
+            share = x.dtype.type(1 / total)
+            for k in range(classes):
+                result[k] *= share
 
 
 def _rows(name: str, x: np.ndarray) -> np.ndarray:
@@ -114,6 +109,7 @@ def log_softmax(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
 @parallel
 def _softmax_backward(part, parts, dout, y, dx, log):
     keep_out_of_line()
+    zero = y.dtype.type(0)
     lo, hi = span(part, parts, y.shape[0])
     for m in range(lo, hi):
         gradient, source, target = dout[m], y[m], dx[m]
@@ -121,8 +117,10 @@ def _softmax_backward(part, parts, dout, y, dx, log):
         if log:
             for k in range(source.size):
                 total += gradient[k]
+            first = m * source.size
+            sum_of_powers(pointer(y), first, source.size, zero, pointer(dx), first, True)
             for k in range(source.size):
-                target[k] = gradient[k] - math.exp(source[k]) * total
+                target[k] = gradient[k] - target[k] * total
         else:
             for k in range(source.size):
                 total += gradient[k] * source[k]
@@ -229,15 +227,6 @@ def _labels(target: Any, x: np.ndarray, ignore_index: int) -> tuple[np.ndarray, 
 
 
 @kernel
-def _log_of_sum(row, largest):
-    """log(sum(exp(row - largest)))."""
-    total = 0.0
-    for k in range(row.size):
-        total += math.exp(row[k] - largest)
-    return math.log(total)
-
-
-@kernel
 def _minus(a, b):
     """a - b, out of the compiler's sight.
 
@@ -250,6 +239,7 @@ def _minus(a, b):
 @parallel
 def _cross_entropy(part, parts, x, target, weight, ignore_index, smoothing, losses, weights):
     keep_out_of_line()
+    scores = pointer(x)
     classes = weight.size
     whole = 0.0
     for k in range(classes):
@@ -262,8 +252,8 @@ def _cross_entropy(part, parts, x, target, weight, ignore_index, smoothing, loss
             weights[m] = 0
             continue
         row = x[m]
-        largest = _largest(row)
-        logarithm = _log_of_sum(row, largest)
+        largest = largest_of(scores, m * classes, classes)
+        logarithm = math.log(sum_of_powers(scores, m * classes, classes, largest, scores, 0, False))
         loss = (1 - smoothing) * weight[label] * _minus(logarithm, row[label] - largest)
         if smoothing > 0:
             below = 0.0
@@ -329,20 +319,10 @@ def softmax_cross_entropy(
     return losses, weights
 
 
-@kernel
-def _exponentials(row, target):
-    """Overwrite `target` with exp(row - its largest value), and return the sum."""
-    largest = _largest(row)
-    total = 0.0
-    for k in range(row.size):
-        target[k] = math.exp(row[k] - largest)
-        total += target[k]
-    return total
-
-
 @parallel
 def _cross_entropy_backward(part, parts, dlosses, x, target, weight, ignore_index, smoothing, dx):
     keep_out_of_line()
+    scores, powers = pointer(x), pointer(dx)
     classes = weight.size
     whole = 0.0
     for k in range(classes):
@@ -354,13 +334,16 @@ def _cross_entropy_backward(part, parts, dlosses, x, target, weight, ignore_inde
         if label == ignore_index:
             fill(gradient, 0)
             continue
-        total = _exponentials(x[m], gradient)
+        largest = largest_of(scores, m * classes, classes)
+        total = sum_of_powers(scores, m * classes, classes, largest, powers, m * classes, True)
         of_label = (1 - smoothing) * weight[label]
         of_all = smoothing / classes
         scale = (of_label + of_all * whole) / total
+        upstream = dlosses[m]
+        of_power = gradient[label] * scale - (of_all * weight[label] + of_label)
         for k in range(classes):
-            q = of_all * weight[k] + (of_label if k == label else 0.0)
-            gradient[k] = dlosses[m] * (gradient[k] * scale - q)
+            gradient[k] = upstream * (gradient[k] * scale - of_all * weight[k])
+        gradient[label] = upstream * of_power
 
 
 def softmax_cross_entropy_backward(
@@ -411,11 +394,12 @@ def softmax_cross_entropy_backward(
 @parallel
 def _soft_cross_entropy(part, parts, x, target, weight, smoothing, losses):
     keep_out_of_line()
+    scores = pointer(x)
     lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         row, probability = x[m], target[m]
-        largest = _largest(row)
-        logarithm = _log_of_sum(row, largest)
+        largest = largest_of(scores, m * row.size, row.size)
+        logarithm = math.log(sum_of_powers(scores, m * row.size, row.size, largest, scores, 0, False))
         whole = below = 0.0
         for k in range(row.size):
             q = weight[k] * ((1 - smoothing) * probability[k] + smoothing / row.size)
@@ -470,11 +454,13 @@ def soft_cross_entropy(
 @parallel
 def _soft_cross_entropy_backward(part, parts, dlosses, x, target, weight, smoothing, dx):
     keep_out_of_line()
+    scores, powers = pointer(x), pointer(dx)
     classes = weight.size
     lo, hi = span(part, parts, x.shape[0])
     for m in range(lo, hi):
         gradient, probability = dx[m], target[m]
-        total = _exponentials(x[m], gradient)
+        largest = largest_of(scores, m * classes, classes)
+        total = sum_of_powers(scores, m * classes, classes, largest, powers, m * classes, True)
         whole = 0.0
         for k in range(classes):
             whole += weight[k] * ((1 - smoothing) * probability[k] + smoothing / classes)

@@ -301,3 +301,41 @@ def wide(typing_context, a):
         return builder.fpext(values[0], context.get_value_type(vector))
 
     return vector(a), codegen
+
+
+def _folded(builder, value, lanes, combine):
+    """Upper half with lower half, until one lane is left."""
+    while lanes > 1:
+        lanes //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        lower, upper = (
+            builder.shuffle_vector(
+                value, undefined, ir.Constant(ir.VectorType(_I32, lanes), list(range(first, first + lanes)))
+            )
+            for first in (0, lanes)
+        )
+        value = combine(lower, upper)
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@intrinsic
+def total(typing_context, a):
+    """The sum of all lanes, always added in the same order."""
+
+    def codegen(context, builder, signature, values):
+        return _folded(builder, values[0], a.lanes, builder.fadd)
+
+    return a.element(a), codegen
+
+
+@intrinsic
+def largest(typing_context, a):
+    """The largest lane, if none is NaN."""
+
+    def codegen(context, builder, signature, values):
+        def larger(lower, upper):
+            return builder.select(builder.fcmp_ordered(">", lower, upper), lower, upper)
+
+        return _folded(builder, values[0], a.lanes, larger)
+
+    return a.element(a), codegen

@@ -1,0 +1,139 @@
+"""The exponential function of vectors, and what softmax makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ..jit import kernel
+from .simd import VECTOR_BITS
+from .vectors import (
+    all_lanes,
+    first_lanes,
+    keep_in_line,
+    largest,
+    like,
+    load,
+    select,
+    store,
+    total,
+    wide,
+    zeros,
+)
+
+# By bits of an element: the exponent's first bit and offset, arguments beyond which the result is 0 or
+# infinite, terms of the series, and ln(2) in two parts, of which the first has so many zeros at its end that
+# its product with an exponent is exact.
+_FORMATS = {
+    32: (23, 127, -104.0, 89.0, 8, 0.693359375, -2.1219444005469057e-4),
+    64: (52, 1023, -746.0, 710.0, 14, 0.6931471803691238, 1.9082149292705877e-10),
+}
+
+
+@intrinsic
+def lanes_of(typing_context, pointer):
+    """Lanes of a vector of what `pointer` points to."""
+    count = VECTOR_BITS // pointer.dtype.bitwidth
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(ir.IntType(64), count)
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
+def exponential(typing_context, a):
+    """exp of each lane, to about one unit in the last place; NaN stays NaN.
+
+    exp(x) = 2**n exp(r) with n = round(x / ln(2)) and r = x - n ln(2), |r| < 0.35: the series of exp(r) needs
+    few terms. 2**n is made from its bits, in two factors, because it may lie beyond the floats' exponents.
+    """
+
+    def codegen(context, builder, signature, values):
+        bits = a.element.bitwidth
+        first_bit, offset, lowest, highest, terms, coarse, fine = _FORMATS[bits]
+        kind = values[0].type
+        integers = ir.VectorType(ir.IntType(bits), a.lanes)
+
+        def number(value, vector=kind):
+            return ir.Constant(vector, [value] * a.lanes)
+
+        def call(name, *arguments):
+            function = ir.FunctionType(kind, [kind] * len(arguments))
+            name = f"llvm.{name}.{a.shape}"
+            return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+        def bounded(value, symbol, bound):
+            return builder.select(builder.fcmp_ordered(symbol, value, bound), bound, value)
+
+        def power(exponent):
+            biased = builder.add(exponent, number(offset, integers))
+            return builder.bitcast(builder.shl(biased, number(first_bit, integers)), kind)
+
+        x = bounded(bounded(values[0], "<", number(lowest)), ">", number(highest))
+        n = call("rint", builder.fmul(x, number(1 / math.log(2))))
+        r = call("fma", n, number(-coarse), x)
+        r = call("fma", n, number(-fine), r)
+        series = number(1 / math.factorial(terms - 1))
+        for k in range(terms - 2, -1, -1):
+            series = call("fma", series, r, number(1 / math.factorial(k)))
+        known = builder.fcmp_ordered("==", x, x)
+        exponent = builder.fptosi(builder.select(known, n, number(0.0)), integers)
+        half = builder.ashr(exponent, number(1, integers))
+        return builder.fmul(builder.fmul(series, power(half)), power(builder.sub(exponent, half)))
+
+    if not isinstance(a.element, types.Float):
+        return None
+    return a(a), codegen
+
+
+@kernel
+def largest_of(row, first, count):
+    """The largest of row[first : first + count], `row` being a pointer; NaN counts for nothing."""
+    keep_in_line()
+    mask = all_lanes(row)
+    lanes = lanes_of(row)
+    best = like(zeros(row), -np.inf)
+    whole = count // lanes * lanes
+    for k in range(0, whole, lanes):
+        value = load(row, first + k, mask)
+        best = select(value > best, value, best)
+    if whole < count:
+        mask = first_lanes(row, count - whole)
+        value = load(row, first + whole, mask)
+        best = select((value > best) & mask, value, best)
+    return largest(best)
+
+
+@kernel
+def _power(row, at, mask, shift):
+    """exp(row[at:] - shift), zero outside of the mask."""
+    keep_in_line()
+    power = exponential(load(row, at, mask) - like(zeros(row), shift))
+    return select(mask, power, zeros(row))
+
+
+@kernel
+def sum_of_powers(row, first, count, shift, powers, to, keeps):
+    """The sum, in float64, of exp(row[first : first + count] - shift); written to powers[to:] if `keeps`."""
+    keep_in_line()
+    mask = all_lanes(row)
+    lanes = lanes_of(row)
+    sums = wide(zeros(row))
+    whole = count // lanes * lanes
+    for k in range(0, whole, lanes):
+        power = _power(row, first + k, mask, shift)
+        sums = sums + wide(power)
+        if keeps:
+            store(power, powers, to + k, mask)
+    if whole < count:
+        mask = first_lanes(row, count - whole)
+        power = _power(row, first + whole, mask, shift)
+        sums = sums + wide(power)
+        if keeps:
+            store(power, powers, to + whole, mask)
+    return total(sums)
