@@ -11,6 +11,8 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
+from .simd import VECTOR_BITS
+from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, store
 from .workspace import scratch
 
 
@@ -92,34 +94,57 @@ def valid_range(out, stride, offset, size):
     return first, max(first, last)
 
 
+@kernel
+def _inside(run, w, h, g):
+    """First and last + 1 of a run of taps, from pixel (h, w) on, that lie in the image."""
+    keep_in_line()
+    if h < 0 or h >= g.height:
+        return 0, 0
+    first = min(run, max(0, -w))
+    return first, max(first, min(run, g.width - w))
+
+
+@kernel
+def _copy_run(x, source, cols, target, size, first, last, lanes):
+    """cols[target : target + size] = x[source : source + size], and 0 before `first` and from `last` on."""
+    keep_in_line()
+    everything = all_lanes(x)
+    k = 0
+    if first == 0 and last == size:
+        while k + lanes <= size:
+            store(load(x, source + k, everything), cols, target + k, everything)
+            k += lanes
+    while k < size:
+        inside = first_lanes(x, last - k) ^ first_lanes(x, first - k)
+        store(load(x, source + k, inside), cols, target + k, first_lanes(x, size - k))
+        k += lanes
+
+
 @parallel
-def _im2col(part, parts, x, cols, g):
+def _im2col(part, parts, x, cols, rows, g):
     """Taps that are neighbours in memory are copied in one run: all kW of a row unless they are dilated."""
     keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    images, columns = pointer(x), pointer(cols)
     runs = 1 if g.dilation_w == 1 else g.kernel_w
     run = g.kernel_w // runs
-    lo, hi = span(part, parts, cols.shape[0])
+    size = run * g.channels
+    lo, hi = span(part, parts, rows)
     for row in range(lo, hi):
         line = row // g.out_w
         j = row - line * g.out_w
         n = line // g.out_h
         i = line - n * g.out_h
+        target = row * g.kernel_h * g.kernel_w * g.channels
         for a in range(g.kernel_h):
             h = i * g.stride_h - g.top + a * g.dilation_h
             for b in range(0, g.kernel_w, run):
                 w = j * g.stride_w - g.left + b * g.dilation_w
-                first, last = valid_range(run, 1, w, g.width)
-                if h < 0 or h >= g.height:
-                    first = last = run
-                begin = (a * g.kernel_w + b) * g.channels
-                target = cols[row, begin : begin + run * g.channels]
-                fill(target[: first * g.channels], 0)
-                if first < last:
-                    source = x[n * g.height + h, (w + first) * g.channels : (w + last) * g.channels]
-                    inside = target[first * g.channels : last * g.channels]
-                    for k in range(inside.size):
-                        inside[k] = source[k]
-                fill(target[last * g.channels :], 0)
+                first, last = _inside(run, w, h, g)
+                source = ((n * g.height + h) * g.width + w) * g.channels
+                first, last = first * g.channels, last * g.channels
+                _copy_run(images, source, columns, target, size, first, last, lanes)
+                target += size
 
 
 def im2col(
@@ -159,38 +184,51 @@ def im2col(
     shape = (x.shape[0] * g.out_h * g.out_w, g.kernel_h * g.kernel_w * g.channels)
     cols = checks.output("out", out, shape, x.dtype)
     if cols.size:
-        lines = x.reshape(x.shape[0] * g.height, g.width * g.channels)
-        _im2col(part_count(shape[0], cols.size), lines, cols, g)
+        _im2col(part_count(shape[0], cols.size), x.reshape(-1), cols.reshape(-1), shape[0], g)
     return cols
 
 
+@kernel
+def _add_run(cols, source, x, target, size, lanes):
+    """x[target : target + size] += cols[source : source + size]."""
+    keep_in_line()
+    everything = all_lanes(x)
+    k = 0
+    while k + lanes <= size:
+        value = load(x, target + k, everything) + load(cols, source + k, everything)
+        store(value, x, target + k, everything)
+        k += lanes
+    if k < size:
+        mask = first_lanes(x, size - k)
+        store(load(x, target + k, mask) + load(cols, source + k, mask), x, target + k, mask)
+
+
 @parallel
-def _col2im(part, parts, cols, x, g):
+def _col2im(part, parts, cols, x, lines, g):
     """Each row of an image gathers from all windows above it, always in the order kh, j, kw."""
     keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    images, columns = pointer(x), pointer(cols)
     runs = 1 if g.dilation_w == 1 else g.kernel_w
     run = g.kernel_w // runs
-    lo, hi = span(part, parts, x.shape[0])
+    width, window = g.width * g.channels, g.kernel_h * g.kernel_w * g.channels
+    lo, hi = span(part, parts, lines)
     for row in range(lo, hi):
         n = row // g.height
-        line = x[row]
-        fill(line, 0)
+        fill(x[row * width : (row + 1) * width], 0)
         for a in range(g.kernel_h):
             reach = row - n * g.height + g.top - a * g.dilation_h
             i = reach // g.stride_h
             if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
                 continue
             for j in range(g.out_w):
-                window = cols[(n * g.out_h + i) * g.out_w + j]
+                begin = ((n * g.out_h + i) * g.out_w + j) * window + a * g.kernel_w * g.channels
                 for b in range(0, g.kernel_w, run):
                     w = j * g.stride_w - g.left + b * g.dilation_w
-                    first, last = valid_range(run, 1, w, g.width)
-                    if first < last:
-                        begin = (a * g.kernel_w + b) * g.channels
-                        source = window[begin + first * g.channels : begin + last * g.channels]
-                        target = line[(w + first) * g.channels : (w + last) * g.channels]
-                        for k in range(target.size):
-                            target[k] += source[k]
+                    first, last = _inside(run, w, 0, g)
+                    source = begin + (b + first) * g.channels
+                    target = row * width + (w + first) * g.channels
+                    _add_run(columns, source, images, target, (last - first) * g.channels, lanes)
 
 
 def col2im(
@@ -232,8 +270,8 @@ def col2im(
     checks.same_shape("cols", cols, (rows, g.kernel_h * g.kernel_w * g.channels))
     x = checks.output("out", out, shape, cols.dtype)
     if x.size:
-        lines = x.reshape(shape[0] * g.height, g.width * g.channels)
-        _col2im(part_count(len(lines), cols.size), cols, lines, g)
+        lines = shape[0] * g.height
+        _col2im(part_count(lines, cols.size), cols.reshape(-1), x.reshape(-1), lines, g)
     return x
 
 

@@ -251,6 +251,7 @@ _register(operator.mul, _same, _arithmetic("fmul", "mul"))
 _register(operator.truediv, _same, _arithmetic("fdiv", "sdiv"))
 _register(operator.and_, _same, _arithmetic("", "and_"))
 _register(operator.or_, _same, _arithmetic("", "or_"))
+_register(operator.xor, _same, _arithmetic("", "xor"))
 for _operator, _symbol in (
     (operator.gt, ">"),
     (operator.le, "<="),
