@@ -42,6 +42,8 @@ _MOST_PROCESSES = 4
 _LARGE = 1 << 18
 # What a process returns that the system killed, as it does when memory runs out.
 _KILLED = -9
+# The units whose passes are compiled in two jobs.
+_CONVOLUTIONS = ("ConvPool", "Conv2d")
 # Images in a step of the whole network.
 _BATCH = 64
 
@@ -232,15 +234,38 @@ def _leave(stamp: Path) -> None:
 
 def _jobs(plan: _Plan) -> Iterator[str]:
     """Names of the jobs that can run side by side, the longest first. The whole network comes after them."""
-    kinds = {type(layer).__name__: None for layer in plan.model.modules() if _example(layer, 1) is not None}
-    if "Conv2d" in kinds:
-        yield from ("Conv2d forward", "Conv2d gradients") if plan.training else ("Conv2d forward",)
+    kinds = {type(unit).__name__: None for unit in _units(plan.model) if _example(unit, 1) is not None}
+    for kind in _CONVOLUTIONS:
+        if kind in kinds:
+            yield f"{kind} forward"
+            if plan.training:
+                yield f"{kind} gradients"
     if plan.image_dtype is not None:
         yield "batches"
-    yield from (kind for kind in kinds if kind != "Conv2d")
+    yield from (kind for kind in kinds if kind not in _CONVOLUTIONS)
     yield "CrossEntropyLoss"
     if plan.optimizer is not None:
         yield plan.optimizer
+
+
+def _units(model: Any) -> Iterator[Any]:
+    """Layers, and the runs of layers that are computed in one pass, which stand for their layers."""
+    from . import nn
+    from .nn import fusion
+
+    in_runs: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and fusion.get_fusion():
+            layers = list(module)
+            for first, last, run in fusion.fuse(layers, lambda layer: False):
+                if isinstance(run, fusion.Later):
+                    yield from (run.run, run.activation)
+                elif run is not None:
+                    yield run
+                if run is not None:
+                    in_runs.update(id(layer) for layer in layers[first:last])
+        elif id(module) not in in_runs:
+            yield module
 
 
 def _carry_out(plan: _Plan, job: str) -> None:
@@ -255,63 +280,103 @@ def _carry_out(plan: _Plan, job: str) -> None:
         _step(plan)
     else:
         kind, _, part = job.partition(" ")
-        for layer in plan.model.modules():
-            if type(layer).__name__ == kind:
+        plan.model.train(plan.training)
+        for unit in _units(plan.model):
+            if type(unit).__name__ == kind:
                 for elements in (1, _LARGE):
-                    _layer(layer, part, elements, plan.training)
+                    _unit(unit, part, elements, plan.training)
 
 
-def _example(layer: Any, elements: int) -> np.ndarray | None:
-    """An input of about `elements` numbers for a layer; None for containers and layers of unknown kinds."""
+def _example(unit: Any, elements: int) -> np.ndarray | None:
+    """An input of about `elements` numbers for a unit; None for containers and layers of unknown kinds."""
     from . import nn
+    from .nn import fusion
 
-    if isinstance(layer, nn.Linear):
-        return np.ones((max(2, elements // layer.in_features), layer.in_features), np.float32)
-    if isinstance(layer, nn.BatchNorm1d):
-        return np.ones((max(2, elements // layer.num_features), layer.num_features), np.float32)
-    if isinstance(layer, nn.Conv2d):
-        channels = layer.in_channels
-        side = max(8, 2 * max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)))
-    elif isinstance(layer, nn.BatchNorm2d):
-        channels, side = layer.num_features, 8
-    elif isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-        channels, side = 8, 16
-    elif isinstance(layer, (nn.ReLU, nn.LeakyReLU, nn.Dropout)):
-        channels, side = 8, 8
+    dtype: Any = np.float32
+    if isinstance(unit, (nn.Linear, nn.BatchNorm1d)):
+        features = unit.in_features if isinstance(unit, nn.Linear) else unit.num_features
+        shape: tuple[int, ...] = (max(2, elements // features), features)
     else:
-        return None
-    return np.ones((max(2, elements // (channels * side**2)), channels, side, side), np.float32)
+        pool = 1
+        layer = unit
+        if isinstance(unit, (fusion.ConvPool, fusion.NormPool)):
+            pool = max(unit.pool_size)
+            layer = unit.conv if isinstance(unit, fusion.ConvPool) else unit.norm
+        if isinstance(layer, nn.Conv2d):
+            channels = layer.in_channels
+            reach = max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+            side = max(8, 2 * reach) + max(layer.stride) * (pool - 1)
+        elif isinstance(layer, nn.BatchNorm2d):
+            channels, side = layer.num_features, max(8, pool)
+        elif isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            channels, side = 8, 16
+        elif isinstance(layer, (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Dropout)):
+            channels, side = 8, 8
+        else:
+            return None
+        if isinstance(layer, nn.PReLU):
+            channels = max(channels, layer.num_parameters)
+        unit = layer
+        shape = (max(2, elements // (channels * side**2)), channels, side, side)
+    for parameter in unit.parameters():
+        dtype = parameter.dtype
+    return np.ones(shape, dtype)
 
 
-def _layer(layer: Any, part: str, elements: int, training: bool) -> None:
-    from .kernels import cpu
+def _unit(unit: Any, part: str, elements: int, training: bool) -> None:
+    from .nn import fusion
 
-    x = _example(layer, elements)
+    x = _example(unit, elements)
     assert x is not None
-    for parameter in layer.parameters():
-        x = x.astype(parameter.dtype)
-    layer.train(training)
-    if not part or not training:
-        y = layer(x)
+    if part and training:
+        _convolution(unit, part, x)
+    elif isinstance(unit, (fusion.ConvPool, fusion.NormPool)):
+        y, saved = unit.forward(x)
         if training:
-            layer.backward(np.ones_like(y))
-        return
-    # A convolution's passes take longest to compile: forward and towards the input share one kernel, and the
-    # gradient of the weights has another, so that two processes can do them.
+            unit.backward(np.ones_like(y), [saved], True)
+    else:
+        y = unit(x)
+        if training:
+            unit.backward(np.ones_like(y))
+
+
+def _convolution(unit: Any, part: str, x: np.ndarray) -> None:
+    """One half of a convolution's passes, which take longest to compile.
+
+    Forward and towards the input share kernels, and the gradient of the weights has others, so that two
+    processes can do them.
+    """
+    from .kernels import cpu
+    from .nn import fusion
+
+    fused = isinstance(unit, fusion.ConvPool)
+    conv = unit.conv if fused else unit
     images = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
-    n, h, w, c = images.shape
-    filters, out_h, out_w = layer.output_shape((c, h, w))
-    geometry = (layer.stride, layer._pads, layer.dilation, layer.groups)
-    dout = np.ones((n, out_h, out_w, filters), x.dtype)
+    weight, bias = conv.weight, conv.bias
+    geometry = (conv.stride, conv._pads, conv.dilation, conv.groups)
+    if fused:
+        forward = (None if bias is None else bias.memory, unit.pool_size, unit.relu, *geometry)
+        backward = (unit.pool_size, *geometry)
+        filters, height, width = fusion.pooled(conv.output_shape(x.shape[1:]), unit.pool)
+        dout = np.ones((len(x), height, width, filters), x.dtype)
+        argmax = np.zeros(dout.shape, np.uint8)
+        if part == "forward":
+            cpu.conv2d_pool_forward(images, weight.memory, *forward)
+            cpu.conv2d_pool_backward_input(dout, argmax, weight.memory, images.shape, *backward)
+        else:
+            cpu.conv2d_pool_backward_weight(dout, argmax, images, conv.kernel_size, *backward)
+        return
+    filters, height, width = conv.output_shape(x.shape[1:])
+    dout = np.ones((len(x), height, width, filters), x.dtype)
     if part == "forward":
-        layer(x)
-        cpu.conv2d_backward_input(dout, layer.weight.memory, images.shape, *geometry)
+        conv(x)
+        cpu.conv2d_backward_input(dout, weight.memory, images.shape, *geometry)
     else:
         cpu.conv2d_backward_weight(
-            dout, images, layer.kernel_size, *geometry, out=layer.weight.grad_memory, accumulate=True
+            dout, images, conv.kernel_size, *geometry, out=weight.grad_memory, accumulate=True
         )
-        if layer.bias is not None:
-            cpu.conv2d_backward_bias(dout, out=layer.bias.grad_memory, accumulate=True)
+        if bias is not None:
+            cpu.conv2d_backward_bias(dout, out=bias.grad_memory, accumulate=True)
 
 
 def _loss(plan: _Plan) -> None:

@@ -68,7 +68,7 @@ class ConvPool:
         conv = self.conv
         x = images(input, conv.weight.dtype, conv.in_channels)
         n, h, w, c = x.shape
-        filters, height, width = _pooled(conv.output_shape((c, h, w)), self.pool)
+        filters, height, width = pooled(conv.output_shape((c, h, w)), self.pool)
         y = _buffers.empty((n, height, width, filters), x.dtype)
         keeps = is_grad_enabled()
         argmax = _buffers.empty(y.shape, np.uint8) if keeps else None
@@ -132,7 +132,7 @@ class NormPool:
         norm = self.norm
         x, batch_statistics, running, momentum = norm._begin(input)
         n, h, w, c = x.shape
-        _, height, width = _pooled((c, h, w), self.pool)
+        _, height, width = pooled((c, h, w), self.pool)
         y = _buffers.empty((n, height, width, c), x.dtype)
         argmax = _buffers.empty(y.shape, np.uint8)
         _, _, mean, inv_std = cpu.batch_norm_pool_forward(
@@ -214,7 +214,8 @@ class Later:
 Run = ConvPool | NormPool | Later
 
 
-def _pooled(shape: tuple[int, int, int], pool: MaxPool2d | None) -> tuple[int, int, int]:
+def pooled(shape: tuple[int, int, int], pool: MaxPool2d | None) -> tuple[int, int, int]:
+    """The shape of images after `pool`, if there is one."""
     return shape if pool is None else pool.output_shape(shape)
 
 

@@ -13,15 +13,19 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import get_num_threads, parallel, part_count, span
 from . import simd
+from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
+from .winograd_transforms import transpose_square
 from .workspace import clear, copy, scratch
 
 _BLOCK_K = 256
 _BLOCK_ROWS = 96
 # From one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
 _PITCH = _BLOCK_K + 16
+# Panels of B that are packed together, so that its rows are read in longer pieces.
+_PANELS = 4
 # With so few rows of A, reading B where it lies costs less than packing it.
 _FEW_ROWS = 16
 _MULTIPLY_ADDS_PER_BYTE = 10
@@ -43,24 +47,44 @@ class Product(NamedTuple):
 
 
 @kernel
-def _pack_panel(b, p, k0, depth, first, many, width, panel):
-    """Copy `depth` rows and `many` columns of B to `panel`, with zeros up to `width` columns.
+def _pack_panels(b, p, k0, depth, first, many, width, packed):
+    """Copy `depth` rows and `many` columns of B to panels of `width` columns, the last filled up with zeros.
 
-    One of B's strides is 1: the inner loop reads along it.
+    One of B's strides is 1. Rows are read in full, for all panels; columns that lie along k are transposed by
+    squares, as far as these go.
     """
     source = k0 * p.b_k + first * p.b_column
+    size = packed.size // _PANELS
+    last = many // width * width
     if p.b_column == 1:
         for k in range(depth):
-            copy(b, source + k * p.b_k, panel, k * width, many)
-            clear(panel, k * width + many, width - many)
-    else:
-        if many < width:
-            clear(panel, 0, depth * width)
-        for j in range(many):
-            column = b[source + j * p.b_column : source + j * p.b_column + depth]
-            places = panel[j : j + depth * width : width]
-            for k in range(column.size):
-                places[k] = column[k]
+            for j in range(0, last, width):
+                copy(b, source + k * p.b_k + j, packed, j // width * size + k * width, width)
+            if last < many:
+                place = last // width * size + k * width
+                copy(b, source + k * p.b_k + last, packed, place, many - last)
+                clear(packed, place + many - last, width - (many - last))
+        return
+    lanes = VECTOR_BITS // (8 * b.itemsize)
+    if last < many:
+        clear(packed, last // width * size, depth * width)
+    square_columns = many // lanes * lanes
+    square_depth = depth // lanes * lanes
+    for j in range(many):
+        panel = j // width
+        place = panel * size + j - panel * width
+        begin = 0
+        if j < square_columns:
+            begin = square_depth
+            if j % lanes == 0:
+                for k in range(0, square_depth, lanes):
+                    transpose_square(
+                        b, source + j * p.b_column + k, p.b_column, packed, place + k * width, width
+                    )
+        column = b[source + j * p.b_column + begin : source + j * p.b_column + depth]
+        places = packed[place + begin * width : place + depth * width : width]
+        for k in range(column.size):
+            places[k] = column[k]
 
 
 @kernel
@@ -77,32 +101,57 @@ def _pack_rows(a, p, a0, depth, rows, block):
 @parallel
 def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, blocks_of_a):
     keep_out_of_line()
-    panel = panels_of_b[part]
+    packed = panels_of_b[part]
     rows_of_a = blocks_of_a[part]
-    width = panel.size // col.size
+    depth_size = packed.size // _PANELS
+    width = depth_size // col.size
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
-    lo, hi = span(part, parts, panels * blocks)
-    for task in range(lo, hi):
-        block = task // panels
-        first = (task - block * panels) * width
-        many = min(p.columns - first, width)
+    in_place = p.b_column == 1 and p.rows <= _FEW_ROWS
+    item, end = span(part, parts, panels * blocks)
+    while item < end:
+        block = item // panels
+        panel0 = item - block * panels
+        panel1 = min(panel0 + end - item, panels)
+        item += panel1 - panel0
         r0, r1 = (p.tail, row.size) if block == blocks - 1 else (0, p.tail)
         rows = min(p.rows - block * p.block_rows, p.block_rows)
-        c0 = block * p.block_rows * p.columns + first
         for k0 in range(0, max(p.depth, 1), col.size):
             depth = min(p.depth - k0, col.size)
-            source, b0, ldb = b, k0 * p.b_k + first, p.b_k
-            if p.b_column != 1 or many < width or p.rows > _FEW_ROWS:
-                _pack_panel(b, p, k0, depth, first, many, width, panel)
-                source, b0, ldb = panel, 0, width
             _pack_rows(a, p, block * p.block_rows * p.a_row + k0 * p.a_k, depth, rows, rows_of_a)
-            if k0 == 0 and p.accumulate == 0:
-                overwrite_panel(
-                    rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, start, first, c, c0, crow, many
-                )
-            else:
-                add_panel(rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
+            for panel in range(panel0, panel1):
+                first = panel * width
+                many = min(p.columns - first, width)
+                c0 = block * p.block_rows * p.columns + first
+                source, b0, ldb = b, k0 * p.b_k + first, p.b_k
+                if not in_place or many < width:
+                    group = 0 if in_place else (panel - panel0) % _PANELS
+                    if group == 0:
+                        more = 1 if in_place else min(_PANELS, panel1 - panel)
+                        many_packed = min(more * width, p.columns - first)
+                        _pack_panels(b, p, k0, depth, first, many_packed, width, packed)
+                    source, b0, ldb = packed, group * depth_size, width
+                if k0 == 0 and p.accumulate == 0:
+                    overwrite_panel(
+                        rows_of_a,
+                        0,
+                        row,
+                        col,
+                        r0,
+                        r1,
+                        depth,
+                        source,
+                        b0,
+                        ldb,
+                        start,
+                        first,
+                        c,
+                        c0,
+                        crow,
+                        many,
+                    )
+                else:
+                    add_panel(rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
 
 
 @lru_cache(maxsize=512)
@@ -153,7 +202,10 @@ def _product(
         start[:columns] = bias
     tasks = -(-columns // width) * -(-rows // block)
     parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
-    panels = scratch("weights", parts * _BLOCK_K * width, c.dtype).reshape(parts, -1)
+    if parts == tasks:
+        # Panels in one part share the packed rows of A.
+        parts = min(parts, get_num_threads())
+    panels = scratch("weights", parts * _PANELS * _BLOCK_K * width, c.dtype).reshape(parts, -1)
     blocks = scratch("windows", parts * _BLOCK_ROWS * _PITCH, c.dtype).reshape(parts, -1)
     flat = (a.reshape(-1), b.reshape(-1), start, c.reshape(-1))
     _multiply(parts, *flat, product, row, crow, col, panels, blocks)
