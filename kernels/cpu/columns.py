@@ -12,7 +12,7 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .simd import VECTOR_BITS
-from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, store
+from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, prefetch, store, zeros
 from .workspace import scratch
 
 
@@ -189,46 +189,49 @@ def im2col(
 
 
 @kernel
-def _add_run(cols, source, x, target, size, lanes):
-    """x[target : target + size] += cols[source : source + size]."""
+def _gathered(cols, line, at, size, mask, g):
+    """The sum of all that windows hold of `size` elements, from `at` on, of a row of an image: one vector.
+
+    `line` is the row, counted through all images.
+    """
     keep_in_line()
-    everything = all_lanes(x)
-    k = 0
-    while k + lanes <= size:
-        value = load(x, target + k, everything) + load(cols, source + k, everything)
-        store(value, x, target + k, everything)
-        k += lanes
-    if k < size:
-        mask = first_lanes(x, size - k)
-        store(load(x, target + k, mask) + load(cols, source + k, mask), x, target + k, mask)
+    runs = 1 if g.dilation_w == 1 else g.kernel_w
+    run = g.kernel_w // runs * g.channels
+    step, window = g.stride_w * g.channels, g.kernel_h * g.kernel_w * g.channels
+    n = line // g.height
+    total = zeros(cols)
+    for b in range(runs):
+        # Window j has its run from `start` + j * step on.
+        start = (b * g.dilation_w - g.left) * g.channels
+        first = max(0, (at - run - start) // step + 1)
+        last = min(g.out_w, (at + size - 1 - start) // step + 1)
+        for a in range(g.kernel_h):
+            reach = line - n * g.height + g.top - a * g.dilation_h
+            i = reach // g.stride_h
+            if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
+                continue
+            source = (n * g.out_h + i) * g.out_w * window + (a * g.kernel_w + b) * g.channels
+            for j in range(first, last):
+                ahead = at - start - j * step
+                inside = (first_lanes(cols, run - ahead) ^ first_lanes(cols, -ahead)) & mask
+                prefetch(cols, source + (j + g.out_w) * window + ahead)
+                total = total + load(cols, source + j * window + ahead, inside)
+    return total
 
 
 @parallel
 def _col2im(part, parts, cols, x, lines, g):
-    """Each row of an image gathers from all windows above it, always in the order kh, j, kw."""
+    """Each row of an image gathers from all windows above it, always in the same order."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
     images, columns = pointer(x), pointer(cols)
-    runs = 1 if g.dilation_w == 1 else g.kernel_w
-    run = g.kernel_w // runs
-    width, window = g.width * g.channels, g.kernel_h * g.kernel_w * g.channels
+    width = g.width * g.channels
     lo, hi = span(part, parts, lines)
-    for row in range(lo, hi):
-        n = row // g.height
-        fill(x[row * width : (row + 1) * width], 0)
-        for a in range(g.kernel_h):
-            reach = row - n * g.height + g.top - a * g.dilation_h
-            i = reach // g.stride_h
-            if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
-                continue
-            for j in range(g.out_w):
-                begin = ((n * g.out_h + i) * g.out_w + j) * window + a * g.kernel_w * g.channels
-                for b in range(0, g.kernel_w, run):
-                    w = j * g.stride_w - g.left + b * g.dilation_w
-                    first, last = _inside(run, w, 0, g)
-                    source = begin + (b + first) * g.channels
-                    target = row * width + (w + first) * g.channels
-                    _add_run(columns, source, images, target, (last - first) * g.channels, lanes)
+    for line in range(lo, hi):
+        for at in range(0, width, lanes):
+            size = min(lanes, width - at)
+            mask = first_lanes(images, size)
+            store(_gathered(columns, line, at, size, mask, g), images, line * width + at, mask)
 
 
 def col2im(
