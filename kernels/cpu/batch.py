@@ -5,20 +5,16 @@ These kernels use one thread: they run in the loader's, beside the training step
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from .. import checks
 from ..jit import kernel
-from .dropout import RANDOM_BITS, random_bits, seed64
+from .dropout import seed64
+from .gaussian import BLOCK, add_noise
 from .pieces import fill, row_width
 from .workspace import scratch
 
 IMAGE_DTYPES = (np.dtype(np.uint8), np.dtype(np.float32))
-
-_UNIT = np.float32(2.0**-RANDOM_BITS)
-_TURN = np.float32(2 * math.pi)
 
 # Shifts and cutouts become integers.
 _HUGE = 1e9
@@ -143,17 +139,6 @@ def _place(image, white, flip, dy, dx, channels, target):
 
 
 @kernel
-def _add_noise(values, noise, first, seed):
-    """Add normal numbers, by Box and Muller (1958) from a pair of uniform ones each."""
-    for k in range(values.size):
-        counter = seed + np.uint64(2) * np.uint64(first + k)
-        radius = np.float32(1) - np.float32(random_bits(counter)) * _UNIT
-        angle = np.float32(random_bits(counter + np.uint64(1))) * _UNIT
-        normal = math.sqrt(np.float32(-2) * math.log(radius)) * math.cos(_TURN * angle)
-        values[k] += noise * normal
-
-
-@kernel
 def _cut_out(target, y0, x0, size, channels):
     height, row = target.shape
     for i in range(max(y0, 0), min(y0 + size, height)):
@@ -175,7 +160,7 @@ def _finish(values, white, scale, shift):
 
 
 @kernel
-def _augment(images, index, scale, shift, params, seed, white, channels, out):
+def _augment(images, index, scale, shift, params, seed, white, channels, uniform, out):
     for b in range(index.size):
         p = params[b]
         target = out[b]
@@ -185,7 +170,7 @@ def _augment(images, index, scale, shift, params, seed, white, channels, out):
         for k in range(values.size):
             values[k] = mean + contrast * (values[k] - mean) + brightness
         if noise != 0:
-            _add_noise(values, noise, b * values.size, seed)
+            add_noise(values, noise, b * values.size, seed, uniform)
         _cut_out(target, int(p[6]), int(p[7]), int(p[8]), channels)
         _finish(values, white, scale, shift)
 
@@ -254,5 +239,6 @@ def augment_batch(
         rows = _along_row("scale", scale), _along_row("shift", shift)
         white = np.float32(255 if images.dtype == np.uint8 else 1)
         lines = images.reshape(n, h, w * c), batch.reshape(len(index), h, w * c)
-        _augment(lines[0], index, *rows, params, key, white, c, lines[1])
+        uniform = scratch("uniform", 2 * BLOCK, np.float32).reshape(2, BLOCK)
+        _augment(lines[0], index, *rows, params, key, white, c, uniform, lines[1])
     return batch
