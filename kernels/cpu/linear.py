@@ -15,6 +15,7 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import get_num_threads, parallel, part_count, span
 from . import simd
+from .runs import add_runs
 from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
 from .winograd_transforms import transpose_square
@@ -26,8 +27,13 @@ _BLOCK_ROWS = 96
 _PITCH = _BLOCK_K + 16
 # Panels of B that are packed together, so that its rows are read in longer pieces.
 _PANELS = 4
-# With so few rows of A, reading B where it lies costs less than packing it.
-_FEW_ROWS = 16
+# With so few rows of A, a tile would compute too many twice; and as so many elements of B as 32 bits count.
+_FEW_ROWS = 4
+_MOST_ELEMENTS = (1 << 31) - 1
+# Columns that one task of a product of few rows sums.
+_CHUNK = 64
+# With so many rows of A, packing B costs more than reading it where it lies.
+_UNPACKED_ROWS = 16
 _MULTIPLY_ADDS_PER_BYTE = 10
 
 
@@ -107,7 +113,7 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
     width = depth_size // col.size
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
-    in_place = p.b_column == 1 and p.rows <= _FEW_ROWS
+    in_place = p.b_column == 1 and p.rows <= _UNPACKED_ROWS
     item, end = span(part, parts, panels * blocks)
     while item < end:
         block = item // panels
@@ -152,6 +158,46 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
                     )
                 else:
                     add_panel(rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
+
+
+@parallel
+def _multiply_few(part, parts, x, rows, weight, starts, bias, y, columns):
+    """y = bias + x W for few rows of x: each is a sum of weighted rows of W, read where they lie."""
+    keep_out_of_line()
+    depth = starts.size
+    lo, hi = span(part, parts, (columns + _CHUNK - 1) // _CHUNK)
+    for chunk in range(lo, hi):
+        first = chunk * _CHUNK
+        many = min(columns - first, _CHUNK)
+        for m in range(rows):
+            copy(bias, first, y, m * columns + first, many)
+        # Whole vectors of the last row would end behind the matrix.
+        for k0 in range(0, depth - 1, _BLOCK_K):
+            count = min(depth - 1 - k0, _BLOCK_K)
+            for m in range(rows):
+                factors = x[m * depth : (m + 1) * depth]
+                add_runs(factors, starts, k0, count, weight, first, y, m * columns + first, many)
+        last = weight[(depth - 1) * columns + first : (depth - 1) * columns + first + many]
+        for m in range(rows):
+            factor = x[(m + 1) * depth - 1]
+            result = y[m * columns + first : m * columns + first + many]
+            for j in range(many):
+                result[j] += factor * last[j]
+
+
+@lru_cache(maxsize=512)
+def _row_starts(depth: int, columns: int) -> np.ndarray:
+    return np.arange(0, depth * columns, columns, dtype=np.int32)
+
+
+def _few_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    rows, columns = y.shape
+    if bias is None:
+        bias = scratch("start", columns, y.dtype)
+        bias.fill(0)
+    parts = part_count(-(-columns // _CHUNK), rows * weight.size / _MULTIPLY_ADDS_PER_BYTE * 4)
+    starts = _row_starts(*weight.shape)
+    _multiply_few(parts, x.reshape(-1), rows, weight.reshape(-1), starts, bias, y.reshape(-1), columns)
 
 
 @lru_cache(maxsize=512)
@@ -241,6 +287,9 @@ def linear_forward(
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (rows, filters), x.dtype)
+    if 0 < rows <= _FEW_ROWS and 0 < weight.size <= _MOST_ELEMENTS:
+        _few_rows(x, weight, bias, y)
+        return y
     _product(x, (depth, 1), weight, (filters, 1), depth, bias, y, False)
     return y
 
