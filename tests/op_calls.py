@@ -81,6 +81,8 @@ CONVOLUTIONS = {
     "one channel, in blocks": ((1, 90, 24, 1), 16, (3, 3), 1, 1, 1, 1),
     "two channels, dilated": ((3, 20, 44, 2), 17, (3, 2), (3, 2), ASYMMETRIC, (1, 3), 1),
     "two channels, stride beyond the kernel": ((2, 25, 44, 2), 17, (3, 2), (4, 5), ASYMMETRIC, (2, 1), 1),
+    "images in lanes": ((33, 9, 8, 3), 10, (5, 5), 1, 1, 1, 1),
+    "images in lanes, stride 2": ((48, 9, 10, 6), 6, (3, 3), 2, 1, 1, 1),
     "groups": ((2, 6, 5, 12), 8, (3, 3), 1, 1, 1, 4),
     "depthwise": ((1, 7, 6, 10), 10, (3, 3), 2, 1, 1, 10),
     "depthwise, 33 channels": ((2, 9, 11, 33), 33, (3, 3), 1, 1, 1, 33),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import depthwise, direct, few_channels, winograd, winograd_weights
+from . import depthwise, direct, few_channels, image_lanes, winograd, winograd_weights
 
 
 def conv2d_forward(
@@ -60,6 +60,8 @@ def conv2d_forward(
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
     if y.size and depthwise.fits(layer):
         depthwise.forward(layer, x, weight, bias, y)
+    elif y.size and image_lanes.suits_forward(layer, x.shape[0], x.dtype):
+        image_lanes.forward(layer, x, weight, bias, y)
     elif y.size and winograd.suits(layer, x.shape[0], x.dtype):
         winograd.forward(layer, x, weight, bias, y)
     elif y.size:
@@ -106,6 +108,9 @@ def conv2d_backward_input(
             dx.fill(0)
         if depthwise.fits(layer):
             depthwise.backward_input(layer, dout, weight, dx)
+            return dx
+        if image_lanes.suits_input(layer, shape[0], dout.dtype):
+            image_lanes.backward_input(layer, dout, weight, dx)
             return dx
         if few_channels.suits(layer, dout.dtype):
             few_channels.backward_input(layer, dout, weight, dx)
@@ -157,6 +162,8 @@ def conv2d_backward_weight(
         dweight.fill(0)
     if dweight.size and dout.size and depthwise.fits(layer):
         depthwise.add_weight_gradient(layer, dout, x, dweight)
+    elif dweight.size and dout.size and image_lanes.suits_weight(layer, images, dout.dtype):
+        image_lanes.add_weight_gradient(layer, dout, x, dweight)
     elif dweight.size and dout.size and winograd.suits(layer, images, dout.dtype):
         winograd_weights.add_backward_weight(layer, dout, x, dweight)
     elif dweight.size and dout.size:

@@ -21,6 +21,7 @@ from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
 from .direct import Layer
 from .geometry import Axis
+from .loops import memory, sum_loop
 from .pieces import fold
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import Emitter
@@ -158,43 +159,10 @@ def _input_classes(layer: Layer) -> list[Classes]:
     ]
 
 
-def _sum_loop(emit, first, last, start, step):
-    """The loop of k from `first` to `last` over ``sums = step(k, sums)``; returns the final sums."""
-    builder = emit.builder
-    entry = builder.block
-    loop = builder.append_basic_block("depthwise.k")
-    end = builder.append_basic_block("depthwise.end")
-    builder.cbranch(builder.icmp_signed("<", first, last), loop, end)
-
-    builder.position_at_end(loop)
-    k = builder.phi(_I64)
-    sums = [builder.phi(emit.vector) for _ in start]
-    new = step(k, sums)
-    next_k = builder.add(k, ir.Constant(_I64, 1))
-    k.add_incoming(first, entry)
-    k.add_incoming(next_k, loop)
-    for phi, begin, value in zip(sums, start, new, strict=True):
-        phi.add_incoming(begin, entry)
-        phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", next_k, last), loop, end)
-
-    builder.position_at_end(end)
-    results = [builder.phi(emit.vector) for _ in start]
-    for phi, begin, value in zip(results, start, new, strict=True):
-        phi.add_incoming(begin, entry)
-        phi.add_incoming(value, loop)
-    return results
-
-
-def _memory(context, builder, kind, array):
-    """The pointer to an array's elements."""
-    return context.make_array(kind)(context, builder, array).data
-
-
 def _tables(context, builder, kind, classes):
     """The pointers to the tables of pixels, places, taps and weights."""
     positions = [kind.fields.index(name) for name in ("pixels", "places", "taps", "weights")]
-    return [_memory(context, builder, kind.types[i], builder.extract_value(classes, i)) for i in positions]
+    return [memory(context, builder, kind.types[i], builder.extract_value(classes, i)) for i in positions]
 
 
 @intrinsic(prefer_literal=True)
@@ -216,7 +184,7 @@ def _pixels_tile(
         emit = Emitter(context, builder, x.dtype)
         x0, p0, k0, k1, y0, c, left = (arguments[i] for i in (4, 6, 7, 8, 12, 13, 14))
         image, filters, bias, result = (
-            emit.at(_memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 9, 10, 11)
+            emit.at(memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 9, 10, 11)
         )
         pixel_table, place_table, taps, weights = _tables(context, builder, of, arguments[5])
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(many_vectors)]
@@ -236,7 +204,7 @@ def _pixels_tile(
                 for i, (value, total) in enumerate(zip(values, sums, strict=True))
             ]
 
-        sums = _sum_loop(emit, k0, k1, row(bias) * many_pixels, step)
+        sums = sum_loop(emit, k0, k1, row(bias) * many_pixels, step)
         places = [emit.at(result, y0, builder.load(emit.at(place_table, p0, p))) for p in numbers]
         for i, total in enumerate(sums):
             v = i % many_vectors
@@ -266,7 +234,7 @@ def _taps_tile(
         emit = Emitter(context, builder, x.dtype)
         x0, k0, last, p0, p1, d0, c, left = (arguments[i] for i in (4, 6, 7, 8, 9, 11, 13, 14))
         image, gradient, result = (
-            emit.at(_memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 10, 12)
+            emit.at(memory(context, builder, signature.args[i], arguments[i]), c) for i in (3, 10, 12)
         )
         pixel_table, place_table, tap_table, weights = _tables(context, builder, of, arguments[5])
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(many_vectors)]
@@ -288,7 +256,7 @@ def _taps_tile(
             ]
 
         zero = ir.Constant(emit.vector, None)
-        sums = _sum_loop(emit, p0, p1, [zero] * (many_taps * many_vectors), step)
+        sums = sum_loop(emit, p0, p1, [zero] * (many_taps * many_vectors), step)
         places = [emit.at(result, builder.load(emit.at(weights, k))) for k in ks]
         before = [value for place in places for value in row(place)]
         for i, (value, total) in enumerate(zip(before, sums, strict=True)):

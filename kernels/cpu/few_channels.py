@@ -230,16 +230,20 @@ def _shares(layer: Layer, images: int, dtype: np.dtype) -> tuple[Shares, int]:
 def suits(layer: Layer, dtype: np.dtype) -> bool:
     """Whether the gradient to the input is best computed from shares."""
     lanes = simd.lanes(dtype)
-    columns = layer.rows.kernel * layer.columns.kernel * layer.channels
     outputs = layer.out_image[0] * layer.out_image[1]
     if layer.groups > 1 or layer.channels > lanes or min(outputs, layer.out_image[1]) < TILE_ROWS:
         return False
+    return cycles(layer, dtype) < layer.multiply_adds / layer.channels
+
+
+def cycles(layer: Layer, dtype: np.dtype) -> float:
+    """What an image costs, about."""
+    lanes = simd.lanes(dtype)
     runs, run = _runs(layer)
-    # In cycles: a multiply-add each, two for the store, three for each vector that is added.
-    vectors = -(-columns // lanes)
+    vectors = -(-layer.rows.kernel * layer.columns.kernel * layer.channels // lanes)
+    # One for each multiply-add, two for a store, three for an addition in memory; half as much for misses.
     shares = vectors * (layer.filters + 2) + 3 * layer.rows.kernel * runs * -(-run // lanes)
-    taps = layer.multiply_adds // layer.channels
-    return outputs * shares < taps
+    return 1.5 * layer.out_image[0] * layer.out_image[1] * shares
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:

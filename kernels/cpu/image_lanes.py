@@ -1,0 +1,645 @@
+"""Convolutions with few filters or channels: the images of a batch lie in the lanes of vectors.
+
+Where filters don't fill a vector, images do. A block of input rows of some images is transposed to scratch,
+so that each of its elements is a vector of images; a tile then keeps the sums of several filters in registers
+and multiplies vectors of images with single weights. For the gradient to the weights both factors are vectors
+of images, and the lanes are added at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from . import few_channels, simd
+from .direct import Layer
+from .geometry import Axis
+from .loops import memory, sum_loop
+from .simd import TILE_ROWS, VECTOR_BITS
+from .tile import Emitter
+from .workspace import clear, scratch
+
+_I64 = ir.IntType(64)
+_I32 = ir.IntType(32)
+
+# Vectors of images that a block holds, and filters of a tile: their sums, the images and a weight fill the
+# registers. 32 are there for all vectors but AVX2's.
+_VECTORS = 2
+_FEW_REGISTERS = TILE_ROWS < 8
+_FILTERS = (2, 3, 4, 6) if _FEW_REGISTERS else (4, 6, 8, 10)
+# Taps and filters of a tile of the gradient to the weights.
+_TAPS = 3 if _FEW_REGISTERS else 5
+_TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
+# A block's window should leave half of the second-level cache.
+_WINDOW_BYTES = 256 * 1024
+# Pixels over which a tile of that gradient sums at least.
+_PIXELS = 32
+_PIECES = 16
+# Blocks that a batch is cut into at least, if they are then twice as high as the kernel.
+_TASKS = 8
+# By how much rows of a window that would lie in the same sets of the first-level cache are moved apart.
+_SHIFT_BYTES = 512
+# Measured cycles: of a multiply-add of vectors here, in the gradient to the weights and in the direct driver;
+# and of transposing an element.
+_TILE_CYCLES = 1.08
+_WEIGHT_CYCLES = 1.2
+_DIRECT_CYCLES = 1.15
+_TRANSPOSE_CYCLES = 0.6
+# Multiply-adds that take about as long as moving one byte: the unit of part_count.
+_MULTIPLY_ADDS_PER_BYTE = 10
+
+
+class Grid(NamedTuple):
+    """The integers that the compiled drivers read; steps and offsets in the result are in elements."""
+
+    image_h: int
+    image_w: int
+    channels: int
+    height: int  # rows and columns of outputs
+    width: int
+    step: int  # input rows from one output row to the next
+    origin_h: int  # input row of the first tap of output row 0; negative in the padding
+    origin_w: int
+    extent: int  # input rows under an output row
+    window_w: int  # columns of a window
+    pitch: int  # elements from row to row of a window
+    rows: int  # output rows of a block
+    blocks: int  # blocks of an image
+    filters: int  # of the result
+    out_image: int  # elements of an image of the result
+    out_first: int
+    out_row: int
+    out_column: int
+
+
+class Tables(NamedTuple):
+    """A correlation's sizes, and offsets in a window, in elements."""
+
+    grid: Grid
+    columns: np.ndarray  # of each output column's first tap
+    taps: np.ndarray  # of each tap and channel from there
+
+
+def _butterfly(emit, rows):
+    """Transpose as many vectors as a vector has lanes, in log2(lanes) rounds of exchanged blocks."""
+    lanes = emit.lanes
+    rows = list(rows)
+    size = 1
+    while size < lanes:
+        low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
+        high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
+        masks = [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
+        for i in range(lanes):
+            if not i & size:
+                pair = rows[i], rows[i + size]
+                rows[i], rows[i + size] = (emit.builder.shuffle_vector(*pair, mask) for mask in masks)
+        size *= 2
+    return rows
+
+
+def _valid(emit, images, many, lane_mask):
+    """For each lane of images: `lane_mask` if there is such an image, else no lane."""
+    none = ir.Constant(lane_mask.type, None)
+    for i in range(emit.lanes):
+        exists = emit.builder.icmp_signed("<", emit.builder.add(images, ir.Constant(_I64, i)), many)
+        yield emit.builder.select(exists, lane_mask, none)
+
+
+@intrinsic
+def _gather_images(typing_context, x, x0, image, first, images, count, window, w0):
+    """window[w0 + k * L + i] = x[x0 + (first + i) * image + k] for a vector of images i.
+
+    L is the number of a block's images. Elements from `count` on and images from `images` on are zero.
+    As many rows of the window are written as a vector has lanes.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, x.dtype)
+        x0, image, first, images, count, w0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        begin = emit.at(memory(context, builder, x, arguments[0]), x0)
+        target = emit.at(memory(context, builder, window, arguments[6]), w0)
+        rows = []
+        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
+            number = builder.add(first, ir.Constant(_I64, i))
+            rows.append(emit.load(emit.at(begin, builder.mul(number, image)), mask))
+        for k, row in enumerate(_butterfly(emit, rows)):
+            emit.store(row, emit.at(target, ir.Constant(_I64, k * _VECTORS * emit.lanes)))
+        return context.get_dummy_value()
+
+    return types.void(x, x0, image, first, images, count, window, w0), codegen
+
+
+@intrinsic
+def _scatter_images(typing_context, y, y0, image, first, images, count, result, r0):
+    """y[y0 + (first + i) * image + k] = result[r0 + k * L + i] for a vector of images i.
+
+    L is the number of a block's images. Elements from `count` on and images from `images` on are left alone.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, y.dtype)
+        y0, image, first, images, count, r0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        begin = emit.at(memory(context, builder, y, arguments[0]), y0)
+        source = emit.at(memory(context, builder, result, arguments[6]), r0)
+        offsets = [ir.Constant(_I64, k * _VECTORS * emit.lanes) for k in range(emit.lanes)]
+        rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
+        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
+            number = builder.add(first, ir.Constant(_I64, i))
+            emit.store(rows[i], emit.at(begin, builder.mul(number, image)), mask)
+        return context.get_dummy_value()
+
+    return types.void(y, y0, image, first, images, count, result, r0), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _filters_tile(typing_context, filters, window, w0, taps, weights, v0, start, s0, result, r0):
+    """result[r0 + f * L] = start[s0 + f] + sum of window[w0 + tap] * weights[v0 + k * filters + f].
+
+    The literal is the number of `filters`; window and result are vectors of a block's L images.
+    """
+    if not isinstance(filters, types.IntegerLiteral):
+        return None
+    many = filters.literal_value
+    signature = types.void(filters, window, w0, taps, weights, v0, start, s0, result, r0)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, window.dtype)
+        images, table, factors, begin, target = (
+            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
+        )
+        images = emit.at(images, arguments[2])
+        factors, begin = emit.at(factors, arguments[5]), emit.at(begin, arguments[7])
+        target = emit.at(target, arguments[9])
+        depth = context.make_array(taps)(context, builder, arguments[3]).nitems
+        numbers = [ir.Constant(_I64, f) for f in range(many)]
+        lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(_VECTORS)]
+
+        def step(k, sums):
+            place = emit.at(images, builder.load(emit.at(table, k)))
+            values = [emit.load(emit.at(place, lane)) for lane in lanes]
+            row = emit.at(factors, builder.mul(k, ir.Constant(_I64, many)))
+            new: list = []
+            for f in numbers:
+                weight = emit.broadcast(builder.load(emit.at(row, f)))
+                new += [
+                    emit.multiply_add(weight, value, sums[len(new) + v]) for v, value in enumerate(values)
+                ]
+            return new
+
+        sums = []
+        for f in numbers:
+            sums += [emit.broadcast(builder.load(emit.at(begin, f)))] * _VECTORS
+        sums = sum_loop(emit, ir.Constant(_I64, 0), depth, sums, step)
+        for i, value in enumerate(sums):
+            offset = i // _VECTORS * _VECTORS * emit.lanes + i % _VECTORS * emit.lanes
+            emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def _taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
+    """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f * L].
+
+    The literal is the number of `filters`; there are `_TAPS` taps from k0 on, the last of which stands for
+    all beyond it. A sum is one vector: images that are a vector apart are added.
+    """
+    if not isinstance(filters, types.IntegerLiteral):
+        return None
+    many = filters.literal_value
+    signature = types.void(filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, window.dtype)
+        images, pixel_table, tap_table, gradient, target = (
+            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 9)
+        )
+        w0, k0, d0, step, s0 = (arguments[i] for i in (2, 5, 7, 8, 10))
+        count = context.make_array(pixels)(context, builder, arguments[3]).nitems
+        last = builder.sub(
+            context.make_array(taps)(context, builder, arguments[4]).nitems, ir.Constant(_I64, 1)
+        )
+        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(_TAPS)]
+        ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
+        inputs = [emit.at(images, w0, builder.load(emit.at(tap_table, k))) for k in ks]
+
+        def add_pixel(p, totals):
+            pixel = builder.load(emit.at(pixel_table, p))
+            row = emit.at(gradient, d0, builder.mul(p, step))
+            for v in range(_VECTORS):
+                lane = v * emit.lanes
+                offsets = [ir.Constant(_I64, f * _VECTORS * emit.lanes + lane) for f in range(many)]
+                factors = [emit.load(emit.at(row, offset)) for offset in offsets]
+                new: list = []
+                for pointer in inputs:
+                    value = emit.load(emit.at(pointer, pixel, ir.Constant(_I64, lane)))
+                    new += [emit.multiply_add(value, d, totals[len(new) + f]) for f, d in enumerate(factors)]
+                totals = new
+            return totals
+
+        zero = ir.Constant(emit.vector, None)
+        totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (_TAPS * many), add_pixel)
+        for i, total in enumerate(totals):
+            place = emit.at(target, s0, ir.Constant(_I64, i * emit.lanes))
+            emit.store(builder.fadd(emit.load(place), total), place)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def _fill(x, n0, images, g, h0, rows, window):
+    """The window of input rows from `h0` on as vectors of images, with zeros where the image ends."""
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    block = _VECTORS * lanes
+    row = g.pitch
+    left = min(max(-g.origin_w, 0), g.window_w)
+    first = max(g.origin_w, 0)
+    inside = max(min(g.image_w - first, g.window_w - left), 0)
+    image = g.image_h * g.image_w * g.channels
+    begin, end = left * g.channels, (left + inside) * g.channels
+    for r in range(rows):
+        h = h0 + r
+        if h < 0 or h >= g.image_h:
+            clear(window, r * row, row)
+            continue
+        source = (h * g.image_w + first) * g.channels - begin
+        clear(window, r * row, begin * block)
+        for k in range(begin, end, lanes):
+            for v in range(_VECTORS):
+                _gather_images(
+                    x,
+                    source + k,
+                    image,
+                    n0 + v * lanes,
+                    images,
+                    end - k,
+                    window,
+                    r * row + k * block + v * lanes,
+                )
+        clear(window, r * row + end * block, row - end * block)
+
+
+@kernel
+def _empty(y, n0, images, g, i, result):
+    """Write a row of outputs, which are vectors of images, to `y`."""
+    lanes = VECTOR_BITS // (8 * y.itemsize)
+    block = _VECTORS * lanes
+    run = g.width * g.filters if g.out_column == g.filters else g.filters
+    for j in range(g.width * g.filters // run):
+        y0 = g.out_first + i * g.out_row + j * g.out_column
+        for k in range(0, run, lanes):
+            for v in range(_VECTORS):
+                _scatter_images(
+                    y,
+                    y0 + k,
+                    g.out_image,
+                    n0 + v * lanes,
+                    images,
+                    run - k,
+                    result,
+                    (j * run + k) * block + v * lanes,
+                )
+
+
+@parallel
+def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, results):
+    keep_out_of_line()
+    g = of.grid
+    block = _VECTORS * (VECTOR_BITS // (8 * x.itemsize))
+    window, result = windows[part], results[part]
+    depth = of.taps.size
+    lo, hi = span(part, parts, (images + block - 1) // block * g.blocks)
+    for task in range(lo, hi):
+        n0 = task // g.blocks * block
+        i0 = task % g.blocks * g.rows
+        i1 = min(i0 + g.rows, g.height)
+        _fill(x, n0, images, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window)
+        for i in range(i0, i1):
+            w0 = (i - i0) * g.step * g.pitch
+            for j in range(g.width):
+                w = w0 + of.columns[j]
+                # A tile may have more filters than are left: the next pixel's overwrite them.
+                for f in range(0, g.filters, filters):
+                    r = (j * g.filters + f) * block
+                    if filters == _FILTERS[0]:
+                        _filters_tile(
+                            _FILTERS[0], window, w, of.taps, weights, f * depth, start, f, result, r
+                        )
+                    elif filters == _FILTERS[1]:
+                        _filters_tile(
+                            _FILTERS[1], window, w, of.taps, weights, f * depth, start, f, result, r
+                        )
+                    elif filters == _FILTERS[2]:
+                        _filters_tile(
+                            _FILTERS[2], window, w, of.taps, weights, f * depth, start, f, result, r
+                        )
+                    else:
+                        _filters_tile(
+                            _FILTERS[-1], window, w, of.taps, weights, f * depth, start, f, result, r
+                        )
+            _empty(y, n0, images, g, i, result)
+
+
+@kernel
+def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
+    """Add some pixels' share in the gradient of all weights."""
+    lanes = VECTOR_BITS // (8 * window.itemsize)
+    step = of.grid.filters * _VECTORS * lanes
+    s = 0
+    for f in range(0, of.grid.filters, filters):
+        d = d0 + f * _VECTORS * lanes
+        for k in range(0, of.taps.size, _TAPS):
+            if filters == _TAP_FILTERS[0]:
+                _taps_tile(_TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+            elif filters == _TAP_FILTERS[-1]:
+                _taps_tile(_TAP_FILTERS[-1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+            else:
+                _taps_tile(_TAP_FILTERS[1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+            s += _TAPS * filters * lanes
+
+
+@parallel
+def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradients, sums):
+    keep_out_of_line()
+    g = of.grid
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    block = _VECTORS * lanes
+    window, gradient = windows[part], gradients[part]
+    group = pixels.size // g.width
+    line = g.width * g.filters
+    lo, hi = span(part, parts, len(sums))
+    for piece in range(lo, hi):
+        total = sums[piece]
+        clear(total, 0, total.size)
+        task0, task1 = span(piece, len(sums), (images + block - 1) // block * g.blocks)
+        for task in range(task0, task1):
+            n0 = task // g.blocks * block
+            first = task % g.blocks * g.rows
+            end = min(first + g.rows, g.height)
+            _fill(
+                x, n0, images, g, g.origin_h + first * g.step, (end - first - 1) * g.step + g.extent, window
+            )
+            for i0 in range(first, end, group):
+                count = min(group, end - i0) * g.width
+                d0 = i0 * line
+                for k in range(0, count * g.filters, lanes):
+                    left = count * g.filters - k
+                    for v in range(_VECTORS):
+                        n = n0 + v * lanes
+                        _gather_images(
+                            dout, d0 + k, g.out_image, n, images, left, gradient, k * block + v * lanes
+                        )
+                w = (i0 - first) * g.step * g.pitch
+                for q in range(0, count, _PIXELS):
+                    d = q * g.filters * block
+                    _add_pixels(
+                        window, w, pixels[q : min(q + _PIXELS, count)], of, gradient, d, filters, total
+                    )
+
+
+@parallel
+def _fold(part, parts, sums, filters, lanes, dweight):
+    keep_out_of_line()
+    depth, many = dweight.shape
+    chunks = (depth + _TAPS - 1) // _TAPS
+    lo, hi = span(part, parts, depth)
+    for k in range(lo, hi):
+        for f in range(many):
+            tile = f // filters * chunks + k // _TAPS
+            first = ((tile * _TAPS + k % _TAPS) * filters + f % filters) * lanes
+            total = dweight[k, f]
+            for piece in range(len(sums)):
+                for value in sums[piece, first : first + lanes]:
+                    total += value
+            dweight[k, f] = total
+
+
+def _pitch(row: int, dtype: np.dtype) -> int:
+    """Elements from row to row, so that rows under one tap lie in different sets of the first-level cache."""
+    page, shift = (size // dtype.itemsize for size in (4096, _SHIFT_BYTES))
+    apart = row % page
+    return row if shift <= apart <= page - shift else row + (shift - apart) % page
+
+
+def _tables(
+    rows: Axis,
+    columns: Axis,
+    image: tuple[int, int],
+    channels: int,
+    out_image: tuple[int, int],
+    filters: int,
+    images: int,
+    dtype: np.dtype,
+) -> Tables:
+    block = _VECTORS * simd.lanes(dtype)
+    pitch = _pitch(columns.window * channels * block, dtype)
+    many = _WINDOW_BYTES // (pitch * dtype.itemsize)
+    many = min(max(1, (many - rows.extent) // rows.step + 1), rows.outputs)
+    # A batch in one block of images is cut by rows, for the threads.
+    tasks = max(1, _TASKS // -(-images // block))
+    many = min(many, max(-(-rows.outputs // tasks), -(-2 * rows.extent // rows.step)))
+    blocks = -(-rows.outputs // many)
+    taps = np.add.outer(np.array(rows.taps) * pitch, np.array(columns.taps) * channels * block)
+    return Tables(
+        Grid(
+            image_h=image[0],
+            image_w=image[1],
+            channels=channels,
+            height=rows.outputs,
+            width=columns.outputs,
+            step=rows.step,
+            origin_h=rows.origin,
+            origin_w=columns.origin,
+            extent=rows.extent,
+            window_w=columns.window,
+            pitch=pitch,
+            rows=-(-rows.outputs // blocks),
+            blocks=blocks,
+            filters=filters,
+            out_image=out_image[0] * out_image[1] * filters,
+            out_first=(rows.out_first * out_image[1] + columns.out_first) * filters,
+            out_row=rows.out_step * out_image[1] * filters,
+            out_column=columns.out_step * filters,
+        ),
+        np.arange(columns.outputs) * (columns.step * channels * block),
+        np.add.outer(taps.ravel(), np.arange(channels) * block).ravel(),
+    )
+
+
+@lru_cache(maxsize=512)
+def _forward_tables(layer: Layer, images: int, dtype: np.dtype) -> Tables:
+    axes = layer.rows.forward(), layer.columns.forward()
+    return _tables(*axes, layer.image, layer.channels, layer.out_image, layer.filters, images, dtype)
+
+
+@lru_cache(maxsize=512)
+def _input_tables(layer: Layer, images: int, dtype: np.dtype) -> list[tuple[Tables, np.ndarray]]:
+    """For each phase of the input: its tables over dout, and the kernel positions of its taps."""
+    return [
+        (
+            _tables(
+                rows, columns, layer.out_image, layer.filters, layer.image, layer.channels, images, dtype
+            ),
+            np.add.outer(np.array(kernel_rows) * layer.columns.kernel, kernel_columns).ravel(),
+        )
+        for rows, kernel_rows in layer.rows.phases()
+        for columns, kernel_columns in layer.columns.phases()
+    ]
+
+
+def _windows(parts: int, g: Grid, dtype: np.dtype) -> np.ndarray:
+    """A window for each part; vectors are written in whole tiles, so that some are beyond the end."""
+    lanes = simd.lanes(dtype)
+    size = ((g.rows - 1) * g.step + g.extent) * g.pitch + _VECTORS * lanes * lanes
+    return scratch("windows", parts * size, dtype).reshape(parts, size)
+
+
+def _tile_size(filters: int, sizes: Sequence[int]) -> int:
+    """The size of tile with which the fewest filters are computed, and then the fewest tiles."""
+    return min(sizes, key=lambda size: (-(-filters // size) * size, -size))
+
+
+def _run(
+    layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray, of: Tables
+) -> None:
+    """Correlate with `weight` (taps and channels, filters)."""
+    g = of.grid
+    size = _tile_size(g.filters, _FILTERS)
+    tiles = -(-g.filters // size)
+    weights = scratch("weights", tiles * len(weight) * size, x.dtype).reshape(tiles, -1, size)
+    weights[-1] = 0
+    for t in range(tiles):
+        columns = weight[:, t * size : (t + 1) * size]
+        weights[t, :, : columns.shape[1]] = columns
+    start = scratch("start", tiles * size, x.dtype)
+    start.fill(0)
+    if bias is not None:
+        start[: g.filters] = bias
+    images = len(x)
+    block = _VECTORS * simd.lanes(x.dtype)
+    parts = part_count(-(-images // block) * g.blocks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+    # Vectors are written in whole tiles, so that something is written beyond the end.
+    windows = _windows(parts, g, x.dtype)
+    results = scratch(
+        "results", parts * ((g.width + 1) * g.filters + size + simd.lanes(x.dtype)) * block, x.dtype
+    )
+    _correlate(
+        parts,
+        x.reshape(-1),
+        images,
+        weights.reshape(-1),
+        start,
+        size,
+        y.reshape(-1),
+        of,
+        windows,
+        results.reshape(parts, -1),
+    )
+
+
+def _padded(count: int, size: int) -> int:
+    return -(-count // size) * size
+
+
+def _cycles(of: Tables, images: int, sums: float, dtype: np.dtype) -> float:
+    """What an image costs of the `images`, `sums` being the multiply-adds of a whole vector of images."""
+    g = of.grid
+    lanes = simd.lanes(dtype)
+    inputs = g.blocks * ((g.rows - 1) * g.step + g.extent) * min(g.window_w, g.image_w) * g.channels
+    outputs = g.height * g.width * g.filters
+    cycles = sums / lanes + _TRANSPOSE_CYCLES * (inputs + outputs)
+    return cycles * _padded(images, _VECTORS * lanes) / images
+
+
+def _correlation_cycles(of: Tables, images: int, dtype: np.dtype) -> float:
+    filters = _padded(of.grid.filters, _tile_size(of.grid.filters, _FILTERS))
+    pixels = of.grid.height * of.grid.width
+    return _cycles(of, images, _TILE_CYCLES * pixels * of.taps.size * filters, dtype)
+
+
+def _is_narrow(layer: Layer, filters: int, images: int, dtype: np.dtype) -> bool:
+    """What must hold for images to fill vectors better than filters, cheap to find out."""
+    lanes = simd.lanes(dtype)
+    return layer.groups == 1 and filters < lanes and images >= lanes
+
+
+@lru_cache(maxsize=512)
+def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the forward pass is faster here than by `Layer.run`."""
+    if not _is_narrow(layer, layer.filters, images, dtype):
+        return False
+    cycles = _correlation_cycles(_forward_tables(layer, images, dtype), images, dtype)
+    return cycles < _DIRECT_CYCLES * layer.multiply_adds / layer.filters
+
+
+@lru_cache(maxsize=512)
+def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the gradient to the input is faster here than by `Layer.run` or by `few_channels`."""
+    if not _is_narrow(layer, layer.channels, images, dtype):
+        return False
+    others = _DIRECT_CYCLES * sum(
+        table.blocks.height * table.blocks.width * table.taps.size for table, _ in layer.input_tables
+    )
+    if few_channels.suits(layer, dtype):
+        others = min(others, few_channels.cycles(layer, dtype))
+    phases = _input_tables(layer, images, dtype)
+    return sum(_correlation_cycles(of, images, dtype) for of, _ in phases) < others
+
+
+@lru_cache(maxsize=512)
+def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the gradient to the weights is faster here than by `Layer.add_weight_gradient`."""
+    if not _is_narrow(layer, layer.filters, images, dtype):
+        return False
+    of = _forward_tables(layer, images, dtype)
+    pixels, taps = of.grid.height * of.grid.width, of.taps.size
+    filters = _padded(layer.filters, _tile_size(layer.filters, _TAP_FILTERS))
+    cycles = _cycles(of, images, _WEIGHT_CYCLES * pixels * _padded(taps, _TAPS) * filters, dtype)
+    return cycles < _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS)
+
+
+def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    """Overwrite `y` with the convolution of `x`."""
+    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, _forward_tables(layer, len(x), x.dtype))
+
+
+def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
+    """Write the gradient to the input to those elements of `dx` that any tap reaches."""
+    flat = weight.reshape(-1, layer.channels, layer.filters)
+    for of, positions in _input_tables(layer, len(dout), dout.dtype):
+        turned = flat[positions].transpose(0, 2, 1).reshape(-1, layer.channels)
+        _run(layer, dout, turned, None, dx, of)
+
+
+def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+    """Add the gradient of the weights to `dweight`."""
+    of = _forward_tables(layer, len(x), x.dtype)
+    g = of.grid
+    images, lanes = len(x), simd.lanes(x.dtype)
+    block = _VECTORS * lanes
+    depth = of.taps.size
+    filters = _tile_size(g.filters, _TAP_FILTERS)
+    tiles = -(-depth // _TAPS) * -(-g.filters // filters)
+    tasks = -(-images // block) * g.blocks
+    pieces = min(_PIECES, tasks)
+    sums = scratch("partial", pieces * tiles * _TAPS * filters * lanes, x.dtype).reshape(pieces, -1)
+    group = min(g.rows, -(-_PIXELS // g.width))
+    pixels = np.add.outer(np.arange(group) * (g.step * g.pitch), of.columns).ravel()
+    parts = part_count(pieces, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+    # Whole vectors are written and whole tiles read, beyond the end.
+    gradients = scratch("results", parts * (pixels.size * g.filters + lanes + filters) * block, x.dtype)
+    gradients = gradients.reshape(parts, -1)
+    windows = _windows(parts, g, x.dtype)
+    _weight(parts, x.reshape(-1), images, dout.reshape(-1), filters, of, pixels, windows, gradients, sums)
+    flat = dweight.reshape(depth, -1)
+    _fold(part_count(depth, sums.size), sums, filters, lanes, flat)
