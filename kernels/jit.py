@@ -158,17 +158,3 @@ def keep_out_of_line(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-@intrinsic
-def keep_in_line(typing_context):
-    """Make LLVM inline the function that says this: for short loops, whose call would cost as much.
-
-    Only for functions whose every floating-point operation is an intrinsic of ours, which nothing reorders.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        builder.function.attributes.add("alwaysinline")
-        return context.get_dummy_value()
-
-    return types.void(), codegen

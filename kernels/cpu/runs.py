@@ -11,9 +11,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..jit import keep_in_line, kernel
+from ..jit import kernel
 from .simd import VECTOR_BITS
 from .tile import Emitter
+from .vectors import keep_in_line
 
 # Runs are summed so many vectors at a time.
 _MOST_VECTORS = 8

@@ -72,29 +72,8 @@ class Emitter:
         else:
             self.builder.store(value, pointer).align = self.bytes
 
-    def load_bytes(self, pointer, mask=None):
-        """A vector of bytes, one for each lane; those outside of `mask` are zero."""
-        many = ir.VectorType(ir.IntType(8), self.lanes)
-        pointer = self.builder.bitcast(pointer, many.as_pointer())
-        if mask is None:
-            value = self.builder.load(pointer)
-            value.align = 1
-            return value
-        arguments = [pointer, ir.Constant(_I32, 1), mask, ir.Constant(many, None)]
-        return self.call(f"llvm.masked.load.v{self.lanes}i8.p0", many, arguments)
-
-    def store_bytes(self, value, pointer, mask=None):
-        """Write a vector of bytes, one for each lane."""
-        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
-        if mask is None:
-            self.builder.store(value, pointer).align = 1
-            return
-        arguments = [value, pointer, ir.Constant(_I32, 1), mask]
-        self.call(f"llvm.masked.store.v{self.lanes}i8.p0", ir.VoidType(), arguments)
-
-    def broadcast(self, scalar, element=None):
-        """A vector of `scalar`s, of the emitter's element type or another."""
-        undefined = ir.Constant(ir.VectorType(element or self.element, self.lanes), ir.Undefined)
+    def broadcast(self, scalar):
+        undefined = ir.Constant(self.vector, ir.Undefined)
         zeros = ir.Constant(ir.VectorType(_I32, self.lanes), None)
         first = self.builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
         return self.builder.shuffle_vector(first, undefined, zeros)
