@@ -156,8 +156,8 @@ def test_ten_training_steps(name, kind):
 @pytest.mark.parametrize("name", models.names())
 def test_float32_training_steps_stay_close(name):
     net, peer = twins(name)
-    # At 0.01 this one's loss explodes within ten steps, and every rounding error with it.
-    lr = 1e-3 if name == "resnet9" else 0.01
+    # Faster, this one's loss explodes within ten steps, and every rounding error with it.
+    lr = 1e-4 if name == "resnet9" else 0.01
     ours = optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     theirs = torch.optim.SGD(peer.parameters(), lr=lr, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
