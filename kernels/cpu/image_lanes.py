@@ -13,34 +13,28 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import few_channels, simd
 from .direct import Layer
 from .geometry import Axis
-from .loops import memory, sum_loop
+from .image_tiles import (
+    FILTERS,
+    TAP_FILTERS,
+    TAPS,
+    VECTORS,
+    filters_tile,
+    gather_images,
+    scatter_images,
+    taps_tile,
+)
 from .simd import TILE_ROWS, VECTOR_BITS
-from .tile import Emitter
 from .workspace import clear, scratch
 
-_I64 = ir.IntType(64)
-_I32 = ir.IntType(32)
-
-# Vectors of images that a block holds, and filters of a tile: their sums, the images and a weight fill the
-# registers. 32 are there for all vectors but AVX2's.
-_VECTORS = 2
-_FEW_REGISTERS = TILE_ROWS < 8
-_FILTERS = (2, 3, 4, 6) if _FEW_REGISTERS else (4, 6, 8, 10)
-# Taps and filters of a tile of the gradient to the weights.
-_TAPS = 3 if _FEW_REGISTERS else 5
-_TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
 # A block's window should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
-# Pixels over which a tile of that gradient sums at least.
+# Pixels over which a tile of the gradient to the weights sums at most.
 _PIXELS = 32
 _PIECES = 16
 # Blocks that a batch is cut into at least, if they are then twice as high as the kernel.
@@ -88,179 +82,11 @@ class Tables(NamedTuple):
     taps: np.ndarray  # of each tap and channel from there
 
 
-def _butterfly(emit, rows):
-    """Transpose as many vectors as a vector has lanes, in log2(lanes) rounds of exchanged blocks."""
-    lanes = emit.lanes
-    rows = list(rows)
-    size = 1
-    while size < lanes:
-        low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
-        high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
-        masks = [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
-        for i in range(lanes):
-            if not i & size:
-                pair = rows[i], rows[i + size]
-                rows[i], rows[i + size] = (emit.builder.shuffle_vector(*pair, mask) for mask in masks)
-        size *= 2
-    return rows
-
-
-def _valid(emit, images, many, lane_mask):
-    """For each lane of images: `lane_mask` if there is such an image, else no lane."""
-    none = ir.Constant(lane_mask.type, None)
-    for i in range(emit.lanes):
-        exists = emit.builder.icmp_signed("<", emit.builder.add(images, ir.Constant(_I64, i)), many)
-        yield emit.builder.select(exists, lane_mask, none)
-
-
-@intrinsic
-def _gather_images(typing_context, x, x0, image, first, images, count, window, w0):
-    """window[w0 + k * L + i] = x[x0 + (first + i) * image + k] for a vector of images i.
-
-    L is the number of a block's images. Elements from `count` on and images from `images` on are zero.
-    As many rows of the window are written as a vector has lanes.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, x.dtype)
-        x0, image, first, images, count, w0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
-        begin = emit.at(memory(context, builder, x, arguments[0]), x0)
-        target = emit.at(memory(context, builder, window, arguments[6]), w0)
-        rows = []
-        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
-            number = builder.add(first, ir.Constant(_I64, i))
-            rows.append(emit.load(emit.at(begin, builder.mul(number, image)), mask))
-        for k, row in enumerate(_butterfly(emit, rows)):
-            emit.store(row, emit.at(target, ir.Constant(_I64, k * _VECTORS * emit.lanes)))
-        return context.get_dummy_value()
-
-    return types.void(x, x0, image, first, images, count, window, w0), codegen
-
-
-@intrinsic
-def _scatter_images(typing_context, y, y0, image, first, images, count, result, r0):
-    """y[y0 + (first + i) * image + k] = result[r0 + k * L + i] for a vector of images i.
-
-    L is the number of a block's images. Elements from `count` on and images from `images` on are left alone.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, y.dtype)
-        y0, image, first, images, count, r0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
-        begin = emit.at(memory(context, builder, y, arguments[0]), y0)
-        source = emit.at(memory(context, builder, result, arguments[6]), r0)
-        offsets = [ir.Constant(_I64, k * _VECTORS * emit.lanes) for k in range(emit.lanes)]
-        rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
-        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
-            number = builder.add(first, ir.Constant(_I64, i))
-            emit.store(rows[i], emit.at(begin, builder.mul(number, image)), mask)
-        return context.get_dummy_value()
-
-    return types.void(y, y0, image, first, images, count, result, r0), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _filters_tile(typing_context, filters, window, w0, taps, weights, v0, start, s0, result, r0):
-    """result[r0 + f * L] = start[s0 + f] + sum of window[w0 + tap] * weights[v0 + k * filters + f].
-
-    The literal is the number of `filters`; window and result are vectors of a block's L images.
-    """
-    if not isinstance(filters, types.IntegerLiteral):
-        return None
-    many = filters.literal_value
-    signature = types.void(filters, window, w0, taps, weights, v0, start, s0, result, r0)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, window.dtype)
-        images, table, factors, begin, target = (
-            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
-        )
-        images = emit.at(images, arguments[2])
-        factors, begin = emit.at(factors, arguments[5]), emit.at(begin, arguments[7])
-        target = emit.at(target, arguments[9])
-        depth = context.make_array(taps)(context, builder, arguments[3]).nitems
-        numbers = [ir.Constant(_I64, f) for f in range(many)]
-        lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(_VECTORS)]
-
-        def step(k, sums):
-            place = emit.at(images, builder.load(emit.at(table, k)))
-            values = [emit.load(emit.at(place, lane)) for lane in lanes]
-            row = emit.at(factors, builder.mul(k, ir.Constant(_I64, many)))
-            new: list = []
-            for f in numbers:
-                weight = emit.broadcast(builder.load(emit.at(row, f)))
-                new += [
-                    emit.multiply_add(weight, value, sums[len(new) + v]) for v, value in enumerate(values)
-                ]
-            return new
-
-        sums = []
-        for f in numbers:
-            sums += [emit.broadcast(builder.load(emit.at(begin, f)))] * _VECTORS
-        sums = sum_loop(emit, ir.Constant(_I64, 0), depth, sums, step)
-        for i, value in enumerate(sums):
-            offset = i // _VECTORS * _VECTORS * emit.lanes + i % _VECTORS * emit.lanes
-            emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
-def _taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
-    """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f * L].
-
-    The literal is the number of `filters`; there are `_TAPS` taps from k0 on, the last of which stands for
-    all beyond it. A sum is one vector: images that are a vector apart are added.
-    """
-    if not isinstance(filters, types.IntegerLiteral):
-        return None
-    many = filters.literal_value
-    signature = types.void(filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, window.dtype)
-        images, pixel_table, tap_table, gradient, target = (
-            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 9)
-        )
-        w0, k0, d0, step, s0 = (arguments[i] for i in (2, 5, 7, 8, 10))
-        count = context.make_array(pixels)(context, builder, arguments[3]).nitems
-        last = builder.sub(
-            context.make_array(taps)(context, builder, arguments[4]).nitems, ir.Constant(_I64, 1)
-        )
-        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(_TAPS)]
-        ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
-        inputs = [emit.at(images, w0, builder.load(emit.at(tap_table, k))) for k in ks]
-
-        def add_pixel(p, totals):
-            pixel = builder.load(emit.at(pixel_table, p))
-            row = emit.at(gradient, d0, builder.mul(p, step))
-            for v in range(_VECTORS):
-                lane = v * emit.lanes
-                offsets = [ir.Constant(_I64, f * _VECTORS * emit.lanes + lane) for f in range(many)]
-                factors = [emit.load(emit.at(row, offset)) for offset in offsets]
-                new: list = []
-                for pointer in inputs:
-                    value = emit.load(emit.at(pointer, pixel, ir.Constant(_I64, lane)))
-                    new += [emit.multiply_add(value, d, totals[len(new) + f]) for f, d in enumerate(factors)]
-                totals = new
-            return totals
-
-        zero = ir.Constant(emit.vector, None)
-        totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (_TAPS * many), add_pixel)
-        for i, total in enumerate(totals):
-            place = emit.at(target, s0, ir.Constant(_I64, i * emit.lanes))
-            emit.store(builder.fadd(emit.load(place), total), place)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
 @kernel
 def _fill(x, n0, images, g, h0, rows, window):
     """The window of input rows from `h0` on as vectors of images, with zeros where the image ends."""
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    block = _VECTORS * lanes
+    block = VECTORS * lanes
     row = g.pitch
     left = min(max(-g.origin_w, 0), g.window_w)
     first = max(g.origin_w, 0)
@@ -275,8 +101,8 @@ def _fill(x, n0, images, g, h0, rows, window):
         source = (h * g.image_w + first) * g.channels - begin
         clear(window, r * row, begin * block)
         for k in range(begin, end, lanes):
-            for v in range(_VECTORS):
-                _gather_images(
+            for v in range(VECTORS):
+                gather_images(
                     x,
                     source + k,
                     image,
@@ -293,13 +119,13 @@ def _fill(x, n0, images, g, h0, rows, window):
 def _empty(y, n0, images, g, i, result):
     """Write a row of outputs, which are vectors of images, to `y`."""
     lanes = VECTOR_BITS // (8 * y.itemsize)
-    block = _VECTORS * lanes
+    block = VECTORS * lanes
     run = g.width * g.filters if g.out_column == g.filters else g.filters
     for j in range(g.width * g.filters // run):
         y0 = g.out_first + i * g.out_row + j * g.out_column
         for k in range(0, run, lanes):
-            for v in range(_VECTORS):
-                _scatter_images(
+            for v in range(VECTORS):
+                scatter_images(
                     y,
                     y0 + k,
                     g.out_image,
@@ -315,7 +141,7 @@ def _empty(y, n0, images, g, i, result):
 def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, results):
     keep_out_of_line()
     g = of.grid
-    block = _VECTORS * (VECTOR_BITS // (8 * x.itemsize))
+    block = VECTORS * (VECTOR_BITS // (8 * x.itemsize))
     window, result = windows[part], results[part]
     depth = of.taps.size
     lo, hi = span(part, parts, (images + block - 1) // block * g.blocks)
@@ -331,22 +157,14 @@ def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, 
                 # A tile may have more filters than are left: the next pixel's overwrite them.
                 for f in range(0, g.filters, filters):
                     r = (j * g.filters + f) * block
-                    if filters == _FILTERS[0]:
-                        _filters_tile(
-                            _FILTERS[0], window, w, of.taps, weights, f * depth, start, f, result, r
-                        )
-                    elif filters == _FILTERS[1]:
-                        _filters_tile(
-                            _FILTERS[1], window, w, of.taps, weights, f * depth, start, f, result, r
-                        )
-                    elif filters == _FILTERS[2]:
-                        _filters_tile(
-                            _FILTERS[2], window, w, of.taps, weights, f * depth, start, f, result, r
-                        )
+                    if filters == FILTERS[0]:
+                        filters_tile(FILTERS[0], window, w, of.taps, weights, f * depth, start, f, result, r)
+                    elif filters == FILTERS[1]:
+                        filters_tile(FILTERS[1], window, w, of.taps, weights, f * depth, start, f, result, r)
+                    elif filters == FILTERS[2]:
+                        filters_tile(FILTERS[2], window, w, of.taps, weights, f * depth, start, f, result, r)
                     else:
-                        _filters_tile(
-                            _FILTERS[-1], window, w, of.taps, weights, f * depth, start, f, result, r
-                        )
+                        filters_tile(FILTERS[-1], window, w, of.taps, weights, f * depth, start, f, result, r)
             _empty(y, n0, images, g, i, result)
 
 
@@ -354,18 +172,18 @@ def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, 
 def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
     """Add some pixels' share in the gradient of all weights."""
     lanes = VECTOR_BITS // (8 * window.itemsize)
-    step = of.grid.filters * _VECTORS * lanes
+    step = of.grid.filters * VECTORS * lanes
     s = 0
     for f in range(0, of.grid.filters, filters):
-        d = d0 + f * _VECTORS * lanes
-        for k in range(0, of.taps.size, _TAPS):
-            if filters == _TAP_FILTERS[0]:
-                _taps_tile(_TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
-            elif filters == _TAP_FILTERS[-1]:
-                _taps_tile(_TAP_FILTERS[-1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+        d = d0 + f * VECTORS * lanes
+        for k in range(0, of.taps.size, TAPS):
+            if filters == TAP_FILTERS[0]:
+                taps_tile(TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+            elif filters == TAP_FILTERS[-1]:
+                taps_tile(TAP_FILTERS[-1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
             else:
-                _taps_tile(_TAP_FILTERS[1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
-            s += _TAPS * filters * lanes
+                taps_tile(TAP_FILTERS[1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+            s += TAPS * filters * lanes
 
 
 @parallel
@@ -373,7 +191,7 @@ def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradient
     keep_out_of_line()
     g = of.grid
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    block = _VECTORS * lanes
+    block = VECTORS * lanes
     window, gradient = windows[part], gradients[part]
     group = pixels.size // g.width
     line = g.width * g.filters
@@ -394,9 +212,9 @@ def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradient
                 d0 = i0 * line
                 for k in range(0, count * g.filters, lanes):
                     left = count * g.filters - k
-                    for v in range(_VECTORS):
+                    for v in range(VECTORS):
                         n = n0 + v * lanes
-                        _gather_images(
+                        gather_images(
                             dout, d0 + k, g.out_image, n, images, left, gradient, k * block + v * lanes
                         )
                 w = (i0 - first) * g.step * g.pitch
@@ -411,12 +229,12 @@ def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradient
 def _fold(part, parts, sums, filters, lanes, dweight):
     keep_out_of_line()
     depth, many = dweight.shape
-    chunks = (depth + _TAPS - 1) // _TAPS
+    chunks = (depth + TAPS - 1) // TAPS
     lo, hi = span(part, parts, depth)
     for k in range(lo, hi):
         for f in range(many):
-            tile = f // filters * chunks + k // _TAPS
-            first = ((tile * _TAPS + k % _TAPS) * filters + f % filters) * lanes
+            tile = f // filters * chunks + k // TAPS
+            first = ((tile * TAPS + k % TAPS) * filters + f % filters) * lanes
             total = dweight[k, f]
             for piece in range(len(sums)):
                 for value in sums[piece, first : first + lanes]:
@@ -441,7 +259,7 @@ def _tables(
     images: int,
     dtype: np.dtype,
 ) -> Tables:
-    block = _VECTORS * simd.lanes(dtype)
+    block = VECTORS * simd.lanes(dtype)
     pitch = _pitch(columns.window * channels * block, dtype)
     many = _WINDOW_BYTES // (pitch * dtype.itemsize)
     many = min(max(1, (many - rows.extent) // rows.step + 1), rows.outputs)
@@ -500,7 +318,7 @@ def _input_tables(layer: Layer, images: int, dtype: np.dtype) -> list[tuple[Tabl
 def _windows(parts: int, g: Grid, dtype: np.dtype) -> np.ndarray:
     """A window for each part; vectors are written in whole tiles, so that some are beyond the end."""
     lanes = simd.lanes(dtype)
-    size = ((g.rows - 1) * g.step + g.extent) * g.pitch + _VECTORS * lanes * lanes
+    size = ((g.rows - 1) * g.step + g.extent) * g.pitch + VECTORS * lanes * lanes
     return scratch("windows", parts * size, dtype).reshape(parts, size)
 
 
@@ -514,7 +332,7 @@ def _run(
 ) -> None:
     """Correlate with `weight` (taps and channels, filters)."""
     g = of.grid
-    size = _tile_size(g.filters, _FILTERS)
+    size = _tile_size(g.filters, FILTERS)
     tiles = -(-g.filters // size)
     weights = scratch("weights", tiles * len(weight) * size, x.dtype).reshape(tiles, -1, size)
     weights[-1] = 0
@@ -526,7 +344,7 @@ def _run(
     if bias is not None:
         start[: g.filters] = bias
     images = len(x)
-    block = _VECTORS * simd.lanes(x.dtype)
+    block = VECTORS * simd.lanes(x.dtype)
     parts = part_count(-(-images // block) * g.blocks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
     # Vectors are written in whole tiles, so that something is written beyond the end.
     windows = _windows(parts, g, x.dtype)
@@ -558,11 +376,11 @@ def _cycles(of: Tables, images: int, sums: float, dtype: np.dtype) -> float:
     inputs = g.blocks * ((g.rows - 1) * g.step + g.extent) * min(g.window_w, g.image_w) * g.channels
     outputs = g.height * g.width * g.filters
     cycles = sums / lanes + _TRANSPOSE_CYCLES * (inputs + outputs)
-    return cycles * _padded(images, _VECTORS * lanes) / images
+    return cycles * _padded(images, VECTORS * lanes) / images
 
 
 def _correlation_cycles(of: Tables, images: int, dtype: np.dtype) -> float:
-    filters = _padded(of.grid.filters, _tile_size(of.grid.filters, _FILTERS))
+    filters = _padded(of.grid.filters, _tile_size(of.grid.filters, FILTERS))
     pixels = of.grid.height * of.grid.width
     return _cycles(of, images, _TILE_CYCLES * pixels * of.taps.size * filters, dtype)
 
@@ -603,8 +421,8 @@ def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
         return False
     of = _forward_tables(layer, images, dtype)
     pixels, taps = of.grid.height * of.grid.width, of.taps.size
-    filters = _padded(layer.filters, _tile_size(layer.filters, _TAP_FILTERS))
-    cycles = _cycles(of, images, _WEIGHT_CYCLES * pixels * _padded(taps, _TAPS) * filters, dtype)
+    filters = _padded(layer.filters, _tile_size(layer.filters, TAP_FILTERS))
+    cycles = _cycles(of, images, _WEIGHT_CYCLES * pixels * _padded(taps, TAPS) * filters, dtype)
     return cycles < _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS)
 
 
@@ -626,13 +444,13 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     of = _forward_tables(layer, len(x), x.dtype)
     g = of.grid
     images, lanes = len(x), simd.lanes(x.dtype)
-    block = _VECTORS * lanes
+    block = VECTORS * lanes
     depth = of.taps.size
-    filters = _tile_size(g.filters, _TAP_FILTERS)
-    tiles = -(-depth // _TAPS) * -(-g.filters // filters)
+    filters = _tile_size(g.filters, TAP_FILTERS)
+    tiles = -(-depth // TAPS) * -(-g.filters // filters)
     tasks = -(-images // block) * g.blocks
     pieces = min(_PIECES, tasks)
-    sums = scratch("partial", pieces * tiles * _TAPS * filters * lanes, x.dtype).reshape(pieces, -1)
+    sums = scratch("partial", pieces * tiles * TAPS * filters * lanes, x.dtype).reshape(pieces, -1)
     group = min(g.rows, -(-_PIXELS // g.width))
     pixels = np.add.outer(np.arange(group) * (g.step * g.pitch), of.columns).ravel()
     parts = part_count(pieces, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)

@@ -1,0 +1,195 @@
+"""Tiles over vectors of images: what `image_lanes` computes with, as LLVM instructions.
+
+A block holds `VECTORS` vectors of images, L images in all. An array of vectors of images has the images of a
+block next to each other, element after element.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .loops import memory, sum_loop
+from .simd import TILE_ROWS
+from .tile import Emitter
+
+_I64 = ir.IntType(64)
+_I32 = ir.IntType(32)
+
+# Vectors of images that a block holds, and filters of a tile: their sums, the images and a weight fill the
+# registers. 32 are there for all vectors but AVX2's.
+VECTORS = 2
+_FEW_REGISTERS = TILE_ROWS < 8
+FILTERS = (2, 3, 4, 6) if _FEW_REGISTERS else (4, 6, 8, 10)
+# Taps and filters of a tile of the gradient to the weights.
+TAPS = 3 if _FEW_REGISTERS else 5
+TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
+
+
+def _butterfly(emit, rows):
+    """Transpose as many vectors as a vector has lanes, in log2(lanes) rounds of exchanged blocks."""
+    lanes = emit.lanes
+    rows = list(rows)
+    size = 1
+    while size < lanes:
+        low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
+        high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
+        masks = [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
+        for i in range(lanes):
+            if not i & size:
+                pair = rows[i], rows[i + size]
+                rows[i], rows[i + size] = (emit.builder.shuffle_vector(*pair, mask) for mask in masks)
+        size *= 2
+    return rows
+
+
+def _valid(emit, images, many, lane_mask):
+    """For each lane of images: `lane_mask` if there is such an image, else no lane."""
+    none = ir.Constant(lane_mask.type, None)
+    for i in range(emit.lanes):
+        exists = emit.builder.icmp_signed("<", emit.builder.add(images, ir.Constant(_I64, i)), many)
+        yield emit.builder.select(exists, lane_mask, none)
+
+
+@intrinsic
+def gather_images(typing_context, x, x0, image, first, images, count, window, w0):
+    """window[w0 + k * L + i] = x[x0 + (first + i) * image + k] for a vector of images i.
+
+    L is the number of a block's images. Elements from `count` on and images from `images` on are zero.
+    As many rows of the window are written as a vector has lanes.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, x.dtype)
+        x0, image, first, images, count, w0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        begin = emit.at(memory(context, builder, x, arguments[0]), x0)
+        target = emit.at(memory(context, builder, window, arguments[6]), w0)
+        rows = []
+        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
+            number = builder.add(first, ir.Constant(_I64, i))
+            rows.append(emit.load(emit.at(begin, builder.mul(number, image)), mask))
+        for k, row in enumerate(_butterfly(emit, rows)):
+            emit.store(row, emit.at(target, ir.Constant(_I64, k * VECTORS * emit.lanes)))
+        return context.get_dummy_value()
+
+    return types.void(x, x0, image, first, images, count, window, w0), codegen
+
+
+@intrinsic
+def scatter_images(typing_context, y, y0, image, first, images, count, result, r0):
+    """y[y0 + (first + i) * image + k] = result[r0 + k * L + i] for a vector of images i.
+
+    L is the number of a block's images. Elements from `count` on and images from `images` on are left alone.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, y.dtype)
+        y0, image, first, images, count, r0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        begin = emit.at(memory(context, builder, y, arguments[0]), y0)
+        source = emit.at(memory(context, builder, result, arguments[6]), r0)
+        offsets = [ir.Constant(_I64, k * VECTORS * emit.lanes) for k in range(emit.lanes)]
+        rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
+        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
+            number = builder.add(first, ir.Constant(_I64, i))
+            emit.store(rows[i], emit.at(begin, builder.mul(number, image)), mask)
+        return context.get_dummy_value()
+
+    return types.void(y, y0, image, first, images, count, result, r0), codegen
+
+
+@intrinsic(prefer_literal=True)
+def filters_tile(typing_context, filters, window, w0, taps, weights, v0, start, s0, result, r0):
+    """result[r0 + f * L] = start[s0 + f] + sum of window[w0 + tap] * weights[v0 + k * filters + f].
+
+    The literal is the number of `filters`; window and result are vectors of a block's L images.
+    """
+    if not isinstance(filters, types.IntegerLiteral):
+        return None
+    many = filters.literal_value
+    signature = types.void(filters, window, w0, taps, weights, v0, start, s0, result, r0)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, window.dtype)
+        images, table, factors, begin, target = (
+            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
+        )
+        images = emit.at(images, arguments[2])
+        factors, begin = emit.at(factors, arguments[5]), emit.at(begin, arguments[7])
+        target = emit.at(target, arguments[9])
+        depth = context.make_array(taps)(context, builder, arguments[3]).nitems
+        numbers = [ir.Constant(_I64, f) for f in range(many)]
+        lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(VECTORS)]
+
+        def step(k, sums):
+            place = emit.at(images, builder.load(emit.at(table, k)))
+            values = [emit.load(emit.at(place, lane)) for lane in lanes]
+            row = emit.at(factors, builder.mul(k, ir.Constant(_I64, many)))
+            new: list = []
+            for f in numbers:
+                weight = emit.broadcast(builder.load(emit.at(row, f)))
+                new += [
+                    emit.multiply_add(weight, value, sums[len(new) + v]) for v, value in enumerate(values)
+                ]
+            return new
+
+        sums = []
+        for f in numbers:
+            sums += [emit.broadcast(builder.load(emit.at(begin, f)))] * VECTORS
+        sums = sum_loop(emit, ir.Constant(_I64, 0), depth, sums, step)
+        for i, value in enumerate(sums):
+            offset = i // VECTORS * VECTORS * emit.lanes + i % VECTORS * emit.lanes
+            emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
+    """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f * L].
+
+    The literal is the number of `filters`; there are `TAPS` taps from k0 on, the last of which stands for
+    all beyond it. A sum is one vector: images that are a vector apart are added.
+    """
+    if not isinstance(filters, types.IntegerLiteral):
+        return None
+    many = filters.literal_value
+    signature = types.void(filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, window.dtype)
+        images, pixel_table, tap_table, gradient, target = (
+            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 9)
+        )
+        w0, k0, d0, step, s0 = (arguments[i] for i in (2, 5, 7, 8, 10))
+        count = context.make_array(pixels)(context, builder, arguments[3]).nitems
+        last = builder.sub(
+            context.make_array(taps)(context, builder, arguments[4]).nitems, ir.Constant(_I64, 1)
+        )
+        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(TAPS)]
+        ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
+        inputs = [emit.at(images, w0, builder.load(emit.at(tap_table, k))) for k in ks]
+
+        def add_pixel(p, totals):
+            pixel = builder.load(emit.at(pixel_table, p))
+            row = emit.at(gradient, d0, builder.mul(p, step))
+            for v in range(VECTORS):
+                lane = v * emit.lanes
+                offsets = [ir.Constant(_I64, f * VECTORS * emit.lanes + lane) for f in range(many)]
+                factors = [emit.load(emit.at(row, offset)) for offset in offsets]
+                new: list = []
+                for pointer in inputs:
+                    value = emit.load(emit.at(pointer, pixel, ir.Constant(_I64, lane)))
+                    new += [emit.multiply_add(value, d, totals[len(new) + f]) for f, d in enumerate(factors)]
+                totals = new
+            return totals
+
+        zero = ir.Constant(emit.vector, None)
+        totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (TAPS * many), add_pixel)
+        for i, total in enumerate(totals):
+            place = emit.at(target, s0, ir.Constant(_I64, i * emit.lanes))
+            emit.store(builder.fadd(emit.load(place), total), place)
+        return context.get_dummy_value()
+
+    return signature, codegen
