@@ -71,12 +71,12 @@ def geometry(shape: tuple[int, ...], pool: tuple[int, int], relu: bool, dtype: n
 
 @lru_cache(maxsize=64)
 def taps(g: Normalized) -> np.ndarray:
-    """Offsets of a window's pixels, and -1 behind the last.
+    """Offsets of a window's pixels, and -1 behind the last; then those of a pixel by itself.
 
     A loop that ends there is not unrolled by LLVM, which would make it longer than most windows are.
     """
     places = [(a * g.width + b) * g.channels for a in range(g.pool_h) for b in range(g.pool_w)]
-    return np.array([*places, -1])
+    return np.array([*places, -1, 0, -1])
 
 
 def table(
@@ -99,6 +99,9 @@ def _forward_vector(x, y, argmax, keeps, table, taps, source, target, c, mask, g
     where = splat(np.uint8(0), mask)
     tap = 0
     while taps[tap] >= 0:
+        if g.pool_h > 1:
+            # Processors foresee steps from one address to the next only, not from one row to another.
+            prefetch(x, source + taps[tap] + AHEAD)
         value = multiply_add(load(x, source + taps[tap], mask) - mean, scale, bias)
         takes = (value > best) | (value != value)
         best = select(takes, value, best)
@@ -222,58 +225,68 @@ def run_sums(
 
 
 @kernel
-def _backward_vector(dout, argmax, keeps, x, dx, table, source, target, c, tap, mask, training, channels):
-    """One vector of channels of one pixel, number `tap` of its window or -1 outside of all windows."""
+def _backward_vector(arrays, keeps, taps, source, target, c, mask, inside, training, g):
+    """One vector of channels of one window, or of a pixel outside of all windows."""
     keep_in_line()
+    dout, argmax, x, dx, table = arrays
     scale = load(table, c, mask)
-    change = like(scale, 0) * scale
-    if training:
-        distance = load(x, source + c, mask) - load(table, channels + c, mask)
-        shift, slope = load(table, 2 * channels + c, mask), load(table, 3 * channels + c, mask)
-        change = multiply_add(distance, slope, shift)
-    if tap >= 0:
-        gradient, where = load(dout, target + c, mask), splat(np.uint8(0), mask)
+    mean, shift = load(table, g.channels + c, mask), load(table, 2 * g.channels + c, mask)
+    slope = load(table, 3 * g.channels + c, mask)
+    where, gradient = splat(np.uint8(0), mask), like(scale, 0)
+    if inside:
+        gradient = load(dout, target + c, mask)
         if keeps:
             where = load(argmax, target + c, mask)
+    gradient = gradient * scale
+    tap = 0
+    while taps[tap] >= 0:
+        place = source + taps[tap] + c
+        if g.pool_h > 1:
+            prefetch(x, place + AHEAD)
+            prefetch(dx, place + AHEAD)
+        change = like(scale, 0) * scale
+        if training:
+            change = multiply_add(load(x, place, mask) - mean, slope, shift)
         here = where == splat(np.uint8(tap), mask)
-        change = select(here, multiply_add(gradient, scale, change), change)
-    store(change, dx, source + c, mask)
+        store(select(here, change + gradient, change), dx, place, mask)
+        tap += 1
 
 
 @parallel
-def _backward(part, parts, dout, argmax, x, dx, table, training, g):
-    """dx = gradient * scale, and in training + shift + (x - mean) * slope: the rows of `table`."""
+def _backward(part, parts, dout, argmax, x, dx, table, taps, training, g):
+    """dx = gradient * scale, and in training + shift + (x - mean) * slope: the rows of `table`.
+
+    `taps` are a window's, and behind them those of a pixel.
+    """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    gradient, where, values, to = pointer(dout), pointer(argmax), pointer(x), pointer(dx)
-    rows, keeps, everything = pointer(table), argmax.size > 0, all_lanes(pointer(x))
+    arrays = pointer(dout), pointer(argmax), pointer(x), pointer(dx), pointer(table)
+    keeps, everything = argmax.size > 0, all_lanes(pointer(x))
+    window, pixel = pointer(taps), pointer(taps[g.pool_h * g.pool_w + 1 :])
     channels = g.channels
     whole = channels // lanes * lanes
-    some = first_lanes(values, channels - whole)
-    lo, hi = span(part, parts, g.images * g.height)
+    some = first_lanes(pointer(x), channels - whole)
+    lo, hi = span(part, parts, g.images * g.out_h)
     for row in range(lo, hi):
-        n = row // g.height
-        h = row - n * g.height
-        i = h // g.pool_h
-        first = (h - i * g.pool_h) * g.pool_w
-        b = 0
-        s = row * g.width * channels
-        t = (n * g.out_h + i) * g.out_w * channels
-        for w in range(min(g.width, (x.size - s) // channels)):
-            tap = first + b if i < g.out_h and w < g.out_w * g.pool_w else -1
+        n = row // g.out_h
+        i = row - n * g.out_h
+        first = n * g.height + i * g.pool_h
+        last = first + g.pool_h if i + 1 < g.out_h else (n + 1) * g.height
+        s, t = first * g.width * channels, row * g.out_w * channels
+        for _ in range(min(g.out_w, (dout.size - t) // channels)):
             for c in range(0, whole, lanes):
-                _backward_vector(
-                    gradient, where, keeps, values, to, rows, s, t, c, tap, everything, training, channels
-                )
+                _backward_vector(arrays, keeps, window, s, t, c, everything, True, training, g)
             if whole < channels:
-                _backward_vector(
-                    gradient, where, keeps, values, to, rows, s, t, whole, tap, some, training, channels
-                )
-            s += channels
-            b += 1
-            if b == g.pool_w:
-                b = 0
-                t += channels
+                _backward_vector(arrays, keeps, window, s, t, whole, some, True, training, g)
+            s += g.pool_w * channels
+            t += channels
+        for h in range(first, last):
+            inside = g.out_w * g.pool_w if h < first + g.pool_h else 0
+            for w in range(inside, g.width):
+                s = (h * g.width + w) * channels
+                for c in range(0, channels, lanes):
+                    rest = first_lanes(pointer(x), channels - c)
+                    _backward_vector(arrays, keeps, pixel, s, t, c, rest, False, training, g)
 
 
 def run_backward(
@@ -286,6 +299,6 @@ def run_backward(
     g: Normalized,
 ) -> None:
     """Overwrite dx; `rows` are scale, mean, shift and slope; see `_backward`."""
-    parts = part_count(g.images * g.height, x.size)
+    parts = part_count(g.images * g.out_h, x.size)
     flat = (array.reshape(-1) for array in (dout, argmax, x, dx))
-    _backward(parts, *flat, rows, int(bool(training)), g)
+    _backward(parts, *flat, rows, taps(g), int(bool(training)), g)
