@@ -36,7 +36,9 @@ CASES = [
     pytest.param((9, 3, 3, 32), 32, 1, id="less than a tile an image"),
     pytest.param((1, 3, 290, 32), 32, 2, id="long rows"),
     pytest.param((37, 4, 4, 160), 192, 1, id="many tiles"),
-    pytest.param((3, 7, 8, 512), 512, 1, id="several groups of panels"),
+    pytest.param((3, 7, 8, 512), 512, 1, id="few tiles, many weights"),
+    pytest.param((1, 2, 290, 176), 208, 1, id="few tiles, many weights, none in whole chunks or panels"),
+    pytest.param((1, 53, 30, 192), 176, 1, id="a few tiles more"),
 ]
 
 
@@ -148,6 +150,7 @@ POOLED = [
     pytest.param((40, 4, 4, 32), 32, 1, 4, id="a window an image"),
     pytest.param((2, 8, 9, 32), 32, 1, 1, id="ReLU alone"),
     pytest.param((1, 30, 200, 32), 32, 1, 2, id="long rows"),
+    pytest.param((5, 10, 12, 256), 144, 1, 2, id="few tiles, many weights"),
     pytest.param((3, 12, 12, 32), 32, 1, 3, id="windows that tiles would cut"),
     pytest.param((1, 9, 270, 32), 32, 1, 2, id="rows that blocks would cut"),
 ]

@@ -24,7 +24,7 @@ from . import simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
-from .tile import TILE_ROWS, overwrite_panel
+from .tile import TILE_ROWS, add_panel, overwrite_panel
 from .winograd_transforms import (
     TAPS,
     TILE,
@@ -47,9 +47,11 @@ _FEWEST_PIXELS = 7
 _BLOCK = 32
 # Rows of so many tiles are not cut.
 _WIDEST = 64
-# Transformed weights of a group of panels, at most: they should stay in the third-level cache.
-_GROUP_BYTES = 12 << 20
-
+# With no more tiles and no fewer weights than these, the transformed weights would go to memory and come back
+# for little work. All tiles are one block then, and weights are transformed for so many channels at a time.
+_FEW_TILES = 96
+_MANY_WEIGHTS = 1 << 15
+_CHUNK = 64
 _NOWHERE = np.empty(0, np.uint8)
 _window_taps = lru_cache(maxsize=256)(window_taps)
 
@@ -89,40 +91,45 @@ class Tiling(NamedTuple):
     tiles: int  # in all images
     block: int  # tiles that are multiplied together
     panel: int  # filters that are multiplied together
+    chunk: int  # channels whose weights are transformed together where they are used; 0: all are, beforehand
     input_step: int  # from one of the 36 elements to the next in the transformed input,
     weight_step: int  # in a panel of the transformed weights
     product_step: int  # and in a panel of the products
 
 
-@parallel
-def _transform_weights(part, parts, weight, transposed, g, panel0, panels, u, squares):
-    """G g G^T of `panels` panels of filters from `panel0` on, each in rows of one input channel.
+@kernel
+def _transform_weights(weight, transposed, g, filter0, k0, u, u0, square):
+    """G g G^T of a panel of filters from `filter0` on and a vector of channels from `k0` on, to rows of `u`.
 
     If `transposed`, the channels of the image are the weight's filters, and the taps are flipped.
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
-    square = squares[part]
+    for c in range(0, min(g.filters - filter0, g.panel), lanes):
+        if transposed:
+            for tap in range(9):
+                source = ((8 - tap) * g.filters + filter0 + c) * g.channels + k0
+                transpose_square(weight, source, g.channels, square, tap * lanes * lanes, lanes)
+        for i in range(lanes):
+            place = u0 + i * g.panel + c
+            if transposed:
+                weight_vector(square, i * lanes, lanes * lanes, u, place, g.weight_step)
+            else:
+                source = (k0 + i) * g.filters + filter0 + c
+                weight_vector(weight, source, g.channels * g.filters, u, place, g.weight_step)
+
+
+@parallel
+def _transform_all_weights(part, parts, weight, transposed, g, u, squares):
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * weight.itemsize)
     slices = g.channels // lanes
-    lo, hi = span(part, parts, panels * slices)
+    lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
     for task in range(lo, hi):
         panel = task // slices
         k0 = (task - panel * slices) * lanes
-        column = (panel0 + panel) * g.panel
-        target = panel * 36 * g.weight_step + k0 * g.panel
-        for c in range(0, min(g.filters - column, g.panel), lanes):
-            if transposed:
-                for tap in range(9):
-                    source = ((8 - tap) * g.filters + column + c) * g.channels + k0
-                    transpose_square(weight, source, g.channels, square, tap * lanes * lanes, lanes)
-                for i in range(lanes):
-                    place = target + i * g.panel + c
-                    weight_vector(square, i * lanes, lanes * lanes, u, place, g.weight_step)
-            else:
-                for i in range(lanes):
-                    source = (k0 + i) * g.filters + column + c
-                    place = target + i * g.panel + c
-                    weight_vector(weight, source, g.channels * g.filters, u, place, g.weight_step)
+        place = panel * 36 * g.weight_step + k0 * g.panel
+        _transform_weights(weight, transposed, g, panel * g.panel, k0, u, place, squares[part])
 
 
 @kernel
@@ -209,34 +216,26 @@ def _pool(z, g, first, last, e, taps, y, argmax, filter0):
         row += rows
 
 
-@parallel
-def _correlate(
-    part,
-    parts,
-    x,
-    u,
-    panel0,
-    panels,
-    bias,
-    y,
-    g,
-    tables,
-    zeros,
-    offsets,
-    columns,
-    vs,
-    ms,
-    e,
-    taps,
-    argmax,
-    zs,
-):
+@kernel
+def _finish(m, g, first, last, bias, filter0, y, e, taps, argmax, z):
+    """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
     keep_out_of_line()
-    z = zs[part]
-    line = g.out_width * g.panel
+    if e.pool_h > 0:
+        line = g.out_width * g.panel
+        z0 = -(first // g.tile_columns) * 4 * line
+        _transform_output(m, g, first, last, bias, filter0, z, z0, line, g.panel, g.tile_rows * 4)
+        _pool(z, g, first, last, e, taps, y, argmax, filter0)
+    else:
+        line = g.out_width * g.filters
+        _transform_output(m, g, first, last, bias, filter0, y, filter0, line, g.filters, g.out_height)
+
+
+@parallel
+def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
+    keep_out_of_line()
     v = vs[part]
     m = ms[part]
-    input_rows, inner, product_rows = tables
+    panels = (g.filters + g.panel - 1) // g.panel
     # The work is every block for every panel, so that few blocks keep all threads busy.
     item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * panels)
     while item < end:
@@ -250,13 +249,12 @@ def _correlate(
         c0, channels = span(0, 1, g.channels)
         transform_input(x, g, first, last, c0, channels, offsets[part], zeros, columns[part], v, channels)
         for panel in range(begin, stop):
-            filter0 = (panel0 + panel) * g.panel
             for element in range(36):
                 overwrite_panel(
                     v,
                     element * g.input_step,
-                    input_rows,
-                    inner,
+                    tables[0],
+                    tables[1],
                     0,
                     last - first,
                     channels,
@@ -267,16 +265,62 @@ def _correlate(
                     0,
                     m,
                     element * g.product_step,
-                    product_rows,
+                    tables[2],
+                    min(g.filters - panel * g.panel, g.panel),
+                )
+            _finish(m, g, first, last, bias, panel * g.panel, y, e, taps, argmax, zs[part])
+
+
+@parallel
+def _transform_all_input(part, parts, x, g, zeros, offsets, columns, v):
+    """The only block's tiles, one chunk of channels behind the other."""
+    keep_out_of_line()
+    first, last = span(0, 1, g.tiles)
+    lo, hi = span(part, parts, (g.channels + g.chunk - 1) // g.chunk)
+    for chunk in range(lo, hi):
+        c0 = chunk * g.chunk
+        c1 = min(c0 + g.chunk, g.channels)
+        target = v[chunk * 36 * g.input_step :]
+        transform_input(x, g, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
+
+
+@parallel
+def _correlate_few(
+    part, parts, v, weight, transposed, bias, y, g, tables, us, squares, ms, zs, e, taps, argmax
+):
+    """One block of tiles for many weights, which are transformed by chunk and never leave the cache."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * y.itemsize)
+    u = us[part]
+    m = ms[part]
+    # Not the literal 0, for which Numba would compile second versions.
+    first, last = span(0, 1, g.tiles)
+    panel0, panel1 = span(part, parts, (g.filters + g.panel - 1) // g.panel)
+    for panel in range(panel0, panel1):
+        filter0 = panel * g.panel
+        clear(m, 0, m.size)
+        for k0 in range(0, g.channels, g.chunk):
+            k1 = min(k0 + g.chunk, g.channels)
+            for k in range(k0, k1, lanes):
+                _transform_weights(weight, transposed, g, filter0, k, u, (k - k0) * g.panel, squares[part])
+            for element in range(36):
+                add_panel(
+                    v,
+                    (k0 // g.chunk * 36 + element) * g.input_step,
+                    tables[0],
+                    tables[1],
+                    0,
+                    g.tiles,
+                    k1 - k0,
+                    u,
+                    element * g.weight_step,
+                    g.panel,
+                    m,
+                    element * g.product_step,
+                    tables[2],
                     min(g.filters - filter0, g.panel),
                 )
-            if e.pool_h > 0:
-                z0 = -(first // g.tile_columns) * 4 * line
-                _transform_output(m, g, first, last, bias, filter0, z, z0, line, g.panel, g.tile_rows * 4)
-                _pool(z, g, first, last, e, taps, y, argmax, filter0)
-            else:
-                row = g.out_width * g.filters
-                _transform_output(m, g, first, last, bias, filter0, y, filter0, row, g.filters, g.out_height)
+        _finish(m, g, first, last, bias, filter0, y, e, taps, argmax, zs[part])
 
 
 def _block_tiles(tile_columns: int, tiles: int) -> int:
@@ -301,14 +345,17 @@ def tiling(
     out_height, out_width, filters = out_shape
     tile_rows, tile_columns = -(-out_height // TILE), -(-out_width // TILE)
     tiles = images * tile_rows * tile_columns
-    block = _block_tiles(tile_columns, tiles)
+    few = tiles <= _FEW_TILES and channels * filters >= _MANY_WEIGHTS
+    block = tiles if few else _block_tiles(tile_columns, tiles)
     rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
     panel, lanes = simd.panel_width(np.float32), simd.lanes(np.float32)
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
-    steps = (len(rows) * channels + lanes, channels * panel + lanes, len(rows) * panel + lanes)
+    chunk = min(_CHUNK, channels) if few else 0
+    inner = chunk or channels
+    steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
     image = (height, width, channels, *padding, out_height, out_width, filters)
-    g = Tiling(*image, tile_rows, tile_columns, tiles, block, panel, *steps)
-    return g, (rows * channels, np.arange(channels), rows * panel)
+    g = Tiling(*image, tile_rows, tile_columns, tiles, block, panel, chunk, *steps)
+    return g, (rows * inner, np.arange(inner), rows * panel)
 
 
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
@@ -358,35 +405,57 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 
 
 def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
-    lanes = simd.lanes(x.dtype)
     panels = -(-g.filters // g.panel)
-    panel_size = _AREA * g.weight_step
     start = scratch("start", panels * g.panel, x.dtype)
     start[:] = 0
     if bias is not None:
         start[: g.filters] = bias
-    zeros = np.zeros(g.panel, x.dtype)
-    taps = _window_taps(e, g.panel)
-    # Groups of about one size, each of as many panels as fit.
-    groups = min(panels, -(-panels * panel_size * x.itemsize // _GROUP_BYTES))
-    blocks = -(-g.tiles // g.block)
-    for group in range(groups):
-        panel0, panel1 = group * panels // groups, (group + 1) * panels // groups
-        many = panel1 - panel0
-        u = scratch("weights", many * panel_size, x.dtype)
-        tasks = many * (g.channels // lanes)
-        parts = part_count(tasks, u.nbytes)
-        squares = scratch("squares", parts * TAPS**2 * lanes**2, x.dtype).reshape(parts, -1)
-        _transform_weights(parts, weight.reshape(-1), int(transposed), g, panel0, many, u, squares)
+    x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
+    end = (e, _window_taps(e, g.panel), argmax.reshape(-1))
+    run = _run_few if g.chunk else _run_many
+    run(x, weight, int(transposed), start, y, g, tables, panels, end)
 
-        parts = part_count(blocks * many, g.tiles * _AREA * g.channels * many)
-        offsets = scratch("offsets", parts * WINDOW, np.intp).reshape(parts, WINDOW)
-        size = (TILE * g.tile_columns + WINDOW - TILE) * WINDOW * lanes
-        columns = scratch("windows", parts * size, x.dtype).reshape(parts, -1)
-        vs = scratch("input", parts * _AREA * g.input_step, x.dtype).reshape(parts, -1)
-        ms = scratch("products", parts * _AREA * g.product_step, x.dtype).reshape(parts, -1)
-        rows = -(-g.block // g.tile_columns) * TILE * g.out_width * g.panel if e.pool_h else 1
-        zs = scratch("rows", parts * rows, x.dtype).reshape(parts, rows)
-        arrays = (x.reshape(-1), u, panel0, many, start, y.reshape(-1))
-        scratches = (zeros, offsets, columns, vs, ms)
-        _correlate(parts, *arrays, g, tables, *scratches, e, taps, argmax.reshape(-1), zs)
+
+def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
+    u = scratch("weights", panels * _AREA * g.weight_step, x.dtype)
+    parts = part_count(panels * (g.channels // simd.lanes(x.dtype)), u.nbytes)
+    _transform_all_weights(parts, weight, transposed, g, u, _squares(parts))
+    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * _AREA * g.channels * g.filters)
+    vs = _shares("input", parts, _AREA * g.input_step)
+    zeros = np.zeros(g.panel, x.dtype)
+    memory = (zeros, *windows(g, parts), vs, *_products(g, end[0], parts))
+    _correlate(parts, x, u, start, y, g, tables, *memory, *end)
+
+
+def _run_few(x, weight, transposed, start, y, g, tables, panels, end):
+    chunks = -(-g.channels // g.chunk)
+    v = scratch("input", chunks * _AREA * g.input_step, x.dtype)
+    parts = part_count(chunks, v.nbytes)
+    _transform_all_input(parts, x, g, np.zeros(g.panel, x.dtype), *windows(g, parts), v)
+    parts = part_count(panels, g.tiles * _AREA * g.channels * g.filters)
+    us = _shares("weights", parts, _AREA * g.weight_step)
+    memory = (us, _squares(parts), *_products(g, end[0], parts))
+    _correlate_few(parts, v, weight, transposed, start, y, g, tables, *memory, *end)
+
+
+def _shares(use: str, parts: int, size: int) -> np.ndarray:
+    """Scratch for each part."""
+    return scratch(use, parts * size, np.float32).reshape(parts, size)
+
+
+def _squares(parts: int) -> np.ndarray:
+    return _shares("squares", parts, TAPS**2 * simd.lanes(np.float32) ** 2)
+
+
+def _products(g: Tiling, e: Epilogue, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scratch for the products of a block with a panel, and for the rows of pixels that `e` pools."""
+    rows = -(-g.block // g.tile_columns) * TILE if e.pool_h else 0
+    products = _shares("products", parts, _AREA * g.product_step)
+    return products, _shares("rows", parts, max(1, rows * g.out_width * g.panel))
+
+
+def windows(g: Tiling, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scratch of `transform_input`: offsets, and columns of a row of windows."""
+    offsets = scratch("offsets", parts * WINDOW, np.intp).reshape(parts, WINDOW)
+    columns = TILE * g.tile_columns + WINDOW - TILE
+    return offsets, _shares("windows", parts, columns * WINDOW * simd.lanes(np.float32))

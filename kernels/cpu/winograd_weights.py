@@ -22,8 +22,8 @@ from . import simd
 from .direct import Layer
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel
-from .winograd import Tiling, tiling, transform_input
-from .winograd_transforms import TILE, WINDOW, add_weight_gradient, output_gradient_tile
+from .winograd import Tiling, tiling, transform_input, windows
+from .winograd_transforms import WINDOW, add_weight_gradient, output_gradient_tile
 from .workspace import clear, scratch
 
 _AREA = WINDOW * WINDOW
@@ -181,13 +181,10 @@ def add_backward_weight(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     tasks = cut.pieces * cut.rows * cut.columns
     sums = scratch("sums", tasks * _AREA * g.product_step, x.dtype).reshape(tasks, -1)
     parts = part_count(tasks, g.tiles * _AREA * g.channels * g.filters)
-    offsets = scratch("offsets", parts * WINDOW, np.intp).reshape(parts, WINDOW)
-    size = (TILE * g.tile_columns + WINDOW - TILE) * WINDOW * lanes
-    columns = scratch("windows", parts * size, x.dtype).reshape(parts, -1)
     vs = scratch("input", parts * _AREA * g.input_step, x.dtype).reshape(parts, -1)
     ws = scratch("gradients", parts * _AREA * g.weight_step, x.dtype).reshape(parts, -1)
     zeros = np.zeros(lanes, x.dtype)
-    arrays = (zeros, offsets, columns, vs, ws, sums)
+    arrays = (zeros, *windows(g, parts), vs, ws, sums)
     _sum_products(parts, x.reshape(-1), dout.reshape(-1), g, cut, tables, *arrays)
     parts = part_count(cut.rows * cut.columns * cut.channels, sums.nbytes)
     _finish(parts, g, cut, sums, dweight.reshape(-1))
