@@ -22,11 +22,16 @@ from .vectors import (
     like,
     load,
     pointer,
+    prefetch,
     select,
     splat,
     store,
     zeros,
 )
+
+# Processors foresee steps from one address to the next only, not from one row of an image to another: so many
+# elements ahead of the one in work they are told to fetch.
+_AHEAD = 8192
 
 
 class Taps(NamedTuple):
@@ -73,6 +78,7 @@ def _largest(x, y, argmax, kind, taps, source, target, mask):
     where = like(splat(kind, mask), max(taps[1], 0))
     entry = 0
     while taps[entry + 1] >= 0:
+        prefetch(x, source + taps[entry] + _AHEAD)
         value = load(x, source + taps[entry], mask)
         takes = (value > best) | (value != value)
         best = select(takes, value, best)
@@ -121,11 +127,13 @@ def _scatter_vector(dout, argmax, keeps, factor, dx, taps, source, target, mask)
         where, zero = load(argmax, source, mask), like(gradient, 0)
         while taps[entry + 1] >= 0:
             here = where == like(where, taps[entry + 1])
+            prefetch(dx, target + taps[entry] + _AHEAD)
             store(select(here, gradient, zero), dx, target + taps[entry], mask)
             entry += 2
     else:
         gradient = gradient * like(gradient, factor)
         while taps[entry + 1] >= 0:
+            prefetch(dx, target + taps[entry] + _AHEAD)
             store(gradient, dx, target + taps[entry], mask)
             entry += 2
 
@@ -167,6 +175,7 @@ def _mean_vector(x, y, factor, taps, source, target, mask):
     total = zeros(x)
     entry = 0
     while taps[entry + 1] >= 0:
+        prefetch(x, source + taps[entry] + _AHEAD)
         total = total + load(x, source + taps[entry], mask)
         entry += 2
     store(total * like(total, factor), y, target, mask)
