@@ -10,10 +10,9 @@ import numpy as np
 from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from .pieces import fill, fold, piece_bounds, piece_count, row_width
+from .moments import batch_sums
 from .simd import VECTOR_BITS
 from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, prefetch, store, zeros
-from .workspace import scratch
 
 
 class Windows(NamedTuple):
@@ -278,21 +277,6 @@ def col2im(
     return x
 
 
-@parallel
-def _sum(part, parts, x, slabs):
-    keep_out_of_line()
-    pieces, width = slabs.shape
-    lo, hi = span(part, parts, pieces)
-    for piece in range(lo, hi):
-        sums = slabs[piece]
-        fill(sums, 0)
-        first, last = piece_bounds(piece, pieces, x.size, width)
-        for start in range(first, last, width):
-            row = x[start : min(start + width, last)]
-            for k in range(row.size):
-                sums[k] += row[k]
-
-
 def conv2d_backward_bias(
     dout: np.ndarray, *, out: np.ndarray | None = None, accumulate: bool = False
 ) -> np.ndarray:
@@ -323,8 +307,5 @@ def conv2d_backward_bias(
         if not accumulate:
             dbias[...] = 0
         return dbias
-    pieces, width = piece_count(dout.size), row_width(channels)
-    slabs = scratch("sums", pieces * width, np.float64).reshape(pieces, width)
-    _sum(part_count(pieces, dout.size), dout.reshape(-1), slabs)
-    fold(slabs, dbias, int(accumulate))
+    batch_sums(dout, dbias, accumulate)
     return dbias

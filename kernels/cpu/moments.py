@@ -12,7 +12,7 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from .pieces import fill, piece_bounds, piece_count
+from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
 from .vectors import all_lanes, first_lanes, keep_in_line, load, multiply_add, pointer, prefetch, store, wide
 from .workspace import scratch
@@ -113,12 +113,21 @@ def _merge(slabs, total, squares, count):
                 count[c] += counts[c]
 
 
-def batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sum of squared distances from it, in float64, of each channel of a batch that is not empty."""
-    channels = x.shape[-1]
-    pieces, width = piece_count(x.size), column_width(channels, x.dtype)
+def _run(x: np.ndarray) -> np.ndarray:
+    """What `_moments` writes, (pieces, 3, width), for an array that is not empty."""
+    pieces, width = piece_count(x.size), column_width(x.shape[-1], x.dtype)
     slabs = scratch("moments", 3 * pieces * width, np.float64).reshape(pieces, 3, width)
     _moments(part_count(pieces, x.size), x.reshape(-1), slabs)
-    total, squares, count = np.empty((3, channels))
-    _merge(slabs, total, squares, count)
+    return slabs
+
+
+def batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared distances from it, in float64, of each channel of a batch that is not empty."""
+    total, squares, count = np.empty((3, x.shape[-1]))
+    _merge(_run(x), total, squares, count)
     return total / count, squares
+
+
+def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
+    """Overwrite `out` with each channel's sum, or add to it; `x` is not empty."""
+    fold(_run(x)[:, 0], out, int(accumulate))
