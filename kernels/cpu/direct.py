@@ -20,7 +20,7 @@ from . import geometry, simd
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, unpool_panel, window_taps
 from .geometry import Correlation
 from .simd import VECTOR_BITS
-from .tile import add_panel, overwrite_panel, padded_rows
+from .tile import add_panel, add_rows, overwrite_panel, padded_rows
 from .workspace import clear, copy, scratch
 
 # Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
@@ -424,8 +424,8 @@ class Layer:
             dout.reshape(-1),
             b,
             table.pixels,
-            padded_rows(table.taps),
-            padded_rows(np.arange(depth) * width),
+            padded_rows(table.taps, add_rows(depth)),
+            padded_rows(np.arange(depth) * width, add_rows(depth)),
             columns,
             partial,
             _windows(parts, b, x.dtype),

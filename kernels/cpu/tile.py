@@ -24,6 +24,8 @@ from ..jit import keep_out_of_line, kernel
 from . import simd
 
 TILE_ROWS = simd.TILE_ROWS
+# The taps of 3 x 3 fill these; with 2 vectors they are as much as 32 registers hold.
+TALL_ROWS = 9 if TILE_ROWS == 8 else TILE_ROWS
 TILE_VECTORS = simd.TILE_VECTORS
 VECTOR_BITS = simd.VECTOR_BITS
 
@@ -225,9 +227,21 @@ def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0
 
 @kernel
 def add_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns):
-    """C += A B for the rows r0 to r1 of the tables and one panel of at most 2 vectors of columns."""
+    """C += A B for the rows r0 to r1 of the tables and one panel of at most 2 vectors of columns.
+
+    There are a multiple of `TILE_ROWS` of them, or of `TALL_ROWS`.
+    """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * a.itemsize)
+    if (r1 - r0) % TILE_ROWS != 0:
+        for r in range(r0, r1, TALL_ROWS):
+            if columns == TILE_VECTORS * lanes:
+                tile(TALL_ROWS, 2, 0, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
+            elif columns > lanes:
+                tile(TALL_ROWS, 2, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
+            else:
+                tile(TALL_ROWS, 1, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
+        return
     for r in range(r0, r1, TILE_ROWS):
         if columns == TILE_VECTORS * lanes:
             tile(TILE_ROWS, 2, 0, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
@@ -237,7 +251,12 @@ def add_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns):
             tile(TILE_ROWS, 1, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
 
 
-def padded_rows(entries: np.ndarray) -> np.ndarray:
-    """A row table filled up to a multiple of `TILE_ROWS` with its last entry."""
-    missing = -len(entries) % TILE_ROWS
+def add_rows(entries: int) -> int:
+    """The tile's rows, `TILE_ROWS` or `TALL_ROWS`, with which `add_panel` repeats the fewest."""
+    return min((TILE_ROWS, TALL_ROWS), key=lambda rows: -(-entries // rows) * rows)
+
+
+def padded_rows(entries: np.ndarray, rows: int = TILE_ROWS) -> np.ndarray:
+    """A row table filled up to a multiple of `rows` with its last entry."""
+    missing = -len(entries) % rows
     return np.concatenate([entries, np.repeat(entries[-1:], missing)]).astype(np.intp)
