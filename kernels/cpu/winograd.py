@@ -310,7 +310,7 @@ def _correlate_few(
                     tables[0],
                     tables[1],
                     0,
-                    g.tiles,
+                    tables[0].size,
                     k1 - k0,
                     u,
                     element * g.weight_step,

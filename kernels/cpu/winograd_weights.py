@@ -89,6 +89,7 @@ def _sum_products(part, parts, x, dout, g, cut, tables, zeros, offsets, columns,
     for task in range(lo, hi):
         piece = task // squares
         c0, c1, f0, f1 = _square(task - piece * squares, g, cut, lanes)
+        rows = (c1 - c0 + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
         total = sums[task]
         clear(total, 0, total.size)
         block0, block1 = span(piece, cut.pieces, (g.tiles + g.block - 1) // g.block)
@@ -105,7 +106,7 @@ def _sum_products(part, parts, x, dout, g, cut, tables, zeros, offsets, columns,
                         channels,
                         tiles,
                         0,
-                        c1 - c0,
+                        rows,
                         last - first,
                         w,
                         e * g.weight_step + f,
