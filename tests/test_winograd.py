@@ -5,7 +5,7 @@ import pytest
 
 import fastcnn
 from fastcnn.kernels import cpu, reference, threads
-from fastcnn.kernels.cpu import direct, simd, winograd, winograd_weights
+from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd, winograd_weights
 
 # The largest error, in units of the largest result, for standard normal images and weights.
 BOUND = 2e-5
@@ -169,6 +169,38 @@ def test_pooled_convolution_ends_in_the_same(x_shape, filters, padding, pool_siz
         assert error(y, expected) < BOUND
         assert np.mean(argmax != expected_argmax) < 1e-3  # where two pixels are nearly the same
     assert results[0] == results[1]
+
+
+POOLED_GRADIENTS = [
+    # x, filters, pool_size, how the gradients of weights and input are done
+    pytest.param((2, 8, 10, 32), 48, 2, ("sparse", "sparse"), id="sparse"),
+    pytest.param((2, 9, 9, 64), 128, 2, ("sparse", "winograd"), id="many filters"),
+    pytest.param((2, 8, 7, 256), 256, 2, ("winograd", "winograd"), id="more than the cache holds"),
+    pytest.param((2, 9, 8, 32), 48, 1, ("winograd", "winograd"), id="ReLU alone"),
+    pytest.param((1, 6, 6, 32), 48, 1, ("direct", "direct"), id="few tiles"),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "pool_size", "ways"), POOLED_GRADIENTS)
+def test_pooled_gradients_are_the_same_any_way(x_shape, filters, pool_size, ways):
+    layer, x, weight, bias, _ = arguments(x_shape, filters, 1)
+    e = pooled_convolution._epilogue(layer, pool_size, True, True)
+    assert pooled_convolution._ways(layer, e, x_shape[0], x.dtype) == ways
+    y, argmax = cpu.conv2d_pool_forward(x, weight, bias, pool_size, padding=1)
+    dout = np.random.default_rng(8).standard_normal(y.shape).astype(np.float32)
+    exact = (dout.astype(np.float64), argmax)
+    dx = cpu.conv2d_pool_backward_input(dout, argmax, weight, x_shape, pool_size, padding=1)
+    expected = reference.conv2d_pool_backward_input(
+        *exact, weight.astype(np.float64), x_shape, pool_size, padding=1
+    )
+    assert error(dx, expected) < BOUND
+    out = np.ones_like(weight), np.ones_like(bias)
+    cpu.conv2d_pool_backward_weight(
+        dout, argmax, x, 3, pool_size, padding=1, out=out[0], out_bias=out[1], accumulate=True
+    )
+    expected = reference.conv2d_pool_backward_weight(*exact, x.astype(np.float64), 3, pool_size, padding=1)
+    for actual, gradient in zip(out, expected, strict=True):
+        assert error(actual - 1, gradient) < BOUND
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct, simd, sparse, winograd
+from . import direct, simd, sparse, winograd, winograd_weights
+from .columns import conv2d_backward_bias
 from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
@@ -23,6 +24,10 @@ from .workspace import scratch
 
 # The largest offset in a window that a byte holds beside `epilogue.DEAD`.
 _MOST_PIXELS = 255
+# Channels times filters from which on Winograd's dense sums take less time than sparse ones: for the gradient
+# of the weights, whose sparse sums then leave the cache, and of the input.
+_WINOGRAD_WEIGHT = 1 << 16
+_WINOGRAD_INPUT = 1 << 13
 
 
 def _epilogue(layer: direct.Layer, pool_size: Any, relu: bool, keeps: bool) -> Epilogue:
@@ -50,6 +55,16 @@ def _checked(dout: np.ndarray, argmax: Any, images: int, e: Epilogue) -> np.ndar
     if argmax.dtype != np.uint8:
         raise TypeError(f"argmax: expected uint8, got {argmax.dtype}")
     return np.require(checks.same_shape("argmax", argmax, shape), requirements="C")
+
+
+def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tuple[str, str]:
+    """How to do the gradient of the weights and that of the input: sparse, by Winograd, or direct."""
+    sparse_weight, sparse_input = sparse.pays(layer, e, dtype)
+    size = layer.channels * layer.filters
+    if winograd.suits(layer, images, dtype):
+        weight = "sparse" if sparse_weight and size < _WINOGRAD_WEIGHT else "winograd"
+        return weight, "sparse" if sparse_input and size < _WINOGRAD_INPUT else "winograd"
+    return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "direct"
 
 
 def _unpooled(dout: np.ndarray, argmax: np.ndarray, layer: direct.Layer, pool_size: Any) -> np.ndarray:
@@ -170,7 +185,7 @@ def conv2d_pool_backward_input(
     dx = checks.output("out", out, shape, dout.dtype)
     if not dx.size:
         return dx
-    if sparse.pays(layer, e, dout.dtype)[1]:
+    if _ways(layer, e, shape[0], dout.dtype)[1] == "sparse":
         sparse.input_gradient(dout, argmax, weight, layer, e, dx)
         return dx
     dense = _unpooled(dout, argmax, layer, pool_size)
@@ -226,8 +241,13 @@ def conv2d_pool_backward_weight(
             gradient.fill(0)
     if not dweight.size or not dout.size:
         return dweight, dbias
-    if sparse.pays(layer, e, dout.dtype)[0]:
+    way = _ways(layer, e, x.shape[0], dout.dtype)[0]
+    if way == "sparse":
         sparse.add_weight_gradient(dout, argmax, x, layer, e, dweight, dbias)
-        return dweight, dbias
-    layer.add_weight_gradient(dout, x, dweight, e, argmax, dbias)
+    elif way == "winograd":
+        dense = _unpooled(dout, argmax, layer, pool_size)
+        winograd_weights.add_backward_weight(layer, dense, x, dweight)
+        conv2d_backward_bias(dense, out=dbias, accumulate=True)
+    else:
+        layer.add_weight_gradient(dout, x, dweight, e, argmax, dbias)
     return dweight, dbias
