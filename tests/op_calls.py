@@ -91,6 +91,8 @@ CONVOLUTIONS = {
     "depthwise, stride beyond the kernel": ((1, 9, 10, 20), 20, (1, 2), 3, 0, 1, 20),
     "depthwise, more padding than kernel": ((1, 3, 3, 5), 5, (2, 2), 1, 3, 1, 5),
     "depthwise, 7 x 7": ((1, 19, 6, 32), 32, (7, 7), 1, 3, 1, 32),
+    "depthwise, one channel": ((1, 40, 170, 1), 1, (7, 7), 1, 1, 1, 1),
+    "depthwise, three channels": ((2, 9, 60, 3), 3, (3, 3), 1, 1, 2, 3),
     "depthwise, two filters each": ((1, 5, 6, 17), 34, (3, 3), 1, 1, 1, 17),
     "more padding than kernel": ((1, 3, 3, 3), 3, (2, 2), 1, 3, 1, 1),
     "no images": ((0, 6, 6, 3), 4, (3, 3), 1, 1, 1, 1),

@@ -3,7 +3,8 @@
 Output pixels that see the same taps of the kernel are one class: the inner pixels, which see all of them, and
 some lines along the border. Within a class a tile keeps several pixels in registers while it goes over the
 taps, or several taps while it goes over the pixels. Taps that fall into the padding are left out, so that the
-images are read in place.
+images are read in place. Where channels are too few for a vector, neighbouring pixels count as one with all
+of their channels, and the weights are repeated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
+from . import simd
 from .direct import Layer
 from .geometry import Axis
 from .loops import memory, sum_loop
@@ -39,6 +41,8 @@ _FEW_TAPS = 3
 _ROWS = 8
 _BAND_PIXELS = 256
 _PIECES = 16
+# Elements of neighbouring pixels that count as one, at most: their repeated weights should stay in the cache.
+_ELEMENTS_AS_ONE = 128
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 4
 
@@ -52,12 +56,13 @@ class Classes(NamedTuple):
     """
 
     bands: np.ndarray  # (_, 4): first row, rows, first and last + 1 row of taps
-    spans: np.ndarray  # (_, 4): where its pixels begin, its columns, where its taps begin, taps in a row
+    spans: np.ndarray  # (_, 5): first pixel in the tables, columns, first tap, taps in a row, channels
     pixels: np.ndarray  # offset of each pixel's input
     places: np.ndarray  # offset of each pixel in the result
     taps: np.ndarray  # offset of each tap from the pixel's input
     weights: np.ndarray  # offset of each tap's weights
     steps: tuple[int, int, int, int]  # input: first row, next row; result: first row, next row
+    repeats: int  # of the weights: pixels that count as one, at most
 
 
 def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
@@ -74,6 +79,13 @@ def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
     return runs
 
 
+def _grid(
+    rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray, steps: tuple[int, int]
+) -> np.ndarray:
+    """Offsets of points, row by row."""
+    return np.add.outer(np.array(rows, np.intp) * steps[0], np.array(columns, np.intp) * steps[1]).ravel()
+
+
 def _classes(
     rows: Axis,
     columns: Axis,
@@ -83,6 +95,7 @@ def _classes(
     image: tuple[int, int],
     out_width: int,
     channels: int,
+    most_as_one: int,
 ) -> Classes:
     """The classes of a correlation whose taps have the weights of these rows and columns of the kernel."""
     height, width = image
@@ -93,56 +106,60 @@ def _classes(
         for row in range(first, first + many, count)
     ]
     pitch, out_pitch = width * channels, out_width * channels
-    spans, pixels, places, taps, weights = [], [], [], [], []
-    pixels_before = taps_before = 0
-    for first, many, tap0, tap1 in _runs(columns, width):
-        spans.append((pixels_before, many, taps_before, tap1 - tap0))
-        j = np.arange(first, first + many)
-        pixels.append(np.add.outer(np.arange(count) * rows.step * pitch, j * columns.step * channels).ravel())
-        places.append(
-            np.add.outer(
-                np.arange(count) * rows.out_step * out_pitch, j * columns.out_step * channels
-            ).ravel()
-        )
-        taps.append(
-            np.add.outer(
-                np.array(rows.taps) * pitch, np.array(columns.taps[tap0:tap1], np.intp) * channels
-            ).ravel()
-        )
-        weights.append(
-            np.add.outer(
-                np.array(kernel_rows) * kernel_w, np.array(kernel_columns[tap0:tap1], np.intp)
-            ).ravel()
-            * channels
-        )
-        pixels_before += count * many
-        taps_before += taps[-1].size
+    pixel_steps = rows.step * pitch, columns.step * channels
+    place_steps = rows.out_step * out_pitch, columns.out_step * channels
+    runs = _runs(columns, width)
+    repeats = min(most_as_one, max(many for _, many, _, _ in runs))
+    spans: list[tuple[int, int, int, int, int]] = []
+    tables: tuple[list, ...] = ([], [], [], [])
+    for first, many, tap0, tap1 in runs:
+        first_tap = sum(table.size for table in tables[2])
+        for column in range(first, first + many, repeats if repeats > 1 else many):
+            as_one = min(repeats, first + many - column)
+            j = np.arange(column, column + (many if repeats == 1 else 1))
+            first_pixel = sum(table.size for table in tables[0])
+            spans.append((first_pixel, len(j), first_tap, tap1 - tap0, as_one * channels))
+            tables[0].append(_grid(np.arange(count), j, pixel_steps))
+            tables[1].append(_grid(np.arange(count), j, place_steps))
+        seen = slice(tap0, tap1)
+        tables[2].append(_grid(rows.taps, columns.taps[seen], (pitch, channels)))
+        steps = kernel_w * channels * repeats, channels * repeats
+        tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
     return Classes(
         np.array(bands, np.intp),
         np.array(spans, np.intp),
-        np.concatenate(pixels).astype(np.intp),
-        np.concatenate(places).astype(np.intp),
-        np.concatenate(taps).astype(np.intp),
-        np.concatenate(weights).astype(np.intp),
+        np.concatenate(tables[0]),
+        np.concatenate(tables[1]),
+        np.concatenate(tables[2]),
+        np.concatenate(tables[3]),
         (
             rows.origin * pitch + columns.origin * channels,
             rows.step * pitch,
             rows.out_first * out_pitch + columns.out_first * channels,
             rows.out_step * out_pitch,
         ),
+        repeats,
     )
 
 
+def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
+    """Pixels that count as one: they need to have neighbours everywhere, and fewer channels than a vector."""
+    if layer.columns.stride > 1 or layer.channels >= simd.lanes(dtype):
+        return 1
+    return max(1, _ELEMENTS_AS_ONE // layer.channels)
+
+
 @lru_cache(maxsize=512)
-def _forward_classes(layer: Layer) -> Classes:
+def _forward_classes(layer: Layer, dtype: np.dtype) -> Classes:
     kernel_h, kernel_w = layer.rows.kernel, layer.columns.kernel
     axes = layer.rows.forward(), layer.columns.forward()
     positions = range(kernel_h), range(kernel_w)
-    return _classes(*axes, *positions, kernel_w, layer.image, layer.out_image[1], layer.channels)
+    as_one = _most_as_one(layer, dtype)
+    return _classes(*axes, *positions, kernel_w, layer.image, layer.out_image[1], layer.channels, as_one)
 
 
 @lru_cache(maxsize=512)
-def _input_classes(layer: Layer) -> list[Classes]:
+def _input_classes(layer: Layer, dtype: np.dtype) -> list[Classes]:
     return [
         _classes(
             rows,
@@ -153,6 +170,7 @@ def _input_classes(layer: Layer) -> list[Classes]:
             layer.out_image,
             layer.image[1],
             layer.channels,
+            _most_as_one(layer, dtype),
         )
         for rows, kernel_rows in layer.rows.phases()
         for columns, kernel_columns in layer.columns.phases()
@@ -271,7 +289,6 @@ def _taps_tile(
 @parallel
 def _correlate(part, parts, x, images, weight, start, y, of):
     keep_out_of_line()
-    channels = start.size
     lanes = VECTOR_BITS // (8 * x.itemsize)
     in_first, in_row, out_first, out_row = of.steps
     bands, spans = of.bands, of.spans
@@ -283,6 +300,7 @@ def _correlate(part, parts, x, images, weight, start, y, of):
         y0 = n * (y.size // images) + out_first + band[0] * out_row
         for s in range(len(spans)):
             begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+            channels = spans[s, 4]
             end = begin + band[1] * columns
             k0, k1 = tap + band[2] * width, tap + band[3] * width
             p = begin
@@ -313,7 +331,7 @@ def _correlate(part, parts, x, images, weight, start, y, of):
 
 
 @parallel
-def _weight(part, parts, x, images, dout, partial, channels, of):
+def _weight(part, parts, x, images, dout, partial, of):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
     in_first, in_row, out_first, out_row = of.steps
@@ -331,6 +349,7 @@ def _weight(part, parts, x, images, dout, partial, channels, of):
             d0 = n * (dout.size // images) + out_first + band[0] * out_row
             for s in range(len(spans)):
                 p0, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+                channels = spans[s, 4]
                 p1 = p0 + band[1] * columns
                 last = tap + band[3] * width - 1
                 k = tap + band[2] * width
@@ -361,38 +380,44 @@ def _parts(layer: Layer, images: int, tasks: int) -> int:
 
 
 def _run(
-    layer: Layer, x: np.ndarray, weight: np.ndarray, start: np.ndarray, y: np.ndarray, of: Classes
+    layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray, of: Classes
 ) -> None:
-    images = len(x)
+    images, channels = len(x), layer.channels
+    if of.repeats > 1:
+        flat = weight.reshape(-1, 1, channels)
+        weight = scratch("weights", flat.size * of.repeats, x.dtype).reshape(len(flat), of.repeats, channels)
+        weight[...] = flat
+    start = scratch("start", channels * of.repeats, x.dtype)
+    start.reshape(of.repeats, channels)[...] = 0 if bias is None else bias
     parts = _parts(layer, images, images * len(of.bands))
     _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, y.reshape(-1), of)
 
 
-def _zeros(channels: int, dtype: np.dtype) -> np.ndarray:
-    zeros = scratch("start", channels, dtype)
-    zeros.fill(0)
-    return zeros
-
-
 def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     """Overwrite `y` with the convolution of `x`."""
-    start = _zeros(layer.channels, x.dtype) if bias is None else bias
-    _run(layer, x, weight, start, y, _forward_classes(layer))
+    _run(layer, x, weight, bias, y, _forward_classes(layer, x.dtype))
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Write the gradient to the input to those elements of `dx` that any tap reaches."""
-    start = _zeros(layer.channels, dout.dtype)
-    for classes in _input_classes(layer):
-        _run(layer, dout, weight, start, dx, classes)
+    for classes in _input_classes(layer, dout.dtype):
+        _run(layer, dout, weight, None, dx, classes)
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
-    classes = _forward_classes(layer)
+    of = _forward_classes(layer, x.dtype)
     images = len(x)
-    pieces = min(_PIECES, images * len(classes.bands))
-    partial = scratch("partial", pieces * dweight.size, x.dtype).reshape(pieces, dweight.size)
+    pieces = min(_PIECES, images * len(of.bands))
+    size = dweight.size * of.repeats
+    partial = scratch("partial", pieces * size, x.dtype).reshape(pieces, size)
     parts = _parts(layer, images, pieces)
-    _weight(parts, x.reshape(-1), images, dout.reshape(-1), partial, layer.channels, classes)
-    fold(partial, dweight.reshape(-1), 1)
+    _weight(parts, x.reshape(-1), images, dout.reshape(-1), partial, of)
+    if of.repeats == 1:
+        fold(partial, dweight.reshape(-1), 1)
+        return
+    # Pixels that count as one have sums of their own too.
+    taps = layer.rows.kernel * layer.columns.kernel
+    sums = partial.reshape(pieces, taps, -1)
+    for tap, gradient in enumerate(dweight.reshape(taps, -1)):
+        fold(sums[:, tap], gradient, 1)
