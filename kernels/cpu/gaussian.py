@@ -68,7 +68,7 @@ def _binary_parts(typing_context, a):
         parts = [mantissa, builder.sitofp(exponent, kind)]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.UniTuple(a, 2)(a), codegen
+    return types.UniTuple(a, 2)(a), codegen  # type: ignore[attr-defined]
 
 
 @kernel
