@@ -18,11 +18,12 @@ from . import simd
 from .runs import add_runs
 from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
+from .vectors import all_lanes, first_lanes, load, pointer, store
 from .winograd_transforms import transpose_square
 from .workspace import clear, copy, scratch
 
 _BLOCK_K = 256
-_BLOCK_ROWS = 96
+_BLOCK_ROWS = 168
 # From one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
 _PITCH = _BLOCK_K + 16
 # Panels of B that are packed together, so that its rows are read in longer pieces.
@@ -62,16 +63,22 @@ def _pack_panels(b, p, k0, depth, first, many, width, packed):
     source = k0 * p.b_k + first * p.b_column
     size = packed.size // _PANELS
     last = many // width * width
-    if p.b_column == 1:
-        for k in range(depth):
-            for j in range(0, last, width):
-                copy(b, source + k * p.b_k + j, packed, j // width * size + k * width, width)
-            if last < many:
-                place = last // width * size + k * width
-                copy(b, source + k * p.b_k + last, packed, place, many - last)
-                clear(packed, place + many - last, width - (many - last))
-        return
     lanes = VECTOR_BITS // (8 * b.itemsize)
+    if p.b_column == 1:
+        values, places = pointer(b), pointer(packed)
+        everything = all_lanes(values)
+        for k in range(depth):
+            row = source + k * p.b_k
+            target = k * width
+            for j in range(0, last, width):
+                for c in range(0, width, lanes):
+                    store(load(values, row + j + c, everything), places, target + c, everything)
+                target += size
+            # Lanes that are not loaded are zero.
+            for c in range(0, width if last < many else 0, lanes):
+                some = first_lanes(values, min(max(many - last - c, 0), lanes))
+                store(load(values, row + last + c, some), places, target + c, everything)
+        return
     if last < many:
         clear(packed, last // width * size, depth * width)
     square_columns = many // lanes * lanes
