@@ -57,7 +57,7 @@ def passes(layer, x, weight, bias, dout):
     y, dx, dweight = np.full_like(dout, np.nan), np.full_like(x, np.nan), np.zeros_like(weight)
     winograd.forward(layer, x, weight, bias, y)
     winograd.backward_input(layer, dout, weight, dx)
-    winograd_weights.add_backward_weight(layer, dout, x, dweight)
+    winograd_weights.add_weight_gradient(layer, dout, x, dweight)
     return y, dx, dweight
 
 
@@ -221,7 +221,7 @@ def test_nan_in_an_image_reaches_the_gradients_of_its_channel():
     layer, x, weight, _, dout = arguments((2, 12, 12, 48), 32, 1)
     x[1, 5, 6, 40] = np.nan
     dweight = np.zeros_like(weight)
-    winograd_weights.add_backward_weight(layer, dout, x, dweight)
+    winograd_weights.add_weight_gradient(layer, dout, x, dweight)
     assert np.isnan(dweight[:, :, 40]).all()
     assert np.isfinite(np.delete(dweight, 40, axis=2)).all()
 

@@ -1,17 +1,60 @@
 """Convolution: forward, and backward to the input and to the weights.
 
-The functions check their arguments and choose the way: `direct` convolves by the definition, `winograd` and
-`winograd_weights` in fewer multiplications where filters are 3x3.
+The functions check their arguments and choose the way by the layer's sizes: `direct` convolves by the
+definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3, `depthwise`,
+`image_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .. import checks
-from . import depthwise, direct, few_channels, image_lanes, winograd, winograd_weights
+from . import depthwise, direct, few_channels, few_pixels, image_lanes, winograd, winograd_weights
+
+Way = Callable[..., None]
+
+
+# What is chosen depends on the sizes and, the last argument, on whether Winograd's algorithm is allowed.
+
+
+@lru_cache(maxsize=1024)
+def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+    if depthwise.fits(layer):
+        return depthwise.forward
+    if image_lanes.suits_forward(layer, images, dtype):
+        return image_lanes.forward
+    if winograd.suits(layer, images, dtype):
+        return winograd.forward
+    return few_pixels.forward if few_pixels.suits(layer, images) else direct.forward
+
+
+@lru_cache(maxsize=1024)
+def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+    if depthwise.fits(layer):
+        return depthwise.backward_input
+    if image_lanes.suits_input(layer, images, dtype):
+        return image_lanes.backward_input
+    if few_channels.suits(layer, dtype):
+        return few_channels.backward_input
+    if winograd.suits(layer, images, dtype):
+        return winograd.backward_input
+    return few_pixels.backward_input if few_pixels.suits(layer, images) else direct.backward_input
+
+
+@lru_cache(maxsize=1024)
+def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+    if depthwise.fits(layer):
+        return depthwise.add_weight_gradient
+    if image_lanes.suits_weight(layer, images, dtype):
+        return image_lanes.add_weight_gradient
+    if winograd.suits(layer, images, dtype):
+        return winograd_weights.add_weight_gradient
+    return few_pixels.add_weight_gradient if few_pixels.suits(layer, images) else direct.add_weight_gradient
 
 
 def conv2d_forward(
@@ -58,14 +101,9 @@ def conv2d_forward(
     if bias is not None:
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
-    if y.size and depthwise.fits(layer):
-        depthwise.forward(layer, x, weight, bias, y)
-    elif y.size and image_lanes.suits_forward(layer, x.shape[0], x.dtype):
-        image_lanes.forward(layer, x, weight, bias, y)
-    elif y.size and winograd.suits(layer, x.shape[0], x.dtype):
-        winograd.forward(layer, x, weight, bias, y)
-    elif y.size:
-        layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
+    if y.size:
+        way = _forward_way(layer, x.shape[0], x.dtype, winograd.get_winograd())
+        way(layer, x, weight, bias, y)
     return y
 
 
@@ -104,22 +142,8 @@ def conv2d_backward_input(
     checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        if layer.rows.skips or layer.columns.skips:
-            dx.fill(0)
-        if depthwise.fits(layer):
-            depthwise.backward_input(layer, dout, weight, dx)
-            return dx
-        if image_lanes.suits_input(layer, shape[0], dout.dtype):
-            image_lanes.backward_input(layer, dout, weight, dx)
-            return dx
-        if few_channels.suits(layer, dout.dtype):
-            few_channels.backward_input(layer, dout, weight, dx)
-            return dx
-        if winograd.suits(layer, shape[0], dout.dtype):
-            winograd.backward_input(layer, dout, weight, dx)
-            return dx
-        for table, positions in layer.input_tables:
-            layer.run(dout, table, weight, positions, True, None, dx)
+        way = _input_way(layer, shape[0], dout.dtype, winograd.get_winograd())
+        way(layer, dout, weight, dx)
     return dx
 
 
@@ -160,12 +184,7 @@ def conv2d_backward_weight(
     dweight = checks.output("out", out, shape, dout.dtype)
     if not accumulate or out is None:
         dweight.fill(0)
-    if dweight.size and dout.size and depthwise.fits(layer):
-        depthwise.add_weight_gradient(layer, dout, x, dweight)
-    elif dweight.size and dout.size and image_lanes.suits_weight(layer, images, dout.dtype):
-        image_lanes.add_weight_gradient(layer, dout, x, dweight)
-    elif dweight.size and dout.size and winograd.suits(layer, images, dout.dtype):
-        winograd_weights.add_backward_weight(layer, dout, x, dweight)
-    elif dweight.size and dout.size:
-        layer.add_weight_gradient(dout, x, dweight)
+    if dweight.size and dout.size:
+        way = _weight_way(layer, images, dout.dtype, winograd.get_winograd())
+        way(layer, dout, x, dweight)
     return dweight

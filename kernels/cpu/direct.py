@@ -498,6 +498,24 @@ def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding
 _known_layer = lru_cache(maxsize=512, typed=True)(_checked_layer)
 
 
+def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    """Overwrite `y` with the convolution of `x`."""
+    layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
+
+
+def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
+    """Overwrite `dx` with the gradient to the input."""
+    if layer.rows.skips or layer.columns.skips:
+        dx.fill(0)
+    for table, positions in layer.input_tables:
+        layer.run(dout, table, weight, positions, True, None, dx)
+
+
+def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+    """Add the gradient of the weights to `dweight`."""
+    layer.add_weight_gradient(dout, x, dweight)
+
+
 def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
     size = 1 if b.in_place else b.window_h * b.window_w * b.channels
     return scratch("windows", parts * size, dtype).reshape(parts, size)

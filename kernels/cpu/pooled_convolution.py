@@ -246,7 +246,7 @@ def conv2d_pool_backward_weight(
         sparse.add_weight_gradient(dout, argmax, x, layer, e, dweight, dbias)
     elif way == "winograd":
         dense = _unpooled(dout, argmax, layer, pool_size)
-        winograd_weights.add_backward_weight(layer, dense, x, dweight)
+        winograd_weights.add_weight_gradient(layer, dense, x, dweight)
         conv2d_backward_bias(dense, out=dbias, accumulate=True)
     else:
         layer.add_weight_gradient(dout, x, dweight, e, argmax, dbias)

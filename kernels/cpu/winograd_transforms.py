@@ -273,7 +273,7 @@ def output_gradient_tile(typing_context, dout, d0, row, pixel, rows, columns, ze
 
 
 @intrinsic
-def add_weight_gradient(typing_context, m, m0, step, dweight, d0, tap):
+def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap):
     """dweight[d0 + (3 kh + kw) * tap] += (G^T M G)[kh, kw], M[i, j] being m[m0 + (6 i + j) * step]."""
     signature = types.void(m, m0, step, dweight, d0, tap)
 

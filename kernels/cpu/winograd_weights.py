@@ -23,7 +23,7 @@ from .direct import Layer
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel
 from .winograd import Tiling, tiling, transform_input, windows
-from .winograd_transforms import WINDOW, add_weight_gradient, output_gradient_tile
+from .winograd_transforms import WINDOW, add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
 
 _AREA = WINDOW * WINDOW
@@ -142,7 +142,7 @@ def _finish(part, parts, g, cut, sums, dweight):
                         total[j] += more[j]
             for k in range(0, min(f1 - f0 - f, g.panel), lanes):
                 target = (c0 + c) * g.filters + f0 + f + k
-                add_weight_gradient(
+                add_filter_gradient(
                     sums[square], m0 + k, g.product_step, dweight, target, g.channels * g.filters
                 )
 
@@ -174,7 +174,7 @@ def _cut(
     return g, cut, (entries, np.arange(block) * channels, entries * g.panel)
 
 
-def add_backward_weight(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient to the filters to `dweight`; see `winograd.suits`."""
     padding = (layer.rows.padding[0], layer.columns.padding[0])
     g, cut, tables = _cut(x.shape, dout.shape[1:], padding)
