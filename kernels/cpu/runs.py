@@ -20,19 +20,39 @@ from .vectors import keep_in_line
 _MOST_VECTORS = 8
 # Sums that a processor can start before the first is done: shorter runs are summed in several chains.
 _CHAINS = 4
+# Sums of several rows that fit the registers beside what they are multiplied with.
+_REGISTERS = 18 if VECTOR_BITS == 512 else 12
 
 
 @intrinsic(prefer_literal=True)
-def _add_weighted(typing_context, vectors, values, offsets, first, count, source, s0, target, t0, columns):
-    """target[t0 + c] += sum over i of values[first + i] * source[s0 + offsets[first + i] + c], c < columns.
+def _add_weighted(
+    typing_context,
+    rows,
+    vectors,
+    values,
+    offsets,
+    first,
+    count,
+    source,
+    s0,
+    source_step,
+    target,
+    t0,
+    target_step,
+    columns,
+):
+    """For r < rows, c < columns: target[t0 + r * target_step + c] += sum over i of
+    values[first + i] * source[s0 + r * source_step + offsets[first + i] + c].
 
     All but the last of `vectors` vectors are whole; `source` is read in whole vectors.
     """
-    if not isinstance(vectors, types.IntegerLiteral):
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (rows, vectors)):
         return None
-    many = vectors.literal_value
-    chains = max(1, _CHAINS // many)
-    signature = types.void(vectors, values, offsets, first, count, source, s0, target, t0, columns)
+    many, high = vectors.literal_value, rows.literal_value
+    size = many * high
+    chains = max(1, _CHAINS // size)
+    numbers = (first, count, source, s0, source_step, target, t0, target_step, columns)
+    signature = types.void(rows, vectors, values, offsets, *numbers)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, source.dtype)
@@ -42,13 +62,20 @@ def _add_weighted(typing_context, vectors, values, offsets, first, count, source
             array = context.make_array(signature.args[position])(context, builder, arguments[position])
             return emit.at(array.data, *offset)
 
-        first, count, columns = arguments[3], arguments[4], arguments[9]
-        weights, places = at(1, first), at(2, first)
-        runs, result = at(5, arguments[6]), at(7, arguments[8])
+        def steps(pointer, step):
+            pointers = [pointer]
+            for _ in range(high - 1):
+                pointers.append(emit.at(pointers[-1], step))
+            return pointers
+
+        first, count, columns = arguments[4], arguments[5], arguments[12]
+        weights, places = at(2, first), at(3, first)
+        sources = steps(at(6, arguments[7]), arguments[8])
         lanes = [ir.Constant(i64, v * emit.lanes) for v in range(many)]
-        masks = [None] * (many - 1) + [emit.mask(columns, many - 1)]
-        sums = [emit.load(emit.at(result, lane), mask) for lane, mask in zip(lanes, masks, strict=True)]
-        sums += [ir.Constant(emit.vector, None)] * (many * (chains - 1))
+        masks = ([None] * (many - 1) + [emit.mask(columns, many - 1)]) * high
+        results = [emit.at(row, lane) for row in steps(at(9, arguments[10]), arguments[11]) for lane in lanes]
+        sums = [emit.load(place, mask) for place, mask in zip(results, masks, strict=True)]
+        sums += [ir.Constant(emit.vector, None)] * (size * (chains - 1))
 
         def loop(begin, step, sums):
             """Entries from `begin` on, `step` at once while there are so many: where it ended, the sums."""
@@ -66,10 +93,10 @@ def _add_weighted(typing_context, vectors, values, offsets, first, count, source
             for chain in range(step):
                 entry_i = builder.add(i, ir.Constant(i64, chain))
                 weight = emit.broadcast(builder.load(emit.at(weights, entry_i)))
-                run = emit.at(runs, builder.sext(builder.load(emit.at(places, entry_i)), i64))
-                for v in range(many):
-                    k = chain * many + v
-                    new[k] = emit.multiply_add(weight, emit.load(emit.at(run, lanes[v])), phis[k])
+                offset = builder.sext(builder.load(emit.at(places, entry_i)), i64)
+                runs = [emit.at(row, offset, lane) for row in sources for lane in lanes]
+                for k, run in enumerate(runs, start=chain * size):
+                    new[k] = emit.multiply_add(weight, emit.load(run), phis[k])
             for phi, begun, done in zip(phis, sums, new, strict=True):
                 phi.add_incoming(begun, entry)
                 phi.add_incoming(done, builder.block)
@@ -80,10 +107,10 @@ def _add_weighted(typing_context, vectors, values, offsets, first, count, source
 
         i, sums = loop(ir.Constant(i64, 0), chains, sums)
         if chains > 1:
-            sums = [_total(builder, [sums[chain * many + v] for chain in range(chains)]) for v in range(many)]
+            sums = [_total(builder, sums[k::size]) for k in range(size)]
             _, sums = loop(i, 1, sums)
-        for value, lane, mask in zip(sums, lanes, masks, strict=True):
-            emit.store(value, emit.at(result, lane), mask)
+        for value, place, mask in zip(sums, results, masks, strict=True):
+            emit.store(value, place, mask)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -92,7 +119,8 @@ def _add_weighted(typing_context, vectors, values, offsets, first, count, source
 def _total(builder, terms):
     total = terms[0]
     for term in terms[1:]:
-        total = builder.fadd(total, term)
+        # A flag of its own, lest Numba give it those that let LLVM reorder the sum.
+        total = builder.fadd(total, term, flags=("nsz",))
     return total
 
 
@@ -102,24 +130,76 @@ def add_runs(values, offsets, first, count, source, s0, target, t0, run):
     keep_in_line()
     lanes = VECTOR_BITS // (8 * source.itemsize)
     while run > _MOST_VECTORS * lanes:
-        _add_weighted(8, values, offsets, first, count, source, s0, target, t0, 8 * lanes)
+        _add_weighted(1, 8, values, offsets, first, count, source, s0, 0, target, t0, 0, 8 * lanes)
         s0 += 8 * lanes
         t0 += 8 * lanes
         run -= 8 * lanes
     vectors = (run + lanes - 1) // lanes
     if vectors == 1:
-        _add_weighted(1, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 1, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 2:
-        _add_weighted(2, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 2, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 3:
-        _add_weighted(3, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 3, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 4:
-        _add_weighted(4, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 4, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 5:
-        _add_weighted(5, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 5, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 6:
-        _add_weighted(6, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 6, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     elif vectors == 7:
-        _add_weighted(7, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 7, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
     else:
-        _add_weighted(8, values, offsets, first, count, source, s0, target, t0, run)
+        _add_weighted(1, 8, values, offsets, first, count, source, s0, 0, target, t0, 0, run)
+
+
+@kernel
+def add_rows_of_runs(
+    values, offsets, first, count, source, s0, source_step, target, t0, target_step, rows, run
+):
+    """`add_runs` for `rows` rows, whose sources and targets lie a step apart; several at once if they fit.
+
+    Entries are then read once for all, and short runs keep the processor busy.
+    """
+    keep_in_line()
+    lanes = VECTOR_BITS // (8 * source.itemsize)
+    vectors = (run + lanes - 1) // lanes
+    while rows > 0:
+        done = 1
+        if rows >= 5 and vectors <= _REGISTERS // 5:
+            done = 5
+            if vectors == 1:
+                _add_weighted(
+                    5, 1, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            elif vectors == 2:
+                _add_weighted(
+                    5, 2, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            else:
+                done = 1
+        elif rows >= 3 and vectors <= _REGISTERS // 3:
+            done = 3
+            if vectors == 1:
+                _add_weighted(
+                    3, 1, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            elif vectors == 2:
+                _add_weighted(
+                    3, 2, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            elif vectors == 4:
+                _add_weighted(
+                    3, 4, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            elif vectors == 6:
+                _add_weighted(
+                    3, 6, values, offsets, first, count, source, s0, source_step, target, t0, target_step, run
+                )
+            else:
+                done = 1
+        if done == 1:
+            add_runs(values, offsets, first, count, source, s0, target, t0, run)
+        s0 += done * source_step
+        t0 += done * target_step
+        rows -= done

@@ -20,13 +20,15 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import direct, simd
 from .epilogue import DEAD, Epilogue
-from .runs import add_runs
+from .runs import add_rows_of_runs, add_runs
 from .workspace import clear, copy, scratch
 
 # A block's window, or its part for one row of the kernel, should stay in the first-level cache.
 _WINDOW_BYTES = 24 * 1024
 _INPUT_BYTES = 128 * 1024
 _CHUNK = 16
+# What a sum of few runs takes beside its multiply-adds.
+_CYCLES_A_SUM = 25
 # The gradient of the weights is summed in at most this many pieces of the batch; of the input, one image
 # alone is cut into at least as many.
 _PIECES = 16
@@ -117,19 +119,21 @@ def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, v
             _fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
             p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
             _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts)
-            for kh in range(s.kernel_h):
-                for f in range(s.filters):
-                    add_runs(
-                        values,
-                        offsets,
-                        f * capacity,
-                        np.intp(counts[f]),
-                        window,
-                        kh * s.dilation_h * pitch,
-                        sums,
-                        (kh * s.filters + f) * s.padded_run,
-                        s.run,
-                    )
+            for f in range(s.filters):
+                add_rows_of_runs(
+                    values,
+                    offsets,
+                    f * capacity,
+                    np.intp(counts[f]),
+                    window,
+                    0,
+                    s.dilation_h * pitch,
+                    sums,
+                    f * s.padded_run,
+                    s.filters * s.padded_run,
+                    s.kernel_h,
+                    s.run,
+                )
             for f in range(s.filters):
                 gradients = values[f * capacity : f * capacity + np.intp(counts[f])]
                 total = bias[f]
@@ -297,8 +301,10 @@ def add_weight_gradient(
     """Add the gradients of weight and bias to `dweight` and `dbias`."""
     images, dtype = x.shape[0], x.dtype
     s = _sizes(layer, e, dtype, 1, e.out_h)
-    row_bytes = s.pool_h * s.stride_h * s.window_w * s.channels * dtype.itemsize
-    rows = min(max(_WINDOW_BYTES // row_bytes, 1), e.out_h)
+    row_bytes = s.window_w * s.channels * dtype.itemsize
+    extent = (s.kernel_h - 1) * s.dilation_h + 1
+    most = (_WINDOW_BYTES // row_bytes - extent) // (s.pool_h * s.stride_h) + 1
+    rows = -(-e.out_h // -(-e.out_h // max(most, 1)))
     s = _sizes(layer, e, dtype, rows, e.out_h)
     pitch = s.window_w * s.channels
     places = np.full(DEAD + 1, -1, np.int32)
@@ -368,9 +374,12 @@ def pays(layer: direct.Layer, e: Epilogue, dtype: np.dtype) -> tuple[bool, bool]
     run = layer.columns.kernel * layer.channels
     runs = layer.filters * layer.rows.kernel
     vectors = -(-run // lanes)
-    # In vector multiply-adds for one window: runs of the image cross cache lines, those of weights don't.
+    # In vector multiply-adds for one window: runs of the image cross cache lines, those of weights don't, but
+    # are summed for each pixel of the window by itself.
     crossing = 1.0 if layer.channels % lanes == 0 else 1.6
+    sums = area * layer.rows.kernel
     taps = layer.rows.kernel * layer.columns.kernel
     dense = area * taps * layer.channels * -(-layer.filters // lanes)
     dense_input = area * taps * layer.filters * -(-layer.channels // lanes)
-    return runs * (vectors * crossing + 2) < dense, runs * (vectors + 2) < dense_input
+    sparse_input = runs * (vectors + 2) + sums * (2 * vectors + _CYCLES_A_SUM)
+    return runs * (vectors * crossing + 2) < dense, sparse_input < dense_input
