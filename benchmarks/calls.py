@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .inputs import Arrays
+from .inputs import Arrays, aligned
 from .shapes import Conv, Pool, Workload
 
 Result = dict[str, np.ndarray]
@@ -35,7 +35,8 @@ class Call(NamedTuple):
 
     def into_buffers(self) -> Callable[[], Any]:
         """The call that writes into the same buffers again and again."""
-        buffers = dict(zip(self.buffers, _several(self.kernel()), strict=False))
+        results = (aligned(result) for result in _several(self.kernel()))
+        buffers = dict(zip(self.buffers, results, strict=False))
         kernel = self.kernel
         return lambda: kernel(**buffers)
 

@@ -49,8 +49,17 @@ def build(workload: Workload) -> Arrays:
     arrays = {}
     for name in _READS[workload.op]:
         rng = np.random.default_rng(zlib.crc32(f"{workload.name} {name}".encode()))
-        arrays[name] = _array(rng, name, workload.shape)
+        arrays[name] = aligned(_array(rng, name, workload.shape))
     return arrays
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """`array` in memory that begins at a cache line, as that of every side's own tensors does."""
+    line = 64
+    raw = np.empty(array.nbytes + line, np.uint8)
+    copy = np.ndarray(array.shape, array.dtype, raw, -raw.ctypes.data % line)
+    copy[...] = array
+    return copy
 
 
 def _array(rng: np.random.Generator, name: str, s: Any) -> np.ndarray:
