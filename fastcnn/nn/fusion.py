@@ -62,14 +62,20 @@ class ConvPool:
     def __init__(self, conv: Conv2d, relu: bool, pool: MaxPool2d | None):
         self.conv, self.relu, self.pool = conv, relu, pool
         self.pool_size = (1, 1) if pool is None else pool.kernel_size
+        # A changed layer makes a new run, so that what follows from its settings is computed once.
+        self._geometry = (conv.stride, conv._pads, conv.dilation, conv.groups)
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def forward(self, input: np.ndarray) -> tuple[np.ndarray, Any]:
         """The result, and what backward needs."""
         conv = self.conv
         x = images(input, conv.weight.dtype, conv.in_channels)
-        n, h, w, c = x.shape
-        filters, height, width = pooled(conv.output_shape((c, h, w)), self.pool)
-        y = _buffers.empty((n, height, width, filters), x.dtype)
+        shape = self._shapes.get(x.shape)
+        if shape is None:
+            n, h, w, c = x.shape
+            filters, height, width = pooled(conv.output_shape((c, h, w)), self.pool)
+            shape = self._shapes[x.shape] = (n, height, width, filters)
+        y = _buffers.empty(shape, x.dtype)
         keeps = is_grad_enabled()
         argmax = _buffers.empty(y.shape, np.uint8) if keeps else None
         cpu.conv2d_pool_forward(
@@ -78,7 +84,7 @@ class ConvPool:
             None if conv.bias is None else conv.bias.memory,
             self.pool_size,
             self.relu,
-            *self._geometry(),
+            *self._geometry,
             out=y,
             out_argmax=argmax,
             with_argmax=keeps,
@@ -99,7 +105,7 @@ class ConvPool:
                 x,
                 conv.kernel_size,
                 self.pool_size,
-                *self._geometry(),
+                *self._geometry,
                 out=weight.grad_memory if weight.requires_grad else None,
                 out_bias=bias.grad_memory if bias is not None and bias.requires_grad else None,
                 accumulate=True,
@@ -111,13 +117,9 @@ class ConvPool:
         del x
         dx = _buffers.empty(shape, dout.dtype)
         cpu.conv2d_pool_backward_input(
-            dout, argmax, weight.memory, shape, self.pool_size, *self._geometry(), out=dx
+            dout, argmax, weight.memory, shape, self.pool_size, *self._geometry, out=dx
         )
         return shown(dx, batched)
-
-    def _geometry(self) -> tuple[Any, ...]:
-        conv = self.conv
-        return conv.stride, conv._pads, conv.dilation, conv.groups
 
 
 class NormPool:
