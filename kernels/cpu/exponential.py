@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from ..jit import kernel
 from .simd import VECTOR_BITS
 from .vectors import (
+    AS_WRITTEN,
     all_lanes,
     first_lanes,
     keep_in_line,
@@ -75,7 +76,7 @@ def exponential(typing_context, a):
             return builder.bitcast(builder.shl(biased, number(first_bit, integers)), kind)
 
         x = bounded(bounded(values[0], "<", number(lowest)), ">", number(highest))
-        n = call("rint", builder.fmul(x, number(1 / math.log(2))))
+        n = call("rint", builder.fmul(x, number(1 / math.log(2)), flags=AS_WRITTEN))
         r = call("fma", n, number(-coarse), x)
         r = call("fma", n, number(-fine), r)
         series = number(1 / math.factorial(terms - 1))
@@ -84,7 +85,8 @@ def exponential(typing_context, a):
         known = builder.fcmp_ordered("==", x, x)
         exponent = builder.fptosi(builder.select(known, n, number(0.0)), integers)
         half = builder.ashr(exponent, number(1, integers))
-        return builder.fmul(builder.fmul(series, power(half)), power(builder.sub(exponent, half)))
+        result = builder.fmul(series, power(half), flags=AS_WRITTEN)
+        return builder.fmul(result, power(builder.sub(exponent, half)), flags=AS_WRITTEN)
 
     if not isinstance(a.element, types.Float):
         return None

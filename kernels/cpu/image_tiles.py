@@ -189,7 +189,7 @@ def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, s
         totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (TAPS * many), add_pixel)
         for i, total in enumerate(totals):
             place = emit.at(target, s0, ir.Constant(_I64, i * emit.lanes))
-            emit.store(builder.fadd(emit.load(place), total), place)
+            emit.store(builder.fadd(emit.load(place), total, flags=("nsz",)), place)
         return context.get_dummy_value()
 
     return signature, codegen

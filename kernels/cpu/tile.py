@@ -143,7 +143,8 @@ def _write(emit, sums, places, masks, adds):
     ]
     if adds:
         tiles = [
-            (emit.builder.fadd(value, emit.load(place, mask)), place, mask) for value, place, mask in tiles
+            (emit.builder.fadd(value, emit.load(place, mask), flags=("nsz",)), place, mask)
+            for value, place, mask in tiles
         ]
     for value, place, mask in tiles:
         emit.store(value, place, mask)

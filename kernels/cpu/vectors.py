@@ -21,6 +21,10 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from .simd import VECTOR_BITS
 
+# Numba gives the flags of its fastmath option to operations that have none of their own. These have, and are
+# neither reordered nor contracted: NaN and infinity count, and only the sign of a zero does not.
+AS_WRITTEN = ("nsz",)
+
 _I32 = ir.IntType(32)
 
 
@@ -221,7 +225,9 @@ def _is_float(vector):
 
 def _arithmetic(float_name, integer_name):
     def emit(builder, vector, a, b):
-        return getattr(builder, float_name if _is_float(vector) else integer_name)(a, b)
+        if _is_float(vector):
+            return getattr(builder, float_name)(a, b, flags=AS_WRITTEN)
+        return getattr(builder, integer_name)(a, b)
 
     return emit
 
@@ -324,7 +330,10 @@ def total(typing_context, a):
     """The sum of all lanes, always added in the same order."""
 
     def codegen(context, builder, signature, values):
-        return _folded(builder, values[0], a.lanes, builder.fadd)
+        def added(lower, upper):
+            return builder.fadd(lower, upper, flags=AS_WRITTEN)
+
+        return _folded(builder, values[0], a.lanes, added)
 
     return a.element(a), codegen
 
