@@ -85,6 +85,8 @@ def output(name: str, out: np.ndarray | None, shape: Sequence[int], dtype: Any) 
     """
     if out is None:
         return np.empty(shape, dtype)
+    if out.shape == shape and out.dtype is dtype and out.flags.carray:
+        return out
     if out.shape != tuple(shape) or out.dtype != np.dtype(dtype):
         raise ValueError(f"{name}: {out.dtype} {out.shape} is not {np.dtype(dtype)} {tuple(shape)}")
     if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):

@@ -15,10 +15,11 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import get_num_threads, parallel, part_count, span
 from . import simd
+from .image_tiles import gather_images
 from .runs import add_runs
-from .simd import VECTOR_BITS
+from .simd import TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
-from .vectors import all_lanes, first_lanes, load, pointer, store
+from .vectors import all_lanes, first_lanes, load, multiply_add, pointer, store, total, zeros
 from .winograd_transforms import transpose_square
 from .workspace import clear, copy, scratch
 
@@ -36,6 +37,10 @@ _CHUNK = 64
 # With so many rows of A, packing B costs more than reading it where it lies.
 _UNPACKED_ROWS = 16
 _MULTIPLY_ADDS_PER_BYTE = 10
+# Multiply-adds of a product that takes less time than preparing a larger one does, and the most of k.
+_SMALL_PRODUCT = 400_000
+_SMALL_DEPTH = 512
+_NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 class Product(NamedTuple):
@@ -192,6 +197,79 @@ def _multiply_few(part, parts, x, rows, weight, starts, bias, y, columns):
                 result[j] += factor * last[j]
 
 
+@parallel
+def _dot_rows(part, parts, dout, weight, dx):
+    """dx = dout W^T for few rows of dout: the products of these with W's rows, read where they lie."""
+    keep_out_of_line()
+    (rows, columns), inputs = dout.shape, len(weight)
+    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    gradients, weights, results = pointer(dout), pointer(weight), pointer(dx)
+    whole = columns // lanes * lanes
+    everything, some = all_lanes(weights), first_lanes(weights, columns - whole)
+    lo, hi = span(part, parts, inputs)
+    for k in range(lo, hi):
+        for m in range(rows):
+            w, d = k * columns, m * columns
+            products = zeros(weights)
+            for c in range(0, whole, lanes):
+                products = multiply_add(
+                    load(weights, w + c, everything), load(gradients, d + c, everything), products
+                )
+            if whole < columns:
+                products = multiply_add(
+                    load(weights, w + whole, some), load(gradients, d + whole, some), products
+                )
+            results[m * inputs + k] = total(products)
+
+
+@kernel
+def _multiply_small(a, b, b_k, b_column, bias, c, row, crow, col, accumulate, memory):
+    """C (+)= bias + A B of few numbers: A is read where it lies, B packed at once."""
+    depth, columns = col.size, c.shape[1]
+    lanes = VECTOR_BITS // (8 * a.itemsize)
+    width = TILE_VECTORS * lanes
+    padded = (columns + width - 1) // width * width
+    start, packed = memory[:padded], memory[padded:]
+    factors, results, flat = a.reshape(a.size), c.reshape(c.size), b.reshape(b.size)
+    values, places = pointer(b), pointer(packed)
+    clear(start, 0, padded)
+    copy(bias, 0, start, 0, bias.size)
+    for first in range(0, columns, lanes):
+        panel = first // width * width
+        target = panel * depth + first - panel
+        if b_column == 1:
+            some = first_lanes(values, columns - first)
+            for k in range(depth):
+                store(load(values, k * b_k + first, some), places, target + k * width, all_lanes(values))
+        else:
+            # Squares that reach beyond the panel are written before the next one is.
+            for k in range(0, depth, lanes):
+                gather_images(flat, k, b_column, first, columns, depth - k, packed, target + k * width)
+    for first in range(0, columns, width):
+        b0, many = first * depth, min(columns - first, width)
+        if accumulate:
+            add_panel(factors, 0, row, col, 0, row.size, depth, packed, b0, width, results, first, crow, many)
+        else:
+            overwrite_panel(
+                factors,
+                0,
+                row,
+                col,
+                0,
+                row.size,
+                depth,
+                packed,
+                b0,
+                width,
+                start,
+                first,
+                results,
+                first,
+                crow,
+                many,
+            )
+
+
 @lru_cache(maxsize=512)
 def _row_starts(depth: int, columns: int) -> np.ndarray:
     return np.arange(0, depth * columns, columns, dtype=np.int32)
@@ -221,6 +299,17 @@ def _tables(rows: int, columns: int, along_k: bool) -> tuple[int, int, np.ndarra
     return block, len(row[0]), np.concatenate(row), np.concatenate(crow), col
 
 
+@lru_cache(maxsize=512)
+def _small_tables(
+    rows: int, depth: int, columns: int, a_row: int, a_k: int, dtype: np.dtype
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Elements of scratch that a small product takes, and the tables of A's rows, C's rows and k."""
+    row, crow = (padded_rows(np.arange(rows) * step) for step in (a_row, columns))
+    width = simd.panel_width(dtype)
+    size = -(-columns // width) * width * (depth + 1) + width * simd.lanes(dtype)
+    return size, row, crow, np.arange(depth) * a_k
+
+
 def _product(
     a: np.ndarray,
     a_strides: tuple[int, int],
@@ -234,6 +323,12 @@ def _product(
     """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns."""
     rows, columns = c.shape
     if not c.size:
+        return
+    if rows * columns * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH:
+        size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, c.dtype)
+        start = _NOTHING[c.dtype] if bias is None else bias
+        memory = scratch("weights", size, c.dtype)
+        _multiply_small(a, b, *b_strides, start, c, row, crow, col, bool(accumulate), memory)
         return
     width = simd.panel_width(c.dtype)
     block, tail, row, crow, col = _tables(rows, columns, a_strides[1] == 1)
@@ -325,6 +420,9 @@ def linear_backward_input(
             f"dout: {dout.shape} has {filters} columns, but weight {weight.shape} makes {columns}"
         )
     dx = checks.output("out", out, (rows, inputs), dout.dtype)
+    if 0 < rows <= _FEW_ROWS:
+        _dot_rows(part_count(inputs, rows * weight.nbytes), dout, weight, dx)
+        return dx
     _product(dout, (filters, 1), weight, (1, filters), filters, None, dx, False)
     return dx
 
