@@ -7,18 +7,16 @@ import numpy as np
 from .. import checks
 from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
-from .pieces import blocks, fill, fold, piece_bounds, piece_count, row_width, span_elements
+from .elementwise import elementwise
+from .pieces import fill, fold, piece_bounds, piece_count, row_width
+from .vectors import like, load, select
 from .workspace import scratch
 
 
-@parallel
-def _relu(part, parts, x, y):
-    keep_out_of_line()
-    lo, hi = span_elements(part, parts, x.size)
-    source, target = x[lo:hi], y[lo:hi]
-    zero = x.dtype.type(0)
-    for i in range(source.size):
-        target[i] = zero if source[i] <= zero else source[i]
+@elementwise
+def _relu(sources, at, mask, zero):
+    x = load(sources[0], at, mask)
+    return select(x <= like(x, zero), like(x, zero), x)
 
 
 def relu_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -41,18 +39,14 @@ def relu_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     """
     x = checks.floating("x", x)
     y = checks.output("out", out, x.shape, x.dtype)
-    _relu(part_count(blocks(x.size), x.size), x.reshape(-1), y.reshape(-1))
+    _relu(y, x.dtype.type(0), x)
     return y
 
 
-@parallel
-def _relu_backward(part, parts, dout, y, dx):
-    keep_out_of_line()
-    lo, hi = span_elements(part, parts, y.size)
-    gradient, source, target = dout[lo:hi], y[lo:hi], dx[lo:hi]
-    zero = y.dtype.type(0)
-    for i in range(source.size):
-        target[i] = zero if source[i] <= zero else gradient[i]
+@elementwise
+def _relu_backward(sources, at, mask, zero):
+    dout, y = load(sources[0], at, mask), load(sources[1], at, mask)
+    return select(y <= like(y, zero), like(y, zero), dout)
 
 
 def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -77,7 +71,7 @@ def relu_backward(dout: np.ndarray, y: np.ndarray, *, out: np.ndarray | None = N
     """
     dout, y = _alike(dout, "y", y)
     dx = checks.output("out", out, dout.shape, dout.dtype)
-    _relu_backward(part_count(blocks(y.size), y.size), dout.reshape(-1), y.reshape(-1), dx.reshape(-1))
+    _relu_backward(dx, y.dtype.type(0), dout, y)
     return dx
 
 
@@ -87,14 +81,10 @@ def _alike(dout: np.ndarray, name: str, array: np.ndarray) -> tuple[np.ndarray, 
     return checks.same_shape("dout", checks.floating("dout", dout, None, array.dtype), array.shape), array
 
 
-@parallel
-def _leaky_relu(part, parts, x, slope, y):
-    keep_out_of_line()
-    lo, hi = span_elements(part, parts, x.size)
-    source, target = x[lo:hi], y[lo:hi]
-    zero = x.dtype.type(0)
-    for i in range(source.size):
-        target[i] = source[i] if source[i] > zero else slope * source[i]
+@elementwise
+def _leaky_relu(sources, at, mask, slope):
+    x = load(sources[0], at, mask)
+    return select(x > like(x, 0), x, like(x, slope) * x)
 
 
 def leaky_relu_forward(
@@ -120,19 +110,14 @@ def leaky_relu_forward(
     """
     x = checks.floating("x", x)
     y = checks.output("out", out, x.shape, x.dtype)
-    slope = x.dtype.type(negative_slope)
-    _leaky_relu(part_count(blocks(x.size), x.size), x.reshape(-1), slope, y.reshape(-1))
+    _leaky_relu(y, x.dtype.type(negative_slope), x)
     return y
 
 
-@parallel
-def _leaky_relu_backward(part, parts, dout, x, slope, dx):
-    keep_out_of_line()
-    lo, hi = span_elements(part, parts, x.size)
-    gradient, source, target = dout[lo:hi], x[lo:hi], dx[lo:hi]
-    zero = x.dtype.type(0)
-    for i in range(source.size):
-        target[i] = gradient[i] if source[i] > zero else slope * gradient[i]
+@elementwise
+def _leaky_relu_backward(sources, at, mask, slope):
+    dout, x = load(sources[0], at, mask), load(sources[1], at, mask)
+    return select(x > like(x, 0), dout, like(x, slope) * dout)
 
 
 def leaky_relu_backward(
@@ -160,9 +145,7 @@ def leaky_relu_backward(
     """
     dout, x = _alike(dout, "x", x)
     dx = checks.output("out", out, dout.shape, dout.dtype)
-    slope = x.dtype.type(negative_slope)
-    parts = part_count(blocks(x.size), x.size)
-    _leaky_relu_backward(parts, dout.reshape(-1), x.reshape(-1), slope, dx.reshape(-1))
+    _leaky_relu_backward(dx, x.dtype.type(negative_slope), dout, x)
     return dx
 
 
@@ -217,9 +200,12 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     He, Zhang, Ren, Sun: Delving Deep into Rectifiers, arXiv:1502.01852, section 2.1.
     """
     x = checks.floating("x", x)
-    _, slopes = _slopes(x, weight)
+    weight, slopes = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
-    _prelu(part_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
+    if weight.size == 1:
+        _leaky_relu(y, weight[0], x)
+    else:
+        _prelu(part_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
     return y
 
 

@@ -10,12 +10,12 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ..jit import kernel
-from .simd import VECTOR_BITS
 from .vectors import (
     AS_WRITTEN,
     all_lanes,
     first_lanes,
     keep_in_line,
+    lanes_of,
     largest,
     like,
     load,
@@ -33,17 +33,6 @@ _FORMATS = {
     32: (23, 127, -104.0, 89.0, 8, 0.693359375, -2.1219444005469057e-4),
     64: (52, 1023, -746.0, 710.0, 14, 0.6931471803691238, 1.9082149292705877e-10),
 }
-
-
-@intrinsic
-def lanes_of(typing_context, pointer):
-    """Lanes of a vector of what `pointer` points to."""
-    count = VECTOR_BITS // pointer.dtype.bitwidth
-
-    def codegen(context, builder, signature, values):
-        return ir.Constant(ir.IntType(64), count)
-
-    return types.intp(pointer), codegen
 
 
 @intrinsic

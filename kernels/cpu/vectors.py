@@ -27,6 +27,9 @@ AS_WRITTEN = ("nsz",)
 
 _I32 = ir.IntType(32)
 
+# Registers of the vectors by which long arrays are taken: fewer would leave the processor waiting for memory.
+LONG = 4
+
 
 class Vector(types.Type):
     """`lanes` values of `element`: a float, an integer, or a boolean, which makes it a mask."""
@@ -99,6 +102,21 @@ def pointer(typing_context, array):
 
 
 @intrinsic
+def pointers(typing_context, arrays):
+    """Those of a tuple of arrays; see `pointer`."""
+
+    def codegen(context, builder, signature, values):
+        each = cgutils.unpack_tuple(builder, values[0])
+        data = [
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip(arrays, each, strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, data)
+
+    return types.UniTuple(types.CPointer(arrays[0].dtype), len(arrays))(arrays), codegen
+
+
+@intrinsic
 def load(typing_context, source, index, mask):
     """source[index] and on, `source` being a pointer; lanes outside of `mask` are zero and not read."""
     vector = Vector(source.dtype, mask.lanes)
@@ -129,43 +147,118 @@ def store(typing_context, value, target, index, mask):
 
 
 @intrinsic
+def store_around(typing_context, value, target, index):
+    """Write to target[index] and on, around the caches; what is there must begin at a whole register.
+
+    A plain store reads what it overwrites first. Other threads see these stores after a `fence`.
+    """
+
+    def codegen(context, builder, signature, values):
+        place = builder.bitcast(builder.gep(values[1], [values[2]]), values[0].type.as_pointer())
+        written = builder.store(values[0], place)
+        written.align = VECTOR_BITS // 8
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(value, target, types.intp), codegen
+
+
+@intrinsic
+def fence(typing_context):
+    """Let no access to memory behind this come before one that precedes it."""
+
+    def codegen(context, builder, signature, values):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _prefetch(builder, source, index):
+    place = builder.bitcast(builder.gep(source, [index]), ir.IntType(8).as_pointer())
+    switches = [ir.Constant(_I32, number) for number in (0, 2, 1)]  # to read, to the second level, data
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *switches])
+
+
+@intrinsic
 def prefetch(typing_context, source, index):
     """Have the second-level cache fetch source[index], which need not exist, `source` being a pointer."""
 
     def codegen(context, builder, signature, values):
-        place = builder.bitcast(builder.gep(values[0], list(values[1:])), ir.IntType(8).as_pointer())
-        switches = [ir.Constant(_I32, number) for number in (0, 2, 1)]  # to read, to the second level, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *switches])
+        _prefetch(builder, *values)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), codegen
+
+
+def _first_lanes(typing_context, pointer, count, registers):
+    mask = Vector(types.boolean, registers * VECTOR_BITS // pointer.dtype.bitwidth)
+
+    def codegen(context, builder, signature, values):
+        numbers = ir.Constant(ir.VectorType(_I32, mask.lanes), list(range(mask.lanes)))
+        most = ir.Constant(values[1].type, mask.lanes)
+        count = builder.select(builder.icmp_signed("<", values[1], most), values[1], most)
+        limit = _splat(builder, builder.trunc(count, _I32), mask.lanes)
+        return builder.icmp_signed("<", numbers, limit)
+
+    return mask(pointer, types.intp), codegen
+
+
+def _all_lanes(typing_context, pointer, registers):
+    mask = Vector(types.boolean, registers * VECTOR_BITS // pointer.dtype.bitwidth)
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(context.get_value_type(mask), [1] * mask.lanes)
+
+    return mask(pointer), codegen
+
+
+@intrinsic
+def first_lanes(typing_context, pointer, count):
+    """A mask of the first `count` lanes of a vector of what `pointer` points to."""
+    return _first_lanes(typing_context, pointer, count, 1)
+
+
+@intrinsic
+def all_lanes(typing_context, pointer):
+    """The mask of every lane of a vector of what `pointer` points to."""
+    return _all_lanes(typing_context, pointer, 1)
+
+
+@intrinsic
+def prefetch_long(typing_context, source, index):
+    """As `prefetch`, for a vector of `LONG` registers from source[index] on."""
+
+    def codegen(context, builder, signature, values):
+        line = 512 // source.dtype.bitwidth
+        for k in range(0, LONG * VECTOR_BITS // source.dtype.bitwidth, line):
+            _prefetch(builder, values[0], builder.add(values[1], ir.Constant(values[1].type, k)))
         return context.get_dummy_value()
 
     return types.void(source, types.intp), codegen
 
 
 @intrinsic
-def first_lanes(typing_context, pointer, count):
-    """A mask of the first `count` lanes of a vector of what `pointer` points to."""
-    vector = _vector_of(pointer)
-    mask = vector.of(types.boolean)
-
-    def codegen(context, builder, signature, values):
-        numbers = ir.Constant(ir.VectorType(_I32, vector.lanes), list(range(vector.lanes)))
-        most = ir.Constant(values[1].type, vector.lanes)
-        count = builder.select(builder.icmp_signed("<", values[1], most), values[1], most)
-        limit = _splat(builder, builder.trunc(count, _I32), vector.lanes)
-        return builder.icmp_signed("<", numbers, limit)
-
-    return mask(pointer, types.intp), codegen
+def first_long_lanes(typing_context, pointer, count):
+    """A mask of the first `count` lanes of a vector of `LONG` registers."""
+    return _first_lanes(typing_context, pointer, count, LONG)
 
 
 @intrinsic
-def all_lanes(typing_context, pointer):
-    """The mask of every lane of a vector of what `pointer` points to."""
-    mask = _vector_of(pointer).of(types.boolean)
+def all_long_lanes(typing_context, pointer):
+    """The mask of every lane of a vector of `LONG` registers."""
+    return _all_lanes(typing_context, pointer, LONG)
+
+
+@intrinsic
+def lanes_of(typing_context, pointer):
+    """Lanes of a vector of what `pointer` points to."""
+    count = VECTOR_BITS // pointer.dtype.bitwidth
 
     def codegen(context, builder, signature, values):
-        return ir.Constant(context.get_value_type(mask), [1] * mask.lanes)
+        return ir.Constant(ir.IntType(64), count)
 
-    return mask(pointer), codegen
+    return types.intp(pointer), codegen
 
 
 @intrinsic
