@@ -39,6 +39,12 @@ CASES = [
     pytest.param((3, 7, 8, 512), 512, 1, id="few tiles, many weights"),
     pytest.param((1, 2, 290, 176), 208, 1, id="few tiles, many weights, none in whole chunks or panels"),
     pytest.param((1, 53, 30, 192), 176, 1, id="a few tiles more"),
+    pytest.param((2, 9, 8, 16), 48, 1, id="a vector of channels"),
+    pytest.param((2, 9, 8, 33), 16, 1, id="a vector of filters"),
+    pytest.param((2, 9, 8, 33), 49, 1, id="one more than whole vectors"),
+    pytest.param((3, 8, 7, 63), 47, 0, id="one less than whole vectors"),
+    pytest.param((20, 8, 9, 100), 130, 1, id="cut vectors in every square"),
+    pytest.param((1, 2, 290, 195), 209, 1, id="few tiles, many weights, in cut vectors"),
 ]
 
 
@@ -120,9 +126,8 @@ UNFIT = [
     pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 2, 1, id="dilation 2"),
     pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 1, 2, id="groups"),
     pytest.param((8, 8, 8, 64), 64, 5, 1, 1, 1, 1, id="5 x 5"),
-    pytest.param((8, 8, 8, 16), 64, 3, 1, 1, 1, 1, id="few channels"),
-    pytest.param((8, 8, 8, 64), 16, 3, 1, 1, 1, 1, id="few filters"),
-    pytest.param((8, 8, 8, 33), 64, 3, 1, 1, 1, 1, id="channels that don't fill vectors"),
+    pytest.param((8, 8, 8, 15), 64, 3, 1, 1, 1, 1, id="few channels"),
+    pytest.param((8, 8, 8, 64), 15, 3, 1, 1, 1, 1, id="few filters"),
     pytest.param((1, 8, 8, 64), 64, 3, 1, 1, 1, 1, id="few tiles"),
     pytest.param((99, 1, 8, 64), 64, 3, 1, 1, 1, 1, id="tiles of few pixels"),
     pytest.param((99, 3, 3, 64), 64, 3, 1, 0, 1, 1, id="tiles of one output"),
@@ -151,6 +156,7 @@ POOLED = [
     pytest.param((2, 8, 9, 32), 32, 1, 1, id="ReLU alone"),
     pytest.param((1, 30, 200, 32), 32, 1, 2, id="long rows"),
     pytest.param((5, 10, 12, 256), 144, 1, 2, id="few tiles, many weights"),
+    pytest.param((3, 10, 12, 35), 70, 1, 2, id="cut vectors"),
     pytest.param((3, 12, 12, 32), 32, 1, 3, id="windows that tiles would cut"),
     pytest.param((1, 9, 270, 32), 32, 1, 2, id="rows that blocks would cut"),
 ]
@@ -203,6 +209,16 @@ def test_pooled_gradients_are_the_same_any_way(x_shape, filters, pool_size, ways
         assert error(actual - 1, gradient) < BOUND
 
 
+def test_nothing_beyond_channels_and_filters_is_seen():
+    """Scratch holds NaN from a larger layer when a smaller one's vectors are not filled."""
+    exact = arguments((2, 9, 8, 35), 41, 1)
+    clean = [array.copy() for array in passes(*exact)]
+    larger = arguments((2, 9, 8, 64), 64, 1)
+    passes(larger[0], *(np.full_like(array, np.nan) for array in larger[1:]))
+    for before, after in zip(clean, passes(*exact), strict=True):
+        assert np.array_equal(before, after)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
     layer, x, weight, bias, dout = arguments((2, 12, 12, 32), 32, 1)
@@ -243,5 +259,9 @@ def test_blocks_are_whole_rows_of_tiles_where_these_are_short(tile_columns):
     assert winograd._block_tiles(tile_columns, 3) == 3
 
 
-def test_a_vector_divides_the_smallest_layer():
-    assert winograd._FEWEST_CHANNELS % simd.lanes(np.float32) == 0
+def test_no_vector_begins_before_the_first_filter():
+    lanes, panel = simd.lanes(np.float32), simd.panel_width(np.float32)
+    for size in range(1, 100):
+        fits = winograd._fills_vectors(size)
+        assert not fits or -(-min(size, panel) // lanes) * lanes <= size
+        assert fits or size < max(winograd._FEWEST_CHANNELS, panel)

@@ -39,7 +39,7 @@ from .workspace import clear, scratch
 
 _AREA = WINDOW * WINDOW
 # Fewer channels or filters leave too little to multiply between the transforms.
-_FEWEST_CHANNELS = 32
+_FEWEST_CHANNELS = 16
 # Fewer tiles don't repay the transform of the weights, nor do tiles with fewer pixels in use, on average.
 _FEWEST_TILES = 8
 _FEWEST_PIXELS = 7
@@ -98,14 +98,25 @@ class Tiling(NamedTuple):
 
 
 @kernel
-def _transform_weights(weight, transposed, g, filter0, k0, u, u0, square):
-    """G g G^T of a panel of filters from `filter0` on and a vector of channels from `k0` on, to rows of `u`.
+def _panel_filters(g, panel, lanes):
+    """The first of a panel's filters, and how many: whole vectors of them.
+
+    Where the filters don't fill the last vector, it begins earlier, and what it shares is computed twice.
+    """
+    many = min((g.filters - panel * g.panel + lanes - 1) // lanes * lanes, g.panel)
+    return min(panel * g.panel, g.filters - many), many
+
+
+@kernel
+def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
+    """G g G^T of a panel of filters and a vector of channels from `k0` on, to rows of `u`.
 
     If `transposed`, the channels of the image are the weight's filters, and the taps are flipped.
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
-    for c in range(0, min(g.filters - filter0, g.panel), lanes):
+    filter0, many = _panel_filters(g, panel, lanes)
+    for c in range(0, many, lanes):
         if transposed:
             for tap in range(9):
                 source = ((8 - tap) * g.filters + filter0 + c) * g.channels + k0
@@ -123,20 +134,21 @@ def _transform_weights(weight, transposed, g, filter0, k0, u, u0, square):
 def _transform_all_weights(part, parts, weight, transposed, g, u, squares):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
-    slices = g.channels // lanes
+    slices = (g.channels + lanes - 1) // lanes
     lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
     for task in range(lo, hi):
         panel = task // slices
-        k0 = (task - panel * slices) * lanes
+        k0 = min((task - panel * slices) * lanes, g.channels - lanes)
         place = panel * 36 * g.weight_step + k0 * g.panel
-        _transform_weights(weight, transposed, g, panel * g.panel, k0, u, place, squares[part])
+        _transform_weights(weight, transposed, g, panel, k0, u, place, squares[part])
 
 
 @kernel
 def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch):
     """B^T d B of the tiles from `first` to `last`, the channels from `c0` to `c1`, to rows of `pitch` in `v`.
 
-    It is done by row of tiles and vector of channels.
+    It is done by row of tiles and vector of channels, of which there is one at least. The last vector begins
+    earlier where they don't fill it.
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
@@ -158,7 +170,8 @@ def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch
             offsets[i] = ((n * g.height + h) * g.width + w0) * g.channels if 0 <= h < g.height else -1
         clear(columns, 0, before * column)
         clear(columns, (before + inside) * column, (window - before - inside) * column)
-        for c in range(c0, c1, lanes):
+        for begin in range(c0, c1, lanes):
+            c = min(begin, c1 - lanes)
             input_columns(x, offsets, c, g.channels, inside, zeros, columns, before * column)
             place = (tile - first) * pitch + c - c0
             for k in range(many):
@@ -167,15 +180,14 @@ def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch
 
 
 @kernel
-def _transform_output(m, g, first, last, bias, filter0, y, y0, line, pixel, height):
-    """Write A^T M A + bias of a panel of filters from `filter0` on, for the tiles from `first` to `last`.
+def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel, height):
+    """Write A^T M A + bias of `many` filters from `filter0` on, for the tiles from `first` to `last`.
 
     In `y` there are `pixel` elements from one pixel to the next, `line` to the next row, and `height` rows to
     the next image; `y0` is where the panel of the first image would begin.
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * y.itemsize)
-    many = min(g.filters - filter0, g.panel)
     for tile in range(first, last):
         row = tile // g.tile_columns
         w = (tile - row * g.tile_columns) * 4
@@ -199,7 +211,7 @@ def _transform_output(m, g, first, last, bias, filter0, y, y0, line, pixel, heig
 
 
 @kernel
-def _pool(z, g, first, last, e, taps, y, argmax, filter0):
+def _pool(z, g, first, last, e, taps, y, argmax, filter0, many):
     """Finish whole rows of tiles of a panel, whose convolution lies in `z`, image by image."""
     row = first // g.tile_columns
     end = last // g.tile_columns
@@ -210,29 +222,30 @@ def _pool(z, g, first, last, e, taps, y, argmax, filter0):
         rows = min((n + 1) * g.tile_rows, end) - row
         windows = min(rows * 4, g.out_height - h) // e.pool_h
         y0 = (n * e.out_h + h // e.pool_h) * e.out_w * g.filters + filter0
-        many = min(g.filters - filter0, g.panel)
         finish_panel(z[z0:], g.panel, windows, e, taps, y, y0, argmax, many)
         z0 += rows * 4 * g.out_width * g.panel
         row += rows
 
 
 @kernel
-def _finish(m, g, first, last, bias, filter0, y, e, taps, argmax, z):
+def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
     """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
     keep_out_of_line()
+    filter0, many = _panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
     if e.pool_h > 0:
         line = g.out_width * g.panel
         z0 = -(first // g.tile_columns) * 4 * line
-        _transform_output(m, g, first, last, bias, filter0, z, z0, line, g.panel, g.tile_rows * 4)
-        _pool(z, g, first, last, e, taps, y, argmax, filter0)
+        _transform_output(m, g, first, last, bias, filter0, many, z, z0, line, g.panel, g.tile_rows * 4)
+        _pool(z, g, first, last, e, taps, y, argmax, filter0, many)
     else:
         line = g.out_width * g.filters
-        _transform_output(m, g, first, last, bias, filter0, y, filter0, line, g.filters, g.out_height)
+        _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.filters, g.out_height)
 
 
 @parallel
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * y.itemsize)
     v = vs[part]
     m = ms[part]
     panels = (g.filters + g.panel - 1) // g.panel
@@ -266,9 +279,9 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     m,
                     element * g.product_step,
                     tables[2],
-                    min(g.filters - panel * g.panel, g.panel),
+                    _panel_filters(g, panel, lanes)[1],
                 )
-            _finish(m, g, first, last, bias, panel * g.panel, y, e, taps, argmax, zs[part])
+            _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
 @parallel
@@ -276,10 +289,10 @@ def _transform_all_input(part, parts, x, g, zeros, offsets, columns, v):
     """The only block's tiles, one chunk of channels behind the other."""
     keep_out_of_line()
     first, last = span(0, 1, g.tiles)
-    lo, hi = span(part, parts, (g.channels + g.chunk - 1) // g.chunk)
+    chunks = (g.channels + g.chunk - 1) // g.chunk
+    lo, hi = span(part, parts, chunks)
     for chunk in range(lo, hi):
-        c0 = chunk * g.chunk
-        c1 = min(c0 + g.chunk, g.channels)
+        c0, c1 = span(chunk, chunks, g.channels)
         target = v[chunk * 36 * g.input_step :]
         transform_input(x, g, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
 
@@ -296,17 +309,18 @@ def _correlate_few(
     # Not the literal 0, for which Numba would compile second versions.
     first, last = span(0, 1, g.tiles)
     panel0, panel1 = span(part, parts, (g.filters + g.panel - 1) // g.panel)
+    chunks = (g.channels + g.chunk - 1) // g.chunk
     for panel in range(panel0, panel1):
-        filter0 = panel * g.panel
         clear(m, 0, m.size)
-        for k0 in range(0, g.channels, g.chunk):
-            k1 = min(k0 + g.chunk, g.channels)
-            for k in range(k0, k1, lanes):
-                _transform_weights(weight, transposed, g, filter0, k, u, (k - k0) * g.panel, squares[part])
+        for chunk in range(chunks):
+            k0, k1 = span(chunk, chunks, g.channels)
+            for begin in range(k0, k1, lanes):
+                k = min(begin, k1 - lanes)
+                _transform_weights(weight, transposed, g, panel, k, u, (k - k0) * g.panel, squares[part])
             for element in range(36):
                 add_panel(
                     v,
-                    (k0 // g.chunk * 36 + element) * g.input_step,
+                    (chunk * 36 + element) * g.input_step,
                     tables[0],
                     tables[1],
                     0,
@@ -318,9 +332,9 @@ def _correlate_few(
                     m,
                     element * g.product_step,
                     tables[2],
-                    min(g.filters - filter0, g.panel),
+                    _panel_filters(g, panel, lanes)[1],
                 )
-        _finish(m, g, first, last, bias, filter0, y, e, taps, argmax, zs[part])
+        _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
 def _block_tiles(tile_columns: int, tiles: int) -> int:
@@ -350,7 +364,7 @@ def tiling(
     rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
     panel, lanes = simd.panel_width(np.float32), simd.lanes(np.float32)
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
-    chunk = min(_CHUNK, channels) if few else 0
+    chunk = -(-channels // -(-channels // _CHUNK)) if few else 0
     inner = chunk or channels
     steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
     image = (height, width, channels, *padding, out_height, out_width, filters)
@@ -365,11 +379,16 @@ def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
         return False
     if any((side.kernel, side.stride, side.dilation) != (TAPS, 1, 1) for side in sides):
         return False
-    lanes = simd.lanes(np.float32)
-    if any(size < _FEWEST_CHANNELS or size % lanes for size in (layer.channels, layer.filters)):
+    if not all(_fills_vectors(size) for size in (layer.channels, layer.filters)):
         return False
     # The passes differ in their tiles by the padding only.
     return all(_repays(images, *image) for image in (layer.image, layer.out_image))
+
+
+def _fills_vectors(size: int) -> bool:
+    """Whether as many channels or filters are enough, and a panel has that many if it needs them."""
+    whole = size >= simd.panel_width(np.float32) or size % simd.lanes(np.float32) == 0
+    return whole and size >= _FEWEST_CHANNELS
 
 
 def _repays(images: int, height: int, width: int) -> bool:
@@ -418,7 +437,7 @@ def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
 
 def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
     u = scratch("weights", panels * _AREA * g.weight_step, x.dtype)
-    parts = part_count(panels * (g.channels // simd.lanes(x.dtype)), u.nbytes)
+    parts = part_count(panels * -(-g.channels // simd.lanes(x.dtype)), u.nbytes)
     _transform_all_weights(parts, weight, transposed, g, u, _squares(parts))
     parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * _AREA * g.channels * g.filters)
     vs = _shares("input", parts, _AREA * g.input_step)

@@ -273,9 +273,12 @@ def output_gradient_tile(typing_context, dout, d0, row, pixel, rows, columns, ze
 
 
 @intrinsic
-def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap):
-    """dweight[d0 + (3 kh + kw) * tap] += (G^T M G)[kh, kw], M[i, j] being m[m0 + (6 i + j) * step]."""
-    signature = types.void(m, m0, step, dweight, d0, tap)
+def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap, filters):
+    """dweight[d0 + (3 kh + kw) * tap] += (G^T M G)[kh, kw], M[i, j] being m[m0 + (6 i + j) * step].
+
+    Lanes from `filters` on are left alone.
+    """
+    signature = types.void(m, m0, step, dweight, d0, tap, filters)
 
     def codegen(context, builder, signature, arguments):
         emit = _Transformer(context, builder, m.dtype)
@@ -283,6 +286,7 @@ def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap):
         target = emit.at(_array(context, builder, signature, arguments, 3), arguments[4])
         sums = emit.steps(source, arguments[2], WINDOW * WINDOW)
         places = emit.steps(target, arguments[5], TAPS * TAPS)
+        mask = emit.mask(arguments[6], 0)
         halves = [
             emit.weight_gradient([emit.load(sums[i * WINDOW + j]) for i in range(WINDOW)])
             for j in range(WINDOW)
@@ -290,7 +294,7 @@ def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap):
         for kh in range(TAPS):
             for kw, value in enumerate(emit.weight_gradient([half[kh] for half in halves])):
                 place = places[kh * TAPS + kw]
-                emit.store(emit.add(emit.load(place), value), place)
+                emit.store(emit.add(emit.load(place, mask), value), place, mask)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -47,12 +47,12 @@ class Cut(NamedTuple):
 
 
 @kernel
-def _square(square, g, cut, lanes):
+def _square(square, g, cut):
     """First and last + 1 of the channels and of the filters of a square."""
     row = square // cut.columns
-    c0, c1 = span(row, cut.rows, g.channels // lanes)
+    c0, c1 = span(row, cut.rows, g.channels)
     p0, p1 = span(square - row * cut.columns, cut.columns, (g.filters + g.panel - 1) // g.panel)
-    return c0 * lanes, c1 * lanes, p0 * g.panel, min(p1 * g.panel, g.filters)
+    return c0, c1, p0 * g.panel, min(p1 * g.panel, g.filters)
 
 
 @kernel
@@ -70,7 +70,9 @@ def _transform_gradient(dout, g, first, last, f0, f1, zeros, w, pitch):
         rows = g.out_height - top
         columns = g.out_width - left
         w0 = (tile - first) * pitch - f0
-        for f in range(f0, f1, lanes):
+        for begin in range(f0, f1, lanes):
+            # The last vector begins earlier where the filters don't fill it.
+            f = min(begin, f1 - lanes)
             output_gradient_tile(
                 dout, d0 + f, line, g.filters, rows, columns, zeros, w, w0 + f, g.weight_step
             )
@@ -79,7 +81,6 @@ def _transform_gradient(dout, g, first, last, f0, f1, zeros, w, pitch):
 @parallel
 def _sum_products(part, parts, x, dout, g, cut, tables, zeros, offsets, columns, vs, ws, sums):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
     channels, tiles, sum_rows = tables
     v = vs[part]
     w = ws[part]
@@ -88,7 +89,7 @@ def _sum_products(part, parts, x, dout, g, cut, tables, zeros, offsets, columns,
     lo, hi = span(part, parts, cut.pieces * squares)
     for task in range(lo, hi):
         piece = task // squares
-        c0, c1, f0, f1 = _square(task - piece * squares, g, cut, lanes)
+        c0, c1, f0, f1 = _square(task - piece * squares, g, cut)
         rows = (c1 - c0 + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
         total = sums[task]
         clear(total, 0, total.size)
@@ -128,7 +129,7 @@ def _finish(part, parts, g, cut, sums, dweight):
     for task in range(lo, hi):
         square = task // cut.channels
         c = task - square * cut.channels
-        c0, c1, f0, f1 = _square(square, g, cut, lanes)
+        c0, c1, f0, f1 = _square(square, g, cut)
         if c0 + c >= c1:
             continue
         for f in range(0, f1 - f0, g.panel):
@@ -140,11 +141,11 @@ def _finish(part, parts, g, cut, sums, dweight):
                     more = sums[piece * squares + square, place : place + g.panel]
                     for j in range(total.size):
                         total[j] += more[j]
-            for k in range(0, min(f1 - f0 - f, g.panel), lanes):
+            many = min(f1 - f0 - f, g.panel)
+            for k in range(0, many, lanes):
                 target = (c0 + c) * g.filters + f0 + f + k
-                add_filter_gradient(
-                    sums[square], m0 + k, g.product_step, dweight, target, g.channels * g.filters
-                )
+                tap = g.channels * g.filters
+                add_filter_gradient(sums[square], m0 + k, g.product_step, dweight, target, tap, many - k)
 
 
 @lru_cache(maxsize=256)
@@ -158,7 +159,7 @@ def _cut(
     rows = -(-g.channels // max(_CHANNELS, lanes))
     columns = -(-panels * g.panel // max(_FILTERS, g.panel))
     # The longest square along each axis, its channels in whole tiles of the engine.
-    channels = -(-(g.channels // lanes) // rows) * lanes
+    channels = -(-g.channels // rows)
     channels = -(-channels // TILE_ROWS) * TILE_ROWS
     width = -(-panels // columns)
     block = min(_BLOCK, g.tiles)
