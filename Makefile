@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt
 
-.PHONY: train test test-bounds lint bench clean
+.PHONY: train test test-bounds test-widths lint bench clean
 
 train: .venv/.installed
 	$(BIN)/fastcnn train
@@ -18,6 +18,11 @@ test: .venv/.installed-test
 # The same tests with every array index of the kernels checked.
 test-bounds: .venv/.installed-test
 	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest tests/test_parity.py
+
+# And with the vectors of processors that have none of 512 bits.
+test-widths: .venv/.installed-test
+	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest tests/test_parity.py
+	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest tests/test_parity.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -44,8 +44,9 @@ _LARGE = 1 << 18
 _KILLED = -9
 # The units whose passes are compiled in two jobs.
 _CONVOLUTIONS = ("ConvPool", "Conv2d")
-# Images in a step of the whole network.
+# Images in a step of the whole network: a full batch, and last ones of an epoch, which may take other kernels.
 _BATCH = 64
+_BATCHES = (_BATCH, 36, 12, 2)
 
 
 class WarmupError(RuntimeError):
@@ -415,7 +416,7 @@ def _whole(plan: _Plan) -> None:
 
     model = plan.model
     loss_fn = nn.CrossEntropyLoss()
-    for count in (_BATCH, 2) if plan.training else ():
+    for count in _BATCHES if plan.training else ():
         x = np.zeros((count, *plan.input_shape), plan.dtype)
         model.train()
         logits = model(x)
