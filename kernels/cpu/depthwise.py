@@ -399,7 +399,9 @@ def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | 
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
-    """Write the gradient to the input to those elements of `dx` that any tap reaches."""
+    """Overwrite `dx` with the gradient to the input."""
+    if layer.rows.skips or layer.columns.skips:
+        dx.fill(0)
     for classes in _input_classes(layer, dout.dtype):
         _run(layer, dout, weight, None, dx, classes)
 
