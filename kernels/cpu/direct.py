@@ -20,7 +20,7 @@ from . import geometry, simd
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, unpool_panel, window_taps
 from .geometry import Correlation
 from .simd import VECTOR_BITS
-from .tile import add_panel, add_rows, overwrite_panel, padded_rows
+from .tile import add_panel_ahead, add_rows, overwrite_panel_ahead, padded_rows
 from .workspace import clear, copy, scratch
 
 # Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
@@ -53,6 +53,14 @@ def _fill_window(x, n, b, h0, rows, window):
             clear(window, r * row + end, row - end)
 
 
+@kernel
+def _share(values, first, size, part, parts):
+    """Of `size` values from `first` on, those that a cache fetches in one of `parts` equal times."""
+    lo, hi = span(part, parts, size)
+    first = max(first, 0)
+    return values[first + lo : first + hi]
+
+
 @parallel
 def _correlate(
     part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows, e, pool, argmax, zs
@@ -83,6 +91,9 @@ def _correlate(
             _fill_window(x, n, b, h0, rows, window)
             a = window
             a0 = 0
+        # The next block most often reads on from here.
+        following = (n * b.image_h + h0 + b.window_h) * b.image_w * b.channels
+        fresh = b.rows * b.step * b.image_w * b.channels
         if e.pool_h > 0:
             pooled = min(b.rows, b.height - first) // e.pool_h
             c0 = (n * e.out_h + first // e.pool_h) * e.out_w * e.filters
@@ -97,7 +108,7 @@ def _correlate(
             # In scratch whole vectors are stored, which needs no mask.
             stored = (many + lanes - 1) // lanes * lanes if e.pool_h > 0 else many
             target, t0 = (z, 0) if e.pool_h > 0 else (y, place)
-            overwrite_panel(
+            overwrite_panel_ahead(
                 a,
                 a0 + g * (b.channels // groups),
                 pixels,
@@ -114,6 +125,7 @@ def _correlate(
                 t0,
                 spread,
                 stored,
+                _share(x, following, fresh, panel - panel0, panel1 - panel0),
             )
             finish_panel(z, width, pooled, e, pool, y, place, argmax, many)
 
@@ -187,8 +199,17 @@ def _weight(
                 _fill_window(x, n, b, h0, b.window_h - (b.rows - grid_rows) * b.step, window)
                 a = window
                 a0 = 0
+            following = (n * b.image_h + h0 + b.window_h) * b.image_w * b.channels
+            fresh = grid_rows * b.step * b.image_w * b.channels
+            of_dout = (n * b.height + first + grid_rows) * b.width * filters
             for g in range(groups):
                 for p in range(panels):
+                    # The next block's inputs are fetched at every other panel, its gradients at the rest.
+                    turn, turns = (g * panels + p) // 2, groups * panels
+                    if (g * panels + p) % 2 == 0:
+                        ahead = _share(x, following, fresh, turn, (turns + 1) // 2)
+                    else:
+                        ahead = _share(dout, of_dout, count * filters, turn, turns // 2)
                     many = min(columns - p * width, width)
                     source, b0, ldb = spare, 0, width
                     column = g * columns + p * width
@@ -208,7 +229,7 @@ def _weight(
                         else:
                             source = dout
                             ldb = filters
-                    add_panel(
+                    add_panel_ahead(
                         a,
                         a0 + g * (b.channels // groups),
                         taps,
@@ -223,6 +244,7 @@ def _weight(
                         (g * panels + p) * depth * width,
                         places,
                         many,
+                        ahead,
                     )
 
 
@@ -498,13 +520,27 @@ def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding
 _known_layer = lru_cache(maxsize=512, typed=True)(_checked_layer)
 
 
+@lru_cache(maxsize=512)
+def _column_of_pixels(layer: Layer, images: int) -> Layer:
+    """The layer on one tall image, if each output has only the input at its place: no row ends a block."""
+    pixels = images * layer.image[0] * layer.image[1]
+    sides = [_Side(size, 1, 1, (0, 0), 1) for size in (pixels, 1)]
+    if any(side._replace(size=1, dilation=1) != sides[1] for side in (layer.rows, layer.columns)):
+        return layer
+    return Layer((pixels, 1), layer.channels, layer.filters, layer.groups, sides)
+
+
 def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     """Overwrite `y` with the convolution of `x`."""
+    layer = _column_of_pixels(layer, x.shape[0])
+    x = x.reshape(-1, *layer.image, layer.channels)
     layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
+    layer = _column_of_pixels(layer, dout.shape[0])
+    dout = dout.reshape(-1, *layer.out_image, layer.filters)
     if layer.rows.skips or layer.columns.skips:
         dx.fill(0)
     for table, positions in layer.input_tables:
@@ -513,6 +549,8 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
+    layer = _column_of_pixels(layer, x.shape[0])
+    x = x.reshape(-1, *layer.image, layer.channels)
     layer.add_weight_gradient(dout, x, dweight)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from .tile import TILE_ROWS, padded_rows
 
-# A block's window should stay in the first-level cache, or nearly, while every panel of weights passes by it.
-_WINDOW_BYTES = 48 * 1024
+# A block's window should stay in the second-level cache while every panel of weights passes by it.
+_WINDOW_BYTES = 256 * 1024
 _BLOCK_PIXELS = 512
 
 

@@ -74,6 +74,13 @@ class Emitter:
         else:
             self.builder.store(value, pointer).align = self.bytes
 
+    def prefetch(self, pointer, to_write):
+        """Have a cache fetch a line, which need not exist: the first to write it, the second to read."""
+        kinds = (1, 3, 1) if to_write else (0, 2, 1)  # to write or not, how near, data
+        pointer = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        switches = [ir.Constant(_I32, kind) for kind in kinds]
+        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, *switches])
+
     def broadcast(self, scalar):
         undefined = ir.Constant(self.vector, ir.Undefined)
         zeros = ir.Constant(ir.VectorType(_I32, self.lanes), None)
@@ -94,8 +101,11 @@ class Emitter:
         return self.builder.icmp_signed("<", first, limit)
 
 
-def _products(emit, a_rows, col, depth, b, ldb, start, vectors):
-    """The loop over k: the accumulators of all rows and vectors, begun at `start`."""
+def _products(emit, a_rows, col, depth, b, ldb, start, vectors, ahead, step):
+    """The loop over k: the accumulators of all rows and vectors, begun at `start`.
+
+    At each k the cache is told to fetch what lies `step` elements further on from `ahead`.
+    """
     builder = emit.builder
     rows = len(a_rows)
     entry = builder.block
@@ -110,6 +120,7 @@ def _products(emit, a_rows, col, depth, b, ldb, start, vectors):
     sums = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
     offset = builder.load(emit.at(col, k))
     panel = [emit.load(emit.at(row_of_b, ir.Constant(_I64, v * emit.lanes))) for v in range(vectors)]
+    emit.prefetch(emit.at(ahead, builder.mul(k, step)), to_write=False)
     new = []
     for m in range(rows):
         element = emit.broadcast(builder.load(emit.at(a_rows[m], offset)))
@@ -151,79 +162,105 @@ def _write(emit, sums, places, masks, adds):
 
 
 @intrinsic(prefer_literal=True)
-def tile(
-    typing_context,
-    rows,
-    vectors,
-    ragged,
-    add,
-    a,
-    a0,
-    row,
-    col,
-    r0,
-    depth,
-    b,
-    b0,
-    ldb,
-    start,
-    s0,
-    c,
-    c0,
-    crow,
-    columns,
-):
-    """One tile of `rows` x `vectors` vectors of C; see the top of this file.
+def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead0, step):
+    """One tile of `rows` x `vectors` vectors of C, from entry `r0` of the tables on; see above.
 
     The literals: `ragged` stores only the first `columns` columns; `add` adds the sum to C, else C is
-    overwritten by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Nothing is checked.
+    overwritten by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Meanwhile a cache fetches
+    `step` elements of `ahead` for each k, from `ahead0` on. Nothing is checked.
     """
     literals = (rows, vectors, ragged, add)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
     tile_rows, tile_vectors, is_ragged, adds = (literal.literal_value for literal in literals)
-    signature = types.void(*literals, a, a0, row, col, r0, depth, b, b0, ldb, start, s0, c, c0, crow, columns)
 
     def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, a.dtype)
+        emit = Emitter(context, builder, ahead.dtype)
 
-        def data(position):
-            array = context.make_array(signature.args[position])(context, builder, arguments[position])
-            return array.data
+        def data(array, value):
+            return context.make_array(array)(context, builder, value).data
 
-        a0, r0, depth, b0, ldb, s0, c0, columns = (arguments[i] for i in (5, 8, 9, 11, 12, 14, 16, 18))
-        row, col, crow = data(6), data(7), data(17)
-        panel = emit.at(data(10), b0)
-        a_base, c_base = emit.at(data(4), a0), emit.at(data(15), c0)
+        values = [
+            data(kind, value) if isinstance(kind, types.Array) else value
+            for kind, value in zip(operands.types, cgutils.unpack_tuple(builder, arguments[4]), strict=True)
+        ]
+        a, a0, row, col, depth, b, b0, ldb, start, s0, c, c0, crow, columns = values
+        r0, ahead0, step = arguments[5], arguments[7], arguments[8]
+        a_base, c_base = emit.at(a, a0), emit.at(c, c0)
         numbers = [ir.Constant(_I64, m) for m in range(tile_rows)]
         a_rows = [emit.at(a_base, builder.load(emit.at(row, r0, m))) for m in numbers]
         c_rows = [emit.at(c_base, builder.load(emit.at(crow, r0, m))) for m in numbers]
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(tile_vectors)]
+        places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
+        if not adds:
+            # What is only written may be anywhere; it arrives while the sums are computed.
+            for place in (place for row_places in places for place in row_places):
+                emit.prefetch(place, to_write=True)
         zero = ir.Constant(emit.vector, None)
-        begin = [zero if adds else emit.load(emit.at(data(13), s0, lane)) for lane in lanes]
-        sums = _products(emit, a_rows, col, depth, panel, ldb, begin, tile_vectors)
-
+        begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
+        to_fetch = emit.at(data(ahead, arguments[6]), ahead0)
+        sums = _products(emit, a_rows, col, depth, emit.at(b, b0), ldb, begin, tile_vectors, to_fetch, step)
         # Only the last vector of a ragged panel is cut: the panel functions below see to it.
         masks = [None] * (tile_vectors - 1) + [emit.mask(columns, tile_vectors - 1) if is_ragged else None]
-        places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
         _write(emit, sums, places, masks, adds)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(*literals, operands, r0, ahead, ahead0, step), codegen
+
+
+@kernel
+def _fetched(ahead, rows, tile_rows, depth):
+    """Elements of `ahead` for each row of C, and how many of them for each k of a tile: at most a line."""
+    share = ahead.size // max(rows, 1)
+    return share, min(-(-share * tile_rows // max(depth, 1)), 64 // ahead.itemsize)
+
+
+@kernel
+def overwrite_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns, ahead):
+    """`overwrite_panel`, and meanwhile a cache fetches `ahead`: what the caller reads next."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * a.itemsize)
+    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
+    operands = a, a0, row, col, depth, b, b0, ldb, start, s0, c, c0, crow, columns
+    for r in range(r0, r1, TILE_ROWS):
+        if columns == TILE_VECTORS * lanes:
+            _tile(TILE_ROWS, 2, 0, 0, operands, r, ahead, (r - r0) * share, step)
+        elif columns > lanes:
+            _tile(TILE_ROWS, 2, 1, 0, operands, r, ahead, (r - r0) * share, step)
+        else:
+            _tile(TILE_ROWS, 1, 1, 0, operands, r, ahead, (r - r0) * share, step)
 
 
 @kernel
 def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns):
     """C = start + A B for the rows r0 to r1 of the tables and one panel of at most 2 vectors of columns."""
+    overwrite_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns, b[:0])
+
+
+@kernel
+def add_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns, ahead):
+    """`add_panel`, and meanwhile a cache fetches `ahead`: what the caller reads next."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * a.itemsize)
+    operands = a, a0, row, col, depth, b, b0, ldb, b, 0, c, c0, crow, columns
+    if (r1 - r0) % TILE_ROWS != 0:
+        share, step = _fetched(ahead, r1 - r0, TALL_ROWS, depth)
+        for r in range(r0, r1, TALL_ROWS):
+            if columns == TILE_VECTORS * lanes:
+                _tile(TALL_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
+            elif columns > lanes:
+                _tile(TALL_ROWS, 2, 1, 1, operands, r, ahead, (r - r0) * share, step)
+            else:
+                _tile(TALL_ROWS, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
+        return
+    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
     for r in range(r0, r1, TILE_ROWS):
         if columns == TILE_VECTORS * lanes:
-            tile(TILE_ROWS, 2, 0, 0, a, a0, row, col, r, depth, b, b0, ldb, start, s0, c, c0, crow, columns)
+            _tile(TILE_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
         elif columns > lanes:
-            tile(TILE_ROWS, 2, 1, 0, a, a0, row, col, r, depth, b, b0, ldb, start, s0, c, c0, crow, columns)
+            _tile(TILE_ROWS, 2, 1, 1, operands, r, ahead, (r - r0) * share, step)
         else:
-            tile(TILE_ROWS, 1, 1, 0, a, a0, row, col, r, depth, b, b0, ldb, start, s0, c, c0, crow, columns)
+            _tile(TILE_ROWS, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
 
 
 @kernel
@@ -232,24 +269,7 @@ def add_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns):
 
     There are a multiple of `TILE_ROWS` of them, or of `TALL_ROWS`.
     """
-    keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * a.itemsize)
-    if (r1 - r0) % TILE_ROWS != 0:
-        for r in range(r0, r1, TALL_ROWS):
-            if columns == TILE_VECTORS * lanes:
-                tile(TALL_ROWS, 2, 0, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
-            elif columns > lanes:
-                tile(TALL_ROWS, 2, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
-            else:
-                tile(TALL_ROWS, 1, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
-        return
-    for r in range(r0, r1, TILE_ROWS):
-        if columns == TILE_VECTORS * lanes:
-            tile(TILE_ROWS, 2, 0, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
-        elif columns > lanes:
-            tile(TILE_ROWS, 2, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
-        else:
-            tile(TILE_ROWS, 1, 1, 1, a, a0, row, col, r, depth, b, b0, ldb, b, 0, c, c0, crow, columns)
+    add_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns, b[:0])
 
 
 def add_rows(entries: int) -> int:
