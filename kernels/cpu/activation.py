@@ -7,7 +7,7 @@ import numpy as np
 from .. import checks
 from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
-from .elementwise import elementwise
+from .elementwise import channelwise, elementwise
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .vectors import like, load, select
 from .workspace import scratch
@@ -149,20 +149,13 @@ def leaky_relu_backward(
     return dx
 
 
-@parallel
-def _prelu(part, parts, x, slopes, y):
-    keep_out_of_line()
-    zero = x.dtype.type(0)
-    lo, hi = piece_bounds(part, parts, x.size, slopes.size)
-    for start in range(lo, hi, slopes.size):
-        end = min(start + slopes.size, hi)
-        source, target = x[start:end], y[start:end]
-        for k in range(source.size):
-            target[k] = source[k] if source[k] > zero else slopes[k] * source[k]
+@channelwise
+def _prelu(sources, at, mask, slopes):
+    x = load(sources[0], at, mask)
+    return select(x > like(x, 0), x, slopes[0] * x)
 
 
-def _slopes(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`weight` as kernels take it, and repeated along a row."""
+def _slopes(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     weight = checks.floating("weight", weight, 1, x.dtype)
     if not x.ndim:
         raise ValueError("x: expected (..., C), got a scalar")
@@ -170,9 +163,7 @@ def _slopes(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"weight: shape {weight.shape} is neither (1,) nor {x.shape[-1:]}, the channels of x"
         )
-    row = scratch("slopes", row_width(max(weight.size, 1)), x.dtype)
-    row.reshape(-1, max(weight.size, 1))[...] = weight
-    return weight, row
+    return weight
 
 
 def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -200,12 +191,12 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     He, Zhang, Ren, Sun: Delving Deep into Rectifiers, arXiv:1502.01852, section 2.1.
     """
     x = checks.floating("x", x)
-    weight, slopes = _slopes(x, weight)
+    weight = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
     if weight.size == 1:
         _leaky_relu(y, weight[0], x)
-    else:
-        _prelu(part_count(-(-x.size // slopes.size), x.size), x.reshape(-1), slopes, y.reshape(-1))
+    elif x.size:
+        _prelu(y, (weight,), x)
     return y
 
 
@@ -263,7 +254,9 @@ def prelu_backward(
         If dtypes or shapes don't fit.
     """
     dout, x = _alike(dout, "x", x)
-    weight, slopes = _slopes(x, weight)
+    weight = _slopes(x, weight)
+    slopes = scratch("slopes", row_width(max(weight.size, 1)), x.dtype)
+    slopes.reshape(-1, max(weight.size, 1))[...] = weight
     dx = checks.output("out", out, dout.shape, dout.dtype)
     dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
     pieces = piece_count(x.size)

@@ -1,4 +1,4 @@
-"""Mean and variance of each channel of channels-last arrays: one pass over memory, sums in float64.
+"""Sums over each channel of channels-last arrays, mean and variance among them: one pass, in float64.
 
 Distances are taken from a sample, the first value that a sum sees: the sample is less than sqrt(n) standard
 deviations from the mean of n values, so that at most n of the 2**53 that float64 tells apart are lost.
@@ -14,7 +14,18 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
-from .vectors import all_lanes, first_lanes, keep_in_line, load, multiply_add, pointer, prefetch, store, wide
+from .vectors import (
+    all_lanes,
+    first_lanes,
+    keep_in_line,
+    lanes_of,
+    load,
+    multiply_add,
+    pointer,
+    prefetch,
+    store,
+    wide,
+)
 from .workspace import scratch
 
 # Elements that are summed column by column should stay in the first-level cache.
@@ -131,3 +142,62 @@ def batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
     """Overwrite `out` with each channel's sum, or add to it; `x` is not empty."""
     fold(_run(x)[:, 0], out, int(accumulate))
+
+
+@kernel
+def _add_products(dout, x, center, start, rows, width, sums, k, mask):
+    """Add `rows` rows of a column of vectors to the sums of dout and of its products with x - center."""
+    keep_in_line()
+    middle = load(center, k, mask)
+    total, product = load(sums, k, mask), load(sums, width + k, mask)
+    for row in range(rows):
+        place = start + row * width + k
+        prefetch(dout, place + AHEAD)
+        prefetch(x, place + AHEAD)
+        gradient = wide(load(dout, place, mask))
+        total = total + gradient
+        product = multiply_add(gradient, wide(load(x, place, mask) - middle), product)
+    store(total, sums, k, mask)
+    store(product, sums, width + k, mask)
+
+
+@parallel
+def _products(part, parts, dout, x, center, slabs):
+    keep_out_of_line()
+    width = center.size
+    gradient, values, middle = pointer(dout), pointer(x), pointer(center)
+    everything, count = all_lanes(values), lanes_of(values)
+    whole, step = width // count * count, max(1, _BLOCK // width)
+    pieces = slabs.shape[0]
+    lo, hi = span(part, parts, pieces)
+    for piece in range(lo, hi):
+        slab = slabs[piece]
+        fill(slab, 0)
+        sums = pointer(slab)
+        first, last = piece_bounds(piece, pieces, x.size, width)
+        rows = (last - first) // width
+        for row in range(0, rows, step):
+            start, many = first + row * width, min(step, rows - row)
+            for k in range(0, whole, count):
+                _add_products(gradient, values, middle, start, many, width, sums, k, everything)
+            if whole < width:
+                some = first_lanes(values, width - whole)
+                _add_products(gradient, values, middle, start, many, width, sums, whole, some)
+        start = first + rows * width
+        for k in range(0, last - start, count):
+            some = first_lanes(values, last - start - k)
+            _add_products(gradient, values, middle, start, 1, width, sums, k, some)
+
+
+def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each channel's sums, in float64, of dout and of dout * (x - center); the arrays are not empty."""
+    channels = x.shape[-1]
+    pieces, width = piece_count(x.size), column_width(channels, x.dtype)
+    row = scratch("center", width, x.dtype)
+    row.reshape(-1, channels)[...] = center
+    slabs = scratch("products", pieces * 2 * width, np.float64).reshape(pieces, 2 * width)
+    _products(part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), row, slabs)
+    total, product = np.empty((2, channels))
+    fold(slabs[:, :width], total, 0)
+    fold(slabs[:, width:], product, 0)
+    return total, product

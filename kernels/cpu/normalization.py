@@ -6,15 +6,15 @@ once for the sums and once for the result. All sums are in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .. import checks
 from . import normalized
-from .moments import batch_moments
-
-_NO_ARGMAX = np.empty(0, np.uint8)
+from .elementwise import channelwise
+from .moments import batch_moments, gradient_sums
+from .vectors import load, multiply_add
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -81,13 +81,19 @@ def batch_norm_forward(
     """
     x = _channels_last(x)
     y = checks.output("out", out, x.shape, x.dtype)
-    g = normalized.geometry(x.shape, (1, 1), False, x.dtype)
     affine = _affine(x, weight, bias)
     mean = checks.output("out_mean", out_mean, x.shape[-1:], x.dtype)
     inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
     _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
-    _normalize(x, affine, mean, inv_std, y, _NO_ARGMAX, g)
+    if y.size:
+        _normalize(y, (mean, inv_std * affine[0], affine[1]), x)
     return y, mean, inv_std
+
+
+@channelwise
+def _normalize(sources, at, mask, values):
+    mean, scale, bias = values
+    return multiply_add(load(sources[0], at, mask) - mean, scale, bias)
 
 
 def _affine(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> tuple:
@@ -128,21 +134,6 @@ def _statistics(
         batch_mean, batch_var = running_mean, running_var.astype(np.float64)
     mean[...] = batch_mean
     inv_std[...] = 1 / np.sqrt(batch_var + eps)
-
-
-def _normalize(
-    x: np.ndarray,
-    affine: tuple,
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-    y: np.ndarray,
-    argmax: np.ndarray,
-    g: normalized.Normalized,
-) -> None:
-    if y.size:
-        weight, bias = affine
-        rows = normalized.table("normalize", [mean, inv_std * weight, bias], g, x.shape[-1], x.dtype)
-        normalized.run_forward(x, y, argmax, rows, g)
 
 
 def _move(name: str, running: np.ndarray | None, momentum: float, batch: np.ndarray) -> None:
@@ -203,24 +194,40 @@ def batch_norm_backward(
     """
     x = _channels_last(x)
     dout = checks.same_shape("dout", checks.floating("dout", dout, None, x.dtype), x.shape)
-    g = normalized.geometry(x.shape, (1, 1), False, x.dtype)
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
-    return dx, *_gradients(dout, _NO_ARGMAX, x, given, training, dx, (out_dweight, out_dbias), accumulate, g)
+
+    def back(spread: list[np.ndarray]) -> None:
+        if training:
+            _spread(dx, spread, dout, x)
+        else:
+            _scale(dx, spread[:1], dout)
+
+    sums = (out_dweight, out_dbias), accumulate
+    return dx, *_gradients(x, given, lambda center: gradient_sums(dout, x, center), back, *sums)
+
+
+@channelwise
+def _spread(sources, at, mask, values):
+    scale, mean, shift, slope = values
+    dout, x = load(sources[0], at, mask), load(sources[1], at, mask)
+    return multiply_add(x - mean, slope, shift) + dout * scale
+
+
+@channelwise
+def _scale(sources, at, mask, values):
+    return load(sources[0], at, mask) * values[0]
 
 
 def _gradients(
-    dout: np.ndarray,
-    argmax: np.ndarray,
     x: np.ndarray,
     given: tuple,
-    training: bool,
-    dx: np.ndarray,
+    sums: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    back: Callable[[list[np.ndarray]], None],
     out: tuple[np.ndarray | None, np.ndarray | None],
     accumulate: bool,
-    g: normalized.Normalized,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Overwrite dx; returns dweight and dbias. `given` holds weight, mean and inv_std."""
+    """Run `sums` and `back`; returns dweight and dbias. `given` holds weight, mean and inv_std."""
     factor = 1 if given[0] is None else _vector("weight", given[0], x)
     mean, inv_std = _vector("mean", given[1], x), _vector("inv_std", given[2], x).astype(np.float64)
     channels = x.shape[-1]
@@ -228,12 +235,10 @@ def _gradients(
     dbias = checks.output("out_dbias", out[1], (channels,), x.dtype)
     total, product = np.zeros((2, channels))
     if x.size:
-        total, product = normalized.run_sums(dout, argmax, x, mean, g)
+        total, product = sums(mean)
         count = x.size // channels
         scale = inv_std * factor
-        rows = [scale, mean, -scale * total / count, -scale * product * inv_std**2 / count]
-        spread = normalized.table("normalize", rows, g, channels, x.dtype)
-        normalized.run_backward(dout, argmax, x, dx, spread, training, g)
+        back([scale, mean, -scale * total / count, -scale * product * inv_std**2 / count])
         product *= inv_std
     for array, target, result in ((out[0], dweight, product), (out[1], dbias, total)):
         target[...] = target + result if accumulate and array is not None else result
@@ -314,7 +319,10 @@ def batch_norm_pool_forward(
     mean = checks.output("out_mean", out_mean, x.shape[-1:], x.dtype)
     inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
     _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
-    _normalize(x, affine, mean, inv_std, y, argmax, g)
+    if y.size:
+        values = [mean, inv_std * affine[0], affine[1]]
+        rows = normalized.table("normalize", values, g, x.shape[-1], x.dtype)
+        normalized.run_forward(x, y, argmax, rows, g)
     return y, argmax, mean, inv_std
 
 
@@ -373,4 +381,12 @@ def batch_norm_pool_backward(
     g = normalized.geometry(x.shape, pool, False, x.dtype)
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
-    return dx, *_gradients(dout, argmax, x, given, training, dx, (out_dweight, out_dbias), accumulate, g)
+
+    def back(spread: list[np.ndarray]) -> None:
+        rows = normalized.table("normalize", spread, g, x.shape[-1], x.dtype)
+        normalized.run_backward(dout, argmax, x, dx, rows, training, g)
+
+    def total(center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return normalized.run_sums(dout, argmax, x, center, g)
+
+    return dx, *_gradients(x, given, total, back, (out_dweight, out_dbias), accumulate)

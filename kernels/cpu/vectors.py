@@ -116,19 +116,38 @@ def pointers(typing_context, arrays):
     return types.UniTuple(types.CPointer(arrays[0].dtype), len(arrays))(arrays), codegen
 
 
+def _load(context, builder, vector, source, index, mask):
+    kind = context.get_value_type(vector)
+    place = builder.bitcast(builder.gep(source, [index]), kind.as_pointer())
+    alignment = ir.Constant(_I32, vector.element.bitwidth // 8)
+    arguments = [place, alignment, mask, ir.Constant(kind, None)]
+    return _call(builder, f"llvm.masked.load.{vector.shape}.p0", kind, arguments)
+
+
 @intrinsic
 def load(typing_context, source, index, mask):
     """source[index] and on, `source` being a pointer; lanes outside of `mask` are zero and not read."""
     vector = Vector(source.dtype, mask.lanes)
 
     def codegen(context, builder, signature, values):
-        kind = context.get_value_type(vector)
-        place = builder.bitcast(builder.gep(values[0], [values[1]]), kind.as_pointer())
-        alignment = ir.Constant(_I32, source.dtype.bitwidth // 8)
-        arguments = [place, alignment, values[2], ir.Constant(kind, None)]
-        return _call(builder, f"llvm.masked.load.{vector.shape}.p0", kind, arguments)
+        return _load(context, builder, vector, *values)
 
     return vector(source, types.intp, mask), codegen
+
+
+@intrinsic
+def loads(typing_context, sources, index, mask):
+    """Vectors from each of a tuple of pointers; see `load`."""
+    vector = Vector(sources.dtype.dtype, mask.lanes)
+
+    def codegen(context, builder, signature, values):
+        each = [
+            _load(context, builder, vector, source, *values[1:])
+            for source in cgutils.unpack_tuple(builder, values[0])
+        ]
+        return context.make_tuple(builder, signature.return_type, each)
+
+    return types.UniTuple(vector, len(sources))(sources, types.intp, mask), codegen
 
 
 @intrinsic
