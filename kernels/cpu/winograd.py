@@ -98,7 +98,7 @@ class Tiling(NamedTuple):
 
 
 @kernel
-def _panel_filters(g, panel, lanes):
+def panel_filters(g, panel, lanes):
     """The first of a panel's filters, and how many: whole vectors of them.
 
     Where the filters don't fill the last vector, it begins earlier, and what it shares is computed twice.
@@ -115,7 +115,7 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
-    filter0, many = _panel_filters(g, panel, lanes)
+    filter0, many = panel_filters(g, panel, lanes)
     for c in range(0, many, lanes):
         if transposed:
             for tap in range(9):
@@ -231,7 +231,7 @@ def _pool(z, g, first, last, e, taps, y, argmax, filter0, many):
 def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
     """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
     keep_out_of_line()
-    filter0, many = _panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
+    filter0, many = panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
     if e.pool_h > 0:
         line = g.out_width * g.panel
         z0 = -(first // g.tile_columns) * 4 * line
@@ -279,7 +279,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     m,
                     element * g.product_step,
                     tables[2],
-                    _panel_filters(g, panel, lanes)[1],
+                    panel_filters(g, panel, lanes)[1],
                 )
             _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
@@ -332,7 +332,7 @@ def _correlate_few(
                     m,
                     element * g.product_step,
                     tables[2],
-                    _panel_filters(g, panel, lanes)[1],
+                    panel_filters(g, panel, lanes)[1],
                 )
         _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 

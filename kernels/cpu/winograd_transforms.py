@@ -273,12 +273,12 @@ def output_gradient_tile(typing_context, dout, d0, row, pixel, rows, columns, ze
 
 
 @intrinsic
-def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap, filters):
+def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap, shared):
     """dweight[d0 + (3 kh + kw) * tap] += (G^T M G)[kh, kw], M[i, j] being m[m0 + (6 i + j) * step].
 
-    Lanes from `filters` on are left alone.
+    The first `shared` lanes, if it is positive, are left alone.
     """
-    signature = types.void(m, m0, step, dweight, d0, tap, filters)
+    signature = types.void(m, m0, step, dweight, d0, tap, shared)
 
     def codegen(context, builder, signature, arguments):
         emit = _Transformer(context, builder, m.dtype)
@@ -286,7 +286,7 @@ def add_filter_gradient(typing_context, m, m0, step, dweight, d0, tap, filters):
         target = emit.at(_array(context, builder, signature, arguments, 3), arguments[4])
         sums = emit.steps(source, arguments[2], WINDOW * WINDOW)
         places = emit.steps(target, arguments[5], TAPS * TAPS)
-        mask = emit.mask(arguments[6], 0)
+        mask = builder.not_(emit.mask(arguments[6], 0))
         halves = [
             emit.weight_gradient([emit.load(sums[i * WINDOW + j]) for i in range(WINDOW)])
             for j in range(WINDOW)

@@ -4,9 +4,9 @@ Forward is linear in the filters, Y = A^T [(G g G^T) * (B^T d B)] A; hence
 
     dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G
 
-The 36 sums over tiles are matrix products of transformed images with transformed gradients. The weights are
-cut into squares of channels by filters whose sums, with a block of transformed tiles, stay near the
-second-level cache. Where squares are few, the tiles are cut into pieces too, whose sums are added in order.
+The 36 sums over tiles are matrix products of transformed images with transformed gradients. Of as many tiles
+as the caches hold together, all are transformed; then each of the 36 elements is multiplied, a panel of filters at a
+time, and added to the sums of the tiles before.
 """
 
 from __future__ import annotations
@@ -21,131 +21,118 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .simd import VECTOR_BITS
-from .tile import TILE_ROWS, add_panel
-from .winograd import Tiling, tiling, transform_input, windows
+from .tile import add_panel, add_rows, padded_rows
+from .winograd import Tiling, panel_filters, tiling, transform_input, windows
 from .winograd_transforms import WINDOW, add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
 
 _AREA = WINDOW * WINDOW
-# Channels and filters of a square of weights, at most.
-_CHANNELS = 64
-_FILTERS = 128
-# Tiles that are transformed at a time.
-_BLOCK = 32
-# Squares and pieces are this many, or more.
-_TASKS = 16
+# Tiles of a round, at most: the sums go to the cache and back for each.
+_ROUND = 256
+# Tiles that a task transforms.
+_TASK = 32
 
 
 class Cut(NamedTuple):
-    """How the sums are cut into tasks."""
+    """How the work is cut."""
 
-    channels: int  # of a square, at most: rows of its transformed images and of its sums
-    panels: int  # of filters in a square, at most
-    rows: int  # squares along the channels
-    columns: int  # and along the panels
-    pieces: int  # of the tiles
+    slabs: int  # vectors of channels
+    panels: int  # of filters
+    tiles: int  # that a task transforms, at most
 
 
 @kernel
-def _square(square, g, cut):
-    """First and last + 1 of the channels and of the filters of a square."""
-    row = square // cut.columns
-    c0, c1 = span(row, cut.rows, g.channels)
-    p0, p1 = span(square - row * cut.columns, cut.columns, (g.filters + g.panel - 1) // g.panel)
-    return c0, c1, p0 * g.panel, min(p1 * g.panel, g.filters)
-
-
-@kernel
-def _transform_gradient(dout, g, first, last, f0, f1, zeros, w, pitch):
-    """A dY A^T of the tiles from `first` to `last` and the filters from `f0` to `f1`, to rows of `pitch`."""
+def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
+    """A dY A^T of the tiles from `first` to `last` and a panel of filters."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dout.itemsize)
     line = g.out_width * g.filters
+    filter0, many = panel_filters(g, panel, lanes)
     for tile in range(first, last):
         row = tile // g.tile_columns
         left = (tile - row * g.tile_columns) * 4
         n = row // g.tile_rows
         top = (row - n * g.tile_rows) * 4
-        d0 = ((n * g.out_height + top) * g.out_width + left) * g.filters
+        d0 = ((n * g.out_height + top) * g.out_width + left) * g.filters + filter0
         rows = g.out_height - top
         columns = g.out_width - left
-        w0 = (tile - first) * pitch - f0
-        for begin in range(f0, f1, lanes):
-            # The last vector begins earlier where the filters don't fill it.
-            f = min(begin, f1 - lanes)
+        for f in range(0, many, lanes):
             output_gradient_tile(
                 dout, d0 + f, line, g.filters, rows, columns, zeros, w, w0 + f, g.weight_step
             )
+        w0 += g.panel
 
 
 @parallel
-def _sum_products(part, parts, x, dout, g, cut, tables, zeros, offsets, columns, vs, ws, sums):
+def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, columns, v, w):
+    """Images by slab of one vector of channels, gradients by panel of filters, tile after tile in each."""
     keep_out_of_line()
-    channels, tiles, sum_rows = tables
-    v = vs[part]
-    w = ws[part]
-    squares = cut.rows * cut.columns
-    pitch = cut.panels * g.panel
-    lo, hi = span(part, parts, cut.pieces * squares)
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    slices = cut.slabs + cut.panels
+    lo, hi = span(part, parts, (last - first + cut.tiles - 1) // cut.tiles * slices)
     for task in range(lo, hi):
-        piece = task // squares
-        c0, c1, f0, f1 = _square(task - piece * squares, g, cut)
-        rows = (c1 - c0 + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-        total = sums[task]
-        clear(total, 0, total.size)
-        block0, block1 = span(piece, cut.pieces, (g.tiles + g.block - 1) // g.block)
-        for block in range(block0, block1):
-            first = block * g.block
-            last = min(first + g.block, g.tiles)
-            transform_input(x, g, first, last, c0, c1, offsets[part], zeros, columns[part], v, cut.channels)
-            _transform_gradient(dout, g, first, last, f0, f1, zeros, w, pitch)
-            for e in range(36):
-                for f in range(0, f1 - f0, g.panel):
-                    add_panel(
-                        v,
-                        e * g.input_step,
-                        channels,
-                        tiles,
-                        0,
-                        rows,
-                        last - first,
-                        w,
-                        e * g.weight_step + f,
-                        pitch,
-                        total,
-                        e * g.product_step + f * cut.channels,
-                        sum_rows,
-                        min(f1 - f0 - f, g.panel),
-                    )
+        piece = task // slices
+        slab = task - piece * slices
+        begin = first + piece * cut.tiles
+        end = min(begin + cut.tiles, last)
+        if slab < cut.slabs:
+            # The last begins earlier where the channels don't fill it.
+            c = min(slab * lanes, g.channels - lanes)
+            target = v[(slab * g.block + begin - first) * lanes :]
+            transform_input(
+                x, g, begin, end, c, c + lanes, offsets[part], zeros, columns[part], target, lanes
+            )
+        else:
+            panel = slab - cut.slabs
+            place = (panel * g.block + begin - first) * g.panel
+            _transform_gradient(dout, g, begin, end, panel, zeros, w, place)
+
+
+@parallel
+def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * v.itemsize)
+    channels, tiles, sum_rows = tables
+    lo, hi = span(part, parts, 36 * cut.panels)
+    for task in range(lo, hi):
+        element = task // cut.panels
+        panel = task - element * cut.panels
+        s0 = element * g.product_step + panel * g.channels * g.panel
+        if is_first:
+            clear(sums, s0, g.channels * g.panel)
+        add_panel(
+            v,
+            element * g.input_step,
+            channels,
+            tiles,
+            0,
+            channels.size,
+            depth,
+            w,
+            element * g.weight_step + panel * g.block * g.panel,
+            g.panel,
+            sums,
+            s0,
+            sum_rows,
+            panel_filters(g, panel, lanes)[1],
+        )
 
 
 @parallel
 def _finish(part, parts, g, cut, sums, dweight):
-    """Add G^T M G to the gradient, M being the sum of all pieces."""
+    """Add G^T M G to the gradient, M being the sums."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dweight.itemsize)
-    squares = cut.rows * cut.columns
-    lo, hi = span(part, parts, squares * cut.channels)
-    for task in range(lo, hi):
-        square = task // cut.channels
-        c = task - square * cut.channels
-        c0, c1, f0, f1 = _square(square, g, cut)
-        if c0 + c >= c1:
-            continue
-        for f in range(0, f1 - f0, g.panel):
-            m0 = f * cut.channels + c * g.panel
-            for e in range(36):
-                place = e * g.product_step + m0
-                total = sums[square, place : place + g.panel]
-                for piece in range(1, cut.pieces):
-                    more = sums[piece * squares + square, place : place + g.panel]
-                    for j in range(total.size):
-                        total[j] += more[j]
-            many = min(f1 - f0 - f, g.panel)
-            for k in range(0, many, lanes):
-                target = (c0 + c) * g.filters + f0 + f + k
+    lo, hi = span(part, parts, g.channels)
+    for c in range(lo, hi):
+        for panel in range(cut.panels):
+            filter0, many = panel_filters(g, panel, lanes)
+            shared = panel * g.panel - filter0
+            for f in range(0, many, lanes):
+                source = (panel * g.channels + c) * g.panel + f
+                target = c * g.filters + filter0 + f
                 tap = g.channels * g.filters
-                add_filter_gradient(sums[square], m0 + k, g.product_step, dweight, target, tap, many - k)
+                add_filter_gradient(sums, source, g.product_step, dweight, target, tap, shared - f)
 
 
 @lru_cache(maxsize=256)
@@ -155,38 +142,40 @@ def _cut(
     """The sizes, and the engine's tables: channels, tiles, and channels in the sums."""
     g, _ = tiling(x_shape, out_shape, padding)
     lanes = simd.lanes(np.float32)
-    panels = -(-g.filters // g.panel)
-    rows = -(-g.channels // max(_CHANNELS, lanes))
-    columns = -(-panels * g.panel // max(_FILTERS, g.panel))
-    # The longest square along each axis, its channels in whole tiles of the engine.
-    channels = -(-g.channels // rows)
-    channels = -(-channels // TILE_ROWS) * TILE_ROWS
-    width = -(-panels // columns)
-    block = min(_BLOCK, g.tiles)
-    pieces = min(-(-_TASKS // (rows * columns)), -(-g.tiles // block))
-    cut = Cut(channels, width, rows, columns, pieces)
+    slabs, panels = -(-g.channels // lanes), -(-g.filters // g.panel)
+    rounds = -(-g.tiles // _ROUND)
+    block = -(-g.tiles // rounds)
+    cut = Cut(slabs, panels, min(_TASK, block))
+    # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     g = g._replace(
         block=block,
-        input_step=block * channels + lanes,
-        weight_step=block * width * g.panel + lanes,
-        product_step=channels * width * g.panel + lanes,
+        input_step=slabs * block * lanes + lanes,
+        weight_step=panels * block * g.panel + lanes,
+        product_step=panels * g.channels * g.panel + lanes,
     )
-    entries = np.arange(channels)
-    return g, cut, (entries, np.arange(block) * channels, entries * g.panel)
+    channel = np.arange(g.channels)
+    slab = channel // lanes
+    places = slab * block * lanes + channel - np.minimum(slab * lanes, g.channels - lanes)
+    rows = add_rows(g.channels)
+    tables = (padded_rows(places, rows), np.arange(block) * lanes, padded_rows(channel * g.panel, rows))
+    return g, cut, tables
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient to the filters to `dweight`; see `winograd.suits`."""
     padding = (layer.rows.padding[0], layer.columns.padding[0])
     g, cut, tables = _cut(x.shape, dout.shape[1:], padding)
-    lanes = simd.lanes(x.dtype)
-    tasks = cut.pieces * cut.rows * cut.columns
-    sums = scratch("sums", tasks * _AREA * g.product_step, x.dtype).reshape(tasks, -1)
-    parts = part_count(tasks, g.tiles * _AREA * g.channels * g.filters)
-    vs = scratch("input", parts * _AREA * g.input_step, x.dtype).reshape(parts, -1)
-    ws = scratch("gradients", parts * _AREA * g.weight_step, x.dtype).reshape(parts, -1)
-    zeros = np.zeros(lanes, x.dtype)
-    arrays = (zeros, *windows(g, parts), vs, ws, sums)
-    _sum_products(parts, x.reshape(-1), dout.reshape(-1), g, cut, tables, *arrays)
-    parts = part_count(cut.rows * cut.columns * cut.channels, sums.nbytes)
-    _finish(parts, g, cut, sums, dweight.reshape(-1))
+    v = scratch("input", _AREA * g.input_step, x.dtype)
+    w = scratch("gradients", _AREA * g.weight_step, x.dtype)
+    sums = scratch("sums", _AREA * g.product_step, x.dtype)
+    x, dout = x.reshape(-1), dout.reshape(-1)
+    zeros = np.zeros(simd.lanes(x.dtype), x.dtype)
+    tasks = -(-g.block // cut.tiles) * (cut.slabs + cut.panels)
+    transforms = part_count(tasks, v.nbytes + w.nbytes)
+    memory = windows(g, transforms)
+    products = part_count(_AREA * cut.panels, g.block * _AREA * g.channels * g.filters)
+    for first in range(0, g.tiles, g.block):
+        last = min(first + g.block, g.tiles)
+        _transform(transforms, x, dout, g, cut, first, last, zeros, *memory, v, w)
+        _add_products(products, v, w, g, cut, int(first == 0), last - first, tables, sums)
+    _finish(part_count(g.channels, sums.nbytes), g, cut, sums, dweight.reshape(-1))
