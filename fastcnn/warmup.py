@@ -44,7 +44,8 @@ _LARGE = 1 << 18
 _KILLED = -9
 # The units whose passes are compiled in two jobs.
 _CONVOLUTIONS = ("ConvPool", "Conv2d")
-# Images in a step of the whole network: a full batch, and last ones of an epoch, which may take other kernels.
+# Images in a step of the whole network: a full batch, and last ones of an epoch, for which other kernels
+# may serve.
 _BATCH = 64
 _BATCHES = (_BATCH, 36, 12, 2)
 

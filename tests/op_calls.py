@@ -95,6 +95,8 @@ CONVOLUTIONS = {
     "depthwise, three channels": ((2, 9, 60, 3), 3, (3, 3), 1, 1, 2, 3),
     "depthwise, two filters each": ((1, 5, 6, 17), 34, (3, 3), 1, 1, 1, 17),
     "more padding than kernel": ((1, 3, 3, 3), 3, (2, 2), 1, 3, 1, 1),
+    "few pixels": ((1, 4, 5, 130), 120, (3, 3), 1, 1, 1, 1),
+    "few pixels, strided": ((2, 7, 6, 130), 120, (3, 3), (2, 1), ASYMMETRIC, (1, 2), 1),
     "no images": ((0, 6, 6, 3), 4, (3, 3), 1, 1, 1, 1),
     "large": ((4, 20, 18, 16), 32, (3, 3), 1, 1, 1, 1),
 }
