@@ -101,6 +101,14 @@ class Emitter:
         return self.builder.icmp_signed("<", first, limit)
 
 
+def _not_unrolled(module):
+    """The attribute of a loop that LLVM shall not unroll: it would read two k at once, and spill."""
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = ir.MDValue(module, [], name=str(len(module.metadata)))
+    loop.operands = (loop, disable)
+    return loop
+
+
 def _products(emit, a_rows, col, depth, b, ldb, start, vectors, ahead, step):
     """The loop over k: the accumulators of all rows and vectors, begun at `start`.
 
@@ -134,7 +142,8 @@ def _products(emit, a_rows, col, depth, b, ldb, start, vectors, ahead, step):
         for v in range(vectors):
             sums[m][v].add_incoming(start[v], entry)
             sums[m][v].add_incoming(new[m][v], loop)
-    builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, end)
+    branch = builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, end)
+    branch.set_metadata("llvm.loop", _not_unrolled(builder.module))
 
     builder.position_at_end(end)
     results = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
