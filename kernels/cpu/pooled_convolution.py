@@ -26,7 +26,7 @@ from .workspace import scratch
 _MOST_PIXELS = 255
 # Channels times filters from which on Winograd's dense sums take less time than sparse ones: for the gradient
 # of the weights, whose sparse sums then leave the cache, and of the input.
-_WINOGRAD_WEIGHT = 1 << 16
+_WINOGRAD_WEIGHT = 1 << 14
 _WINOGRAD_INPUT = 1 << 13
 
 

@@ -4,9 +4,9 @@ Forward is linear in the filters, Y = A^T [(G g G^T) * (B^T d B)] A; hence
 
     dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G
 
-The 36 sums over tiles are matrix products of transformed images with transformed gradients. Of as many tiles
-as the caches hold together, all are transformed; then each of the 36 elements is multiplied, a panel of filters at a
-time, and added to the sums of the tiles before.
+The 36 sums over tiles are matrix products of transformed images with transformed gradients. As many tiles
+as the caches hold are transformed together; then each of the 36 elements is multiplied, a panel of filters at
+a time, and added to the sums of the tiles before.
 """
 
 from __future__ import annotations
