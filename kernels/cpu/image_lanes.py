@@ -30,12 +30,13 @@ from .image_tiles import (
     taps_tile,
 )
 from .simd import TILE_ROWS, VECTOR_BITS
+from .vectors import all_lanes, load, pointer, total, zeros
 from .workspace import clear, scratch
 
 # A block's window should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
-# Pixels over which a tile of the gradient to the weights sums at most.
-_PIXELS = 32
+# Pixels over which a tile of the gradient to the weights sums, about.
+_PIXELS = 48
 _PIECES = 16
 # Blocks that a batch is cut into at least, if they are then twice as high as the kernel.
 _TASKS = 8
@@ -83,10 +84,9 @@ class Tables(NamedTuple):
 
 
 @kernel
-def _fill(x, n0, images, g, h0, rows, window):
+def _fill(x, n0, images, block, g, h0, rows, window):
     """The window of input rows from `h0` on as vectors of images, with zeros where the image ends."""
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    block = VECTORS * lanes
     row = g.pitch
     left = min(max(-g.origin_w, 0), g.window_w)
     first = max(g.origin_w, 0)
@@ -101,17 +101,9 @@ def _fill(x, n0, images, g, h0, rows, window):
         source = (h * g.image_w + first) * g.channels - begin
         clear(window, r * row, begin * block)
         for k in range(begin, end, lanes):
-            for v in range(VECTORS):
-                gather_images(
-                    x,
-                    source + k,
-                    image,
-                    n0 + v * lanes,
-                    images,
-                    end - k,
-                    window,
-                    r * row + k * block + v * lanes,
-                )
+            w = r * row + k * block
+            for i in range(0, block, lanes):
+                gather_images(x, source + k, image, n0 + i, images, end - k, window, w + i, block)
         clear(window, r * row + end * block, row - end * block)
 
 
@@ -149,7 +141,7 @@ def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, 
         n0 = task // g.blocks * block
         i0 = task % g.blocks * g.rows
         i1 = min(i0 + g.rows, g.height)
-        _fill(x, n0, images, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window)
+        _fill(x, n0, images, block, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window)
         for i in range(i0, i1):
             w0 = (i - i0) * g.step * g.pitch
             for j in range(g.width):
@@ -172,10 +164,10 @@ def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, 
 def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
     """Add some pixels' share in the gradient of all weights."""
     lanes = VECTOR_BITS // (8 * window.itemsize)
-    step = of.grid.filters * VECTORS * lanes
+    step = of.grid.filters * lanes
     s = 0
     for f in range(0, of.grid.filters, filters):
-        d = d0 + f * VECTORS * lanes
+        d = d0 + f * lanes
         for k in range(0, of.taps.size, TAPS):
             if filters == TAP_FILTERS[0]:
                 taps_tile(TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
@@ -191,55 +183,50 @@ def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradient
     keep_out_of_line()
     g = of.grid
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    block = VECTORS * lanes
     window, gradient = windows[part], gradients[part]
     group = pixels.size // g.width
     line = g.width * g.filters
     lo, hi = span(part, parts, len(sums))
     for piece in range(lo, hi):
-        total = sums[piece]
-        clear(total, 0, total.size)
-        task0, task1 = span(piece, len(sums), (images + block - 1) // block * g.blocks)
+        added = sums[piece]
+        clear(added, 0, added.size)
+        task0, task1 = span(piece, len(sums), (images + lanes - 1) // lanes * g.blocks)
         for task in range(task0, task1):
-            n0 = task // g.blocks * block
+            n0 = task // g.blocks * lanes
             first = task % g.blocks * g.rows
             end = min(first + g.rows, g.height)
-            _fill(
-                x, n0, images, g, g.origin_h + first * g.step, (end - first - 1) * g.step + g.extent, window
-            )
+            rows = (end - first - 1) * g.step + g.extent
+            _fill(x, n0, images, lanes, g, g.origin_h + first * g.step, rows, window)
             for i0 in range(first, end, group):
                 count = min(group, end - i0) * g.width
-                d0 = i0 * line
-                for k in range(0, count * g.filters, lanes):
-                    left = count * g.filters - k
-                    for v in range(VECTORS):
-                        n = n0 + v * lanes
-                        gather_images(
-                            dout, d0 + k, g.out_image, n, images, left, gradient, k * block + v * lanes
-                        )
+                size, d0 = count * g.filters, i0 * line
+                for k in range(0, size, lanes):
+                    gather_images(dout, d0 + k, g.out_image, n0, images, size - k, gradient, k * lanes, lanes)
                 w = (i0 - first) * g.step * g.pitch
-                for q in range(0, count, _PIXELS):
-                    d = q * g.filters * block
-                    _add_pixels(
-                        window, w, pixels[q : min(q + _PIXELS, count)], of, gradient, d, filters, total
-                    )
+                chunks = max(1, count // _PIXELS)
+                for chunk in range(chunks):
+                    q, end_q = span(chunk, chunks, count)
+                    d = q * g.filters * lanes
+                    _add_pixels(window, w, pixels[q:end_q], of, gradient, d, filters, added)
 
 
 @parallel
-def _fold(part, parts, sums, filters, lanes, dweight):
+def _fold(part, parts, sums, filters, dweight):
     keep_out_of_line()
+    pieces, size = sums.shape
     depth, many = dweight.shape
+    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    values = pointer(sums)
     chunks = (depth + TAPS - 1) // TAPS
     lo, hi = span(part, parts, depth)
     for k in range(lo, hi):
         for f in range(many):
             tile = f // filters * chunks + k // TAPS
             first = ((tile * TAPS + k % TAPS) * filters + f % filters) * lanes
-            total = dweight[k, f]
-            for piece in range(len(sums)):
-                for value in sums[piece, first : first + lanes]:
-                    total += value
-            dweight[k, f] = total
+            images = zeros(values)
+            for piece in range(pieces):
+                images = images + load(values, piece * size + first, all_lanes(values))
+            dweight[k, f] += total(images)
 
 
 def _pitch(row: int, dtype: np.dtype) -> int:
@@ -257,9 +244,10 @@ def _tables(
     out_image: tuple[int, int],
     filters: int,
     images: int,
+    block: int,
     dtype: np.dtype,
 ) -> Tables:
-    block = VECTORS * simd.lanes(dtype)
+    """The tables of a correlation with `block` images at a time."""
     pitch = _pitch(columns.window * channels * block, dtype)
     many = _WINDOW_BYTES // (pitch * dtype.itemsize)
     many = min(max(1, (many - rows.extent) // rows.step + 1), rows.outputs)
@@ -295,9 +283,18 @@ def _tables(
 
 
 @lru_cache(maxsize=512)
-def _forward_tables(layer: Layer, images: int, dtype: np.dtype) -> Tables:
-    axes = layer.rows.forward(), layer.columns.forward()
-    return _tables(*axes, layer.image, layer.channels, layer.out_image, layer.filters, images, dtype)
+def _forward_tables(layer: Layer, images: int, vectors: int, dtype: np.dtype) -> Tables:
+    return _tables(
+        layer.rows.forward(),
+        layer.columns.forward(),
+        layer.image,
+        layer.channels,
+        layer.out_image,
+        layer.filters,
+        images,
+        vectors * simd.lanes(dtype),
+        dtype,
+    )
 
 
 @lru_cache(maxsize=512)
@@ -306,7 +303,15 @@ def _input_tables(layer: Layer, images: int, dtype: np.dtype) -> list[tuple[Tabl
     return [
         (
             _tables(
-                rows, columns, layer.out_image, layer.filters, layer.image, layer.channels, images, dtype
+                rows,
+                columns,
+                layer.out_image,
+                layer.filters,
+                layer.image,
+                layer.channels,
+                images,
+                VECTORS * simd.lanes(dtype),
+                dtype,
             ),
             np.add.outer(np.array(kernel_rows) * layer.columns.kernel, kernel_columns).ravel(),
         )
@@ -369,20 +374,20 @@ def _padded(count: int, size: int) -> int:
     return -(-count // size) * size
 
 
-def _cycles(of: Tables, images: int, sums: float, dtype: np.dtype) -> float:
+def _cycles(of: Tables, images: int, block: int, sums: float, dtype: np.dtype) -> float:
     """What an image costs of the `images`, `sums` being the multiply-adds of a whole vector of images."""
     g = of.grid
     lanes = simd.lanes(dtype)
     inputs = g.blocks * ((g.rows - 1) * g.step + g.extent) * min(g.window_w, g.image_w) * g.channels
     outputs = g.height * g.width * g.filters
     cycles = sums / lanes + _TRANSPOSE_CYCLES * (inputs + outputs)
-    return cycles * _padded(images, VECTORS * lanes) / images
+    return cycles * _padded(images, block) / images
 
 
 def _correlation_cycles(of: Tables, images: int, dtype: np.dtype) -> float:
     filters = _padded(of.grid.filters, _tile_size(of.grid.filters, FILTERS))
-    pixels = of.grid.height * of.grid.width
-    return _cycles(of, images, _TILE_CYCLES * pixels * of.taps.size * filters, dtype)
+    sums = _TILE_CYCLES * of.grid.height * of.grid.width * of.taps.size * filters
+    return _cycles(of, images, VECTORS * simd.lanes(dtype), sums, dtype)
 
 
 def _is_narrow(layer: Layer, filters: int, images: int, dtype: np.dtype) -> bool:
@@ -396,7 +401,7 @@ def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the forward pass is faster here than by `Layer.run`."""
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
-    cycles = _correlation_cycles(_forward_tables(layer, images, dtype), images, dtype)
+    cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
     return cycles < _DIRECT_CYCLES * layer.multiply_adds / layer.filters
 
 
@@ -419,20 +424,24 @@ def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient to the weights is faster here than by `Layer.add_weight_gradient`."""
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
-    of = _forward_tables(layer, images, dtype)
+    of = _forward_tables(layer, images, 1, dtype)
     pixels, taps = of.grid.height * of.grid.width, of.taps.size
     filters = _padded(layer.filters, _tile_size(layer.filters, TAP_FILTERS))
-    cycles = _cycles(of, images, _WEIGHT_CYCLES * pixels * _padded(taps, TAPS) * filters, dtype)
+    sums = _WEIGHT_CYCLES * pixels * _padded(taps, TAPS) * filters
+    cycles = _cycles(of, images, simd.lanes(dtype), sums, dtype)
     return cycles < _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS)
 
 
 def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     """Overwrite `y` with the convolution of `x`."""
-    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, _forward_tables(layer, len(x), x.dtype))
+    of = _forward_tables(layer, len(x), VECTORS, x.dtype)
+    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, of)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
-    """Write the gradient to the input to those elements of `dx` that any tap reaches."""
+    """Overwrite `dx` with the gradient to the input."""
+    if layer.rows.skips or layer.columns.skips:
+        dx.fill(0)
     flat = weight.reshape(-1, layer.channels, layer.filters)
     for of, positions in _input_tables(layer, len(dout), dout.dtype):
         turned = flat[positions].transpose(0, 2, 1).reshape(-1, layer.channels)
@@ -441,23 +450,23 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
-    of = _forward_tables(layer, len(x), x.dtype)
+    of = _forward_tables(layer, len(x), 1, x.dtype)
     g = of.grid
     images, lanes = len(x), simd.lanes(x.dtype)
-    block = VECTORS * lanes
     depth = of.taps.size
     filters = _tile_size(g.filters, TAP_FILTERS)
     tiles = -(-depth // TAPS) * -(-g.filters // filters)
-    tasks = -(-images // block) * g.blocks
+    tasks = -(-images // lanes) * g.blocks
     pieces = min(_PIECES, tasks)
     sums = scratch("partial", pieces * tiles * TAPS * filters * lanes, x.dtype).reshape(pieces, -1)
-    group = min(g.rows, -(-_PIXELS // g.width))
+    # Rows of pixels that are transposed at once, as many each time.
+    group = -(-g.rows // -(-g.rows * g.width // _PIXELS))
     pixels = np.add.outer(np.arange(group) * (g.step * g.pitch), of.columns).ravel()
     parts = part_count(pieces, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
     # Whole vectors are written and whole tiles read, beyond the end.
-    gradients = scratch("results", parts * (pixels.size * g.filters + lanes + filters) * block, x.dtype)
+    gradients = scratch("results", parts * (pixels.size * g.filters + lanes + filters) * lanes, x.dtype)
     gradients = gradients.reshape(parts, -1)
     windows = _windows(parts, g, x.dtype)
     _weight(parts, x.reshape(-1), images, dout.reshape(-1), filters, of, pixels, windows, gradients, sums)
     flat = dweight.reshape(depth, -1)
-    _fold(part_count(depth, sums.size), sums, filters, lanes, flat)
+    _fold(part_count(depth, sums.size), sums, filters, flat)

@@ -1,6 +1,6 @@
 """Tiles over vectors of images: what `image_lanes` computes with, as LLVM instructions.
 
-A block holds `VECTORS` vectors of images, L images in all. An array of vectors of images has the images of a
+A block holds some vectors of images, L images in all. An array of vectors of images has the images of a
 block next to each other, element after element.
 """
 
@@ -17,13 +17,15 @@ from .tile import Emitter
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
 
-# Vectors of images that a block holds, and filters of a tile: their sums, the images and a weight fill the
-# registers. 32 are there for all vectors but AVX2's.
+# Vectors of images of a block, and filters of a tile: their sums, the images and a weight fill the registers.
+# 32 are there for all vectors but AVX2's.
 VECTORS = 2
 _FEW_REGISTERS = TILE_ROWS < 8
 FILTERS = (2, 3, 4, 6) if _FEW_REGISTERS else (4, 6, 8, 10)
-# Taps and filters of a tile of the gradient to the weights.
+# Taps and filters of a tile of the gradient to the weights, whose blocks are one vector of images.
 TAPS = 3 if _FEW_REGISTERS else 5
+# How many vectors ahead each image is fetched: too many streams for the processor to see.
+_AHEAD = 2
 TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
 
 
@@ -52,28 +54,60 @@ def _valid(emit, images, many, lane_mask):
         yield emit.builder.select(exists, lane_mask, none)
 
 
-@intrinsic
-def gather_images(typing_context, x, x0, image, first, images, count, window, w0):
-    """window[w0 + k * L + i] = x[x0 + (first + i) * image + k] for a vector of images i.
+def _is_whole(emit, first, images, count):
+    """Whether all lanes of images, and of elements, are there."""
+    lanes = ir.Constant(_I64, emit.lanes)
+    builder = emit.builder
+    exist = builder.icmp_signed("<=", builder.add(first, lanes), images)
+    return builder.and_(exist, builder.icmp_signed(">=", count, lanes))
 
-    L is the number of a block's images. Elements from `count` on and images from `images` on are zero.
+
+def _prefetch(emit, pointer):
+    place = emit.builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    # To read, to the first level, data.
+    switches = [ir.Constant(_I32, number) for number in (0, 3, 1)]
+    emit.call("llvm.prefetch.p0", ir.VoidType(), [place, *switches])
+
+
+@intrinsic
+def gather_images(typing_context, x, x0, image, first, images, count, window, w0, block):
+    """window[w0 + k * block + i] = x[x0 + (first + i) * image + k] for a vector of images i.
+
+    `block` is the number of a block's images. Elements from `count` on and images from `images` on are zero.
     As many rows of the window are written as a vector has lanes.
     """
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, x.dtype)
-        x0, image, first, images, count, w0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        x0, image, first, images, count, w0, block = (arguments[i] for i in (1, 2, 3, 4, 5, 7, 8))
         begin = emit.at(memory(context, builder, x, arguments[0]), x0)
         target = emit.at(memory(context, builder, window, arguments[6]), w0)
-        rows = []
-        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
-            number = builder.add(first, ir.Constant(_I64, i))
-            rows.append(emit.load(emit.at(begin, builder.mul(number, image)), mask))
+        places = [
+            emit.at(begin, builder.mul(builder.add(first, ir.Constant(_I64, i)), image))
+            for i in range(emit.lanes)
+        ]
+        for place in places:
+            _prefetch(emit, emit.at(place, ir.Constant(_I64, _AHEAD * emit.lanes)))
+        whole, part = (builder.append_basic_block(name) for name in ("gather.whole", "gather.part"))
+        end = builder.append_basic_block("gather.end")
+        builder.cbranch(_is_whole(emit, first, images, count), whole, part)
+        builder.position_at_end(whole)
+        every = [emit.load(place) for place in places]
+        builder.branch(end)
+        builder.position_at_end(part)
+        masks = _valid(emit, first, images, emit.mask(count, 0))
+        some = [emit.load(place, mask) for place, mask in zip(places, masks, strict=True)]
+        builder.branch(end)
+        builder.position_at_end(end)
+        rows = [builder.phi(emit.vector) for _ in places]
+        for row, *values in zip(rows, every, some, strict=True):
+            for value, source in zip(values, (whole, part), strict=True):
+                row.add_incoming(value, source)
         for k, row in enumerate(_butterfly(emit, rows)):
-            emit.store(row, emit.at(target, ir.Constant(_I64, k * VECTORS * emit.lanes)))
+            emit.store(row, emit.at(target, builder.mul(block, ir.Constant(_I64, k))))
         return context.get_dummy_value()
 
-    return types.void(x, x0, image, first, images, count, window, w0), codegen
+    return types.void(x, x0, image, first, images, count, window, w0, block), codegen
 
 
 @intrinsic
@@ -147,10 +181,10 @@ def filters_tile(typing_context, filters, window, w0, taps, weights, v0, start, 
 
 @intrinsic(prefer_literal=True)
 def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
-    """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f * L].
+    """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f].
 
-    The literal is the number of `filters`; there are `TAPS` taps from k0 on, the last of which stands for
-    all beyond it. A sum is one vector: images that are a vector apart are added.
+    All of them are vectors of images. The literal is the number of `filters`; there are `TAPS` taps from k0
+    on, the last of which stands for all beyond it.
     """
     if not isinstance(filters, types.IntegerLiteral):
         return None
@@ -171,19 +205,15 @@ def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, s
         ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
         inputs = [emit.at(images, w0, builder.load(emit.at(tap_table, k))) for k in ks]
 
+        offsets = [ir.Constant(_I64, f * emit.lanes) for f in range(many)]
+
         def add_pixel(p, totals):
             pixel = builder.load(emit.at(pixel_table, p))
             row = emit.at(gradient, d0, builder.mul(p, step))
-            for v in range(VECTORS):
-                lane = v * emit.lanes
-                offsets = [ir.Constant(_I64, f * VECTORS * emit.lanes + lane) for f in range(many)]
-                factors = [emit.load(emit.at(row, offset)) for offset in offsets]
-                new: list = []
-                for pointer in inputs:
-                    value = emit.load(emit.at(pointer, pixel, ir.Constant(_I64, lane)))
-                    new += [emit.multiply_add(value, d, totals[len(new) + f]) for f, d in enumerate(factors)]
-                totals = new
-            return totals
+            factors = [emit.load(emit.at(row, offset)) for offset in offsets]
+            values = [emit.load(emit.at(pointer, pixel)) for pointer in inputs]
+            products = [(value, factor) for value in values for factor in factors]
+            return [emit.multiply_add(*pair, total) for pair, total in zip(products, totals, strict=True)]
 
         zero = ir.Constant(emit.vector, None)
         totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (TAPS * many), add_pixel)

@@ -244,7 +244,7 @@ def _multiply_small(a, b, b_k, b_column, bias, c, row, crow, col, accumulate, me
         else:
             # Squares that reach beyond the panel are written before the next one is.
             for k in range(0, depth, lanes):
-                gather_images(flat, k, b_column, first, columns, depth - k, packed, target + k * width)
+                gather_images(flat, k, b_column, first, columns, depth - k, packed, target + k * width, width)
     for first in range(0, columns, width):
         b0, many = first * depth, min(columns - first, width)
         if accumulate:
