@@ -107,7 +107,7 @@ def elementwise(function: Callable) -> Elementwise:
     return Elementwise(function)
 
 
-def _row_length(channels: int, lanes: int) -> int:
+def row_length(channels: int, lanes: int) -> int:
     """Elements of a row that holds each channel equally often, in whole vectors if that isn't too long."""
     for many in (LONG * lanes, lanes):
         if math.lcm(channels, many) <= _LONGEST:
@@ -169,7 +169,7 @@ class Channelwise:
     def __call__(self, y: np.ndarray, values: Sequence[np.ndarray | float], *inputs: np.ndarray) -> None:
         """Overwrite y, which is not empty; all arrays are C-contiguous, and `inputs` of the shape of y."""
         channels, many = y.shape[-1], lanes(y.dtype)
-        length = _row_length(channels, many)
+        length = row_length(channels, many)
         tables = scratch("channels", len(values) * length, y.dtype).reshape(len(values), length)
         for table, value in zip(tables.reshape(len(values), -1, channels), values, strict=True):
             table[...] = value

@@ -12,17 +12,22 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
+from .elementwise import row_length
 from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
+    LONG,
     all_lanes,
+    all_long_lanes,
     first_lanes,
+    first_long_lanes,
     keep_in_line,
     lanes_of,
     load,
     multiply_add,
     pointer,
     prefetch,
+    prefetch_long,
     store,
     wide,
 )
@@ -152,8 +157,8 @@ def _add_products(dout, x, center, start, rows, width, sums, k, mask):
     total, product = load(sums, k, mask), load(sums, width + k, mask)
     for row in range(rows):
         place = start + row * width + k
-        prefetch(dout, place + AHEAD)
-        prefetch(x, place + AHEAD)
+        prefetch_long(dout, place + AHEAD)
+        prefetch_long(x, place + AHEAD)
         gradient = wide(load(dout, place, mask))
         total = total + gradient
         product = multiply_add(gradient, wide(load(x, place, mask) - middle), product)
@@ -166,7 +171,7 @@ def _products(part, parts, dout, x, center, slabs):
     keep_out_of_line()
     width = center.size
     gradient, values, middle = pointer(dout), pointer(x), pointer(center)
-    everything, count = all_lanes(values), lanes_of(values)
+    everything, count = all_long_lanes(values), LONG * lanes_of(values)
     whole, step = width // count * count, max(1, _BLOCK // width)
     pieces = slabs.shape[0]
     lo, hi = span(part, parts, pieces)
@@ -181,18 +186,18 @@ def _products(part, parts, dout, x, center, slabs):
             for k in range(0, whole, count):
                 _add_products(gradient, values, middle, start, many, width, sums, k, everything)
             if whole < width:
-                some = first_lanes(values, width - whole)
+                some = first_long_lanes(values, width - whole)
                 _add_products(gradient, values, middle, start, many, width, sums, whole, some)
         start = first + rows * width
         for k in range(0, last - start, count):
-            some = first_lanes(values, last - start - k)
+            some = first_long_lanes(values, last - start - k)
             _add_products(gradient, values, middle, start, 1, width, sums, k, some)
 
 
 def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each channel's sums, in float64, of dout and of dout * (x - center); the arrays are not empty."""
     channels = x.shape[-1]
-    pieces, width = piece_count(x.size), column_width(channels, x.dtype)
+    pieces, width = piece_count(x.size), row_length(channels, lanes(x.dtype))
     row = scratch("center", width, x.dtype)
     row.reshape(-1, channels)[...] = center
     slabs = scratch("products", pieces * 2 * width, np.float64).reshape(pieces, 2 * width)

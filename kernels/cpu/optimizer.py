@@ -11,18 +11,23 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count
 from .pieces import BLOCK, blocks, fill, span_elements
-from .simd import VECTOR_BITS
 from .vectors import (
-    all_lanes,
-    first_lanes,
+    LONG,
+    all_long_lanes,
+    first_long_lanes,
     keep_in_line,
+    lanes_of,
     like,
     load,
     multiply_add,
     pointer,
+    prefetch_long,
     root,
     store,
 )
+
+# So many vectors ahead are fetched: processors foresee some streams, but not as many as there are.
+_AHEAD = 8
 
 
 class Sgd(NamedTuple):
@@ -180,15 +185,16 @@ def _adam_vector(p, g, m, v, at, mask, s):
 @parallel
 def _adam(part, parts, param, grad, exp_avg, exp_avg_sq, s):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * param.itemsize)
     p, g, m, v = pointer(param), pointer(grad), pointer(exp_avg), pointer(exp_avg_sq)
-    everything = all_lanes(p)
+    everything, width = all_long_lanes(p), LONG * lanes_of(p)
     lo, hi = span_elements(part, parts, param.size)
-    whole = lo + (hi - lo) // lanes * lanes
-    for at in range(lo, whole, lanes):
+    whole = lo + (hi - lo) // width * width
+    for at in range(lo, whole, width):
+        for stream in (p, g, m, v):
+            prefetch_long(stream, at + _AHEAD * width)
         _adam_vector(p, g, m, v, at, everything, s)
     if whole < hi:
-        _adam_vector(p, g, m, v, whole, first_lanes(p, hi - whole), s)
+        _adam_vector(p, g, m, v, whole, first_long_lanes(p, hi - whole), s)
 
 
 def adam_update(

@@ -16,9 +16,12 @@ from ..threads import parallel, span
 from .pieces import fill
 from .simd import VECTOR_BITS
 from .vectors import (
+    LONG,
     all_lanes,
+    all_long_lanes,
     first_lanes,
     keep_in_line,
+    lanes_of,
     like,
     load,
     pointer,
@@ -170,46 +173,28 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
 
 
 @kernel
-def _mean_vector(x, y, factor, taps, source, target, mask):
+def _mean_vector(x, y, zero, factor, taps, source, target, mask):
+    """One vector of channels of one window, of one register or of several."""
     keep_in_line()
-    total = zeros(x)
-    entry = 0
-    while taps[entry + 1] >= 0:
-        prefetch(x, source + taps[entry] + _AHEAD)
-        total = total + load(x, source + taps[entry], mask)
-        entry += 2
-    store(total * like(total, factor), y, target, mask)
-
-
-@kernel
-def _mean_vectors(x, y, factor, taps, source, target, mask, lanes):
-    """Four vectors of channels of one window: whole stretches of memory are read."""
-    keep_in_line()
-    total0 = total1 = total2 = total3 = zeros(x)
+    total = splat(zero, mask)
     entry = 0
     while taps[entry + 1] >= 0:
         place = source + taps[entry]
-        total0 = total0 + load(x, place, mask)
-        total1 = total1 + load(x, place + lanes, mask)
-        total2 = total2 + load(x, place + 2 * lanes, mask)
-        total3 = total3 + load(x, place + 3 * lanes, mask)
+        prefetch(x, place + _AHEAD)
+        total = total + load(x, place, mask)
         entry += 2
-    share = like(total0, factor)
-    store(total0 * share, y, target, mask)
-    store(total1 * share, y, target + lanes, mask)
-    store(total2 * share, y, target + 2 * lanes, mask)
-    store(total3 * share, y, target + 3 * lanes, mask)
+    store(total * like(total, factor), y, target, mask)
 
 
 @parallel
 def mean_forward(part, parts, x, y, rows, columns, lists, g):
     """y, overwritten; the tables' third columns are the factors of a window's divisor."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
-    channels = g.channels
-    whole, fours = channels // lanes * lanes, channels // (4 * lanes) * (4 * lanes)
     taps, values, to = pointer(lists[part]), pointer(x), pointer(y)
-    everything, some = all_lanes(values), first_lanes(values, channels - whole)
+    channels, zero, lanes = g.channels, x.dtype.type(0), lanes_of(values)
+    width = LONG * lanes
+    long, whole = channels // width * width, channels // lanes * lanes
+    many, everything, some = all_long_lanes(values), all_lanes(values), first_lanes(values, channels - whole)
     out_h, out_w = rows.shape[0], columns.shape[0]
     shape = (-1, -1)
     lo, hi = span(part, parts, y.size // (out_w * channels))
@@ -224,10 +209,10 @@ def mean_forward(part, parts, x, y, rows, columns, lists, g):
                 shape = (tall, wide)
                 _list_taps(lists[part], tall, wide, 0, g)
             s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
-            for c in range(0, fours, 4 * lanes):
-                _mean_vectors(values, to, factor, taps, s + c, t + c, everything, lanes)
-            for c in range(fours, whole, lanes):
-                _mean_vector(values, to, factor, taps, s + c, t + c, everything)
+            for c in range(0, long, width):
+                _mean_vector(values, to, zero, factor, taps, s + c, t + c, many)
+            for c in range(long, whole, lanes):
+                _mean_vector(values, to, zero, factor, taps, s + c, t + c, everything)
             if whole < channels:
-                _mean_vector(values, to, factor, taps, s + whole, t + whole, some)
+                _mean_vector(values, to, zero, factor, taps, s + whole, t + whole, some)
             t += channels
