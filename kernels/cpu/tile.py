@@ -201,10 +201,9 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
         c_rows = [emit.at(c_base, builder.load(emit.at(crow, r0, m))) for m in numbers]
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(tile_vectors)]
         places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
-        if not adds:
-            # What is only written may be anywhere; it arrives while the sums are computed.
-            for place in (place for row_places in places for place in row_places):
-                emit.prefetch(place, to_write=True)
+        # C may be anywhere; it arrives while the sums are computed.
+        for place in (place for row_places in places for place in row_places):
+            emit.prefetch(place, to_write=True)
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
         to_fetch = emit.at(data(ahead, arguments[6]), ahead0)
