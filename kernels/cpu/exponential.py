@@ -12,7 +12,9 @@ from numba.extending import intrinsic
 from ..jit import kernel
 from .vectors import (
     AS_WRITTEN,
+    LONG,
     all_lanes,
+    all_long_lanes,
     first_lanes,
     keep_in_line,
     lanes_of,
@@ -20,6 +22,7 @@ from .vectors import (
     like,
     load,
     select,
+    splat,
     store,
     total,
     wide,
@@ -65,14 +68,16 @@ def exponential(typing_context, a):
             return builder.bitcast(builder.shl(biased, number(first_bit, integers)), kind)
 
         x = bounded(bounded(values[0], "<", number(lowest)), ">", number(highest))
-        n = call("rint", builder.fmul(x, number(1 / math.log(2)), flags=AS_WRITTEN))
+        # Added to a number, it leaves the number, rounded, in the last bits.
+        shifter = number(1.5 * 2.0**first_bit)
+        shifted = call("fma", x, number(1 / math.log(2)), shifter)
+        n = builder.fsub(shifted, shifter, flags=AS_WRITTEN)
         r = call("fma", n, number(-coarse), x)
         r = call("fma", n, number(-fine), r)
         series = number(1 / math.factorial(terms - 1))
         for k in range(terms - 2, -1, -1):
             series = call("fma", series, r, number(1 / math.factorial(k)))
-        known = builder.fcmp_ordered("==", x, x)
-        exponent = builder.fptosi(builder.select(known, n, number(0.0)), integers)
+        exponent = builder.sub(builder.bitcast(shifted, integers), builder.bitcast(shifter, integers))
         half = builder.ashr(exponent, number(1, integers))
         result = builder.fmul(series, power(half), flags=AS_WRITTEN)
         return builder.fmul(result, power(builder.sub(exponent, half)), flags=AS_WRITTEN)
@@ -101,30 +106,32 @@ def largest_of(row, first, count):
 
 
 @kernel
-def _power(row, at, mask, shift):
-    """exp(row[at:] - shift), zero outside of the mask."""
+def _add_power(row, at, mask, shift, powers, to, keeps, sums):
+    """exp(row[at:] - shift) added to `sums`, and written to powers[to:] if `keeps`."""
     keep_in_line()
-    power = exponential(load(row, at, mask) - like(zeros(row), shift))
-    return select(mask, power, zeros(row))
+    power = load(row, at, mask)
+    power = exponential(power - like(power, shift))
+    power = select(mask, power, like(power, 0))
+    if keeps:
+        store(power, powers, to, mask)
+    return sums + wide(power)
 
 
 @kernel
 def sum_of_powers(row, first, count, shift, powers, to, keeps):
     """The sum, in float64, of exp(row[first : first + count] - shift); written to powers[to:] if `keeps`."""
     keep_in_line()
-    mask = all_lanes(row)
+    many, every = all_long_lanes(row), all_lanes(row)
     lanes = lanes_of(row)
-    sums = wide(zeros(row))
-    whole = count // lanes * lanes
-    for k in range(0, whole, lanes):
-        power = _power(row, first + k, mask, shift)
-        sums = sums + wide(power)
-        if keeps:
-            store(power, powers, to + k, mask)
+    width = LONG * lanes
+    long_sums, sums = wide(splat(shift, many)), wide(zeros(row))
+    long_sums = like(long_sums, 0)
+    long, whole = count // width * width, count // lanes * lanes
+    for k in range(0, long, width):
+        long_sums = _add_power(row, first + k, many, shift, powers, to + k, keeps, long_sums)
+    for k in range(long, whole, lanes):
+        sums = _add_power(row, first + k, every, shift, powers, to + k, keeps, sums)
     if whole < count:
-        mask = first_lanes(row, count - whole)
-        power = _power(row, first + whole, mask, shift)
-        sums = sums + wide(power)
-        if keeps:
-            store(power, powers, to + whole, mask)
-    return total(sums)
+        some = first_lanes(row, count - whole)
+        sums = _add_power(row, first + whole, some, shift, powers, to + whole, keeps, sums)
+    return total(long_sums) + total(sums)

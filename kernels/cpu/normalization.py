@@ -197,7 +197,7 @@ def batch_norm_backward(
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
 
-    def back(spread: list[np.ndarray]) -> None:
+    def back(spread: list[np.ndarray | float]) -> None:
         if training:
             _spread(dx, spread, dout, x)
         else:
@@ -223,7 +223,7 @@ def _gradients(
     x: np.ndarray,
     given: tuple,
     sums: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    back: Callable[[list[np.ndarray]], None],
+    back: Callable[[list[np.ndarray | float]], None],
     out: tuple[np.ndarray | None, np.ndarray | None],
     accumulate: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -320,7 +320,7 @@ def batch_norm_pool_forward(
     inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
     _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
     if y.size:
-        values = [mean, inv_std * affine[0], affine[1]]
+        values: list[np.ndarray | float] = [mean, inv_std * affine[0], affine[1]]
         rows = normalized.table("normalize", values, g, x.shape[-1], x.dtype)
         normalized.run_forward(x, y, argmax, rows, g)
     return y, argmax, mean, inv_std
@@ -382,7 +382,7 @@ def batch_norm_pool_backward(
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
 
-    def back(spread: list[np.ndarray]) -> None:
+    def back(spread: list[np.ndarray | float]) -> None:
         rows = normalized.table("normalize", spread, g, x.shape[-1], x.dtype)
         normalized.run_backward(dout, argmax, x, dx, rows, training, g)
 

@@ -113,7 +113,8 @@ def pointers(typing_context, arrays):
         ]
         return context.make_tuple(builder, signature.return_type, data)
 
-    return types.UniTuple(types.CPointer(arrays[0].dtype), len(arrays))(arrays), codegen
+    several = types.UniTuple(types.CPointer(arrays[0].dtype), len(arrays))  # type: ignore[attr-defined]
+    return several(arrays), codegen
 
 
 def _load(context, builder, vector, source, index, mask):
@@ -147,7 +148,8 @@ def loads(typing_context, sources, index, mask):
         ]
         return context.make_tuple(builder, signature.return_type, each)
 
-    return types.UniTuple(vector, len(sources))(sources, types.intp, mask), codegen
+    several = types.UniTuple(vector, len(sources))  # type: ignore[attr-defined]
+    return several(sources, types.intp, mask), codegen
 
 
 @intrinsic
