@@ -6,7 +6,7 @@ tiles of 4x4 pixels, counted in one row over all images. A thread transforms the
 panel of filters at a time, and transforms the products back. Block and panel fit the second-level cache.
 
 Sums of products that differ in size cost accuracy: for standard normal images and weights the largest error
-is below 2e-5 of the largest output, at 32 to 512 channels; that of direct convolution is about a tenth of it.
+is below 2e-5 of the largest output, at 16 to 512 channels; that of direct convolution is about a tenth of it.
 A NaN in the image, or an infinity, which the transform turns into NaN, makes all outputs NaN whose tile has
 it in its 6x6 window.
 """
