@@ -183,6 +183,20 @@ def _tables(context, builder, kind, classes):
     return [memory(context, builder, kind.types[i], builder.extract_value(classes, i)) for i in positions]
 
 
+def _row_steps(builder, kind, classes):
+    """Elements from one row of the input, and of the result, to the next."""
+    steps = builder.extract_value(classes, kind.fields.index("steps"))
+    return builder.extract_value(steps, 1), builder.extract_value(steps, 3)
+
+
+def _fetch_ahead(emit, pointer, lanes):
+    """Have the cache fetch vectors that are needed a row later, which processors don't foresee."""
+    switches = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
+    for lane in lanes:
+        place = emit.builder.bitcast(emit.at(pointer, lane), ir.IntType(8).as_pointer())
+        emit.call("llvm.prefetch.p0", ir.VoidType(), [place, *switches])
+
+
 @intrinsic(prefer_literal=True)
 def _pixels_tile(
     typing_context, pixels, vectors, ragged, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left
@@ -264,9 +278,14 @@ def _taps_tile(
         def row(pointer):
             return [emit.load(emit.at(pointer, lane), mask) for lane, mask in zip(lanes, masks, strict=True)]
 
+        in_row, out_row = _row_steps(builder, of, arguments[5])
+
         def step(p, sums):
-            d = row(emit.at(gradient, d0, builder.load(emit.at(place_table, p))))
+            place = emit.at(gradient, d0, builder.load(emit.at(place_table, p)))
+            d = row(place)
             pixel = builder.load(emit.at(pixel_table, p))
+            _fetch_ahead(emit, emit.at(place, out_row), lanes)
+            _fetch_ahead(emit, emit.at(inputs[-1], pixel, in_row), lanes)
             values = [value for pointer in inputs for value in row(emit.at(pointer, pixel))]
             return [
                 emit.multiply_add(value, d[i % many_vectors], total)
