@@ -34,7 +34,7 @@ _NOWHERE = np.empty(0, np.uint8)
 
 
 @kernel
-def _fill_window(x, n, b, h0, rows, window):
+def fill_window(x, n, b, h0, rows, window):
     """Copy a block's input rows, from `h0` on, to `window`, with zeros where the image ends."""
     row = b.window_w * b.channels
     left = min(max(-b.origin_w, 0), b.window_w)
@@ -61,6 +61,42 @@ def _share(values, first, size, part, parts):
     return values[first + lo : first + hi]
 
 
+@kernel
+def _read_block(x, n, first, b, window):
+    """Where the input of the block from grid row `first` on lies: in the image, or copied to `window`."""
+    h0 = b.origin_h + first * b.step
+    if b.in_place:
+        return x, ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
+    missing = max(first + b.rows - b.height, 0)
+    fill_window(x, n, b, h0, b.window_h - missing * b.step, window)
+    return window, 0
+
+
+@kernel
+def _following(n, first, b):
+    """Where in the input the next block most often reads on."""
+    return (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * b.channels
+
+
+@kernel
+def _read_gradients(dout, argmax, n, first, rows, column, many, b, e, pool, spare, width, bias, s0):
+    """Where a panel of a block's gradients lies, and its row length: in dout, or in `spare`."""
+    filters = dout.shape[1]
+    flat = dout.reshape(dout.size)
+    if e.pool_h > 0:
+        p0 = (n * e.out_h + first // e.pool_h) * e.out_w * filters + column
+        unpool_panel(flat, argmax, p0, rows // e.pool_h, e, pool, spare, width, bias, s0, many)
+        return spare, 0, width
+    count = rows * b.width
+    begin = (n * b.height + first) * b.width * filters + column
+    if begin + (count - 1) * filters + width <= dout.size:
+        return flat, begin, filters
+    # Whole vectors would read past the end of dout.
+    for k in range(count):
+        copy(flat, begin + k * filters, spare, k * width, many)
+    return spare, 0, width
+
+
 @parallel
 def _correlate(
     part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows, e, pool, argmax, zs
@@ -83,16 +119,8 @@ def _correlate(
         first = (block - n * b.blocks) * b.rows
         is_last = first + b.rows >= b.height
         r0, r1 = (b.tail, pixels.size) if is_last else (0, b.tail)
-        h0 = b.origin_h + first * b.step
-        a = x
-        a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
-        if b.in_place == 0:
-            rows = b.window_h - (b.rows - (b.height - first)) * b.step if is_last else b.window_h
-            _fill_window(x, n, b, h0, rows, window)
-            a = window
-            a0 = 0
-        # The next block most often reads on from here.
-        following = (n * b.image_h + h0 + b.window_h) * b.image_w * b.channels
+        a, a0 = _read_block(x, n, first, b, window)
+        following = _following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels
         if e.pool_h > 0:
             pooled = min(b.rows, b.height - first) // e.pool_h
@@ -178,6 +206,7 @@ def _weight(
     window = windows[part]
     spare = spares[part]
     filters = groups * columns
+    gradients = dout.reshape(dout.size)
     lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         sums = partial[piece].reshape(groups * panels * depth * width)
@@ -192,14 +221,8 @@ def _weight(
             grid_rows = b.height - first if is_last else b.rows
             count = grid_rows * b.width
             window_pixels = pixels[b.tail :] if is_last else pixels[: b.tail]
-            h0 = b.origin_h + first * b.step
-            a = x
-            a0 = ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
-            if b.in_place == 0:
-                _fill_window(x, n, b, h0, b.window_h - (b.rows - grid_rows) * b.step, window)
-                a = window
-                a0 = 0
-            following = (n * b.image_h + h0 + b.window_h) * b.image_w * b.channels
+            a, a0 = _read_block(x, n, first, b, window)
+            following = _following(n, first, b)
             fresh = grid_rows * b.step * b.image_w * b.channels
             of_dout = (n * b.height + first + grid_rows) * b.width * filters
             for g in range(groups):
@@ -209,26 +232,24 @@ def _weight(
                     if (g * panels + p) % 2 == 0:
                         ahead = _share(x, following, fresh, turn, (turns + 1) // 2)
                     else:
-                        ahead = _share(dout, of_dout, count * filters, turn, turns // 2)
+                        ahead = _share(gradients, of_dout, count * filters, turn, turns // 2)
                     many = min(columns - p * width, width)
-                    source, b0, ldb = spare, 0, width
-                    column = g * columns + p * width
-                    if e.pool_h > 0:
-                        b0 = (n * e.out_h + first // e.pool_h) * e.out_w * filters + column
-                        rows = grid_rows // e.pool_h
-                        s0 = (g * panels + p) * width
-                        unpool_panel(dout, argmax, b0, rows, e, pool, spare, width, bias, s0, many)
-                        b0 = 0
-                    else:
-                        b0 = (n * b.height + first) * b.width * filters + column
-                        if b0 + (count - 1) * filters + width > dout.size:
-                            # Whole vectors would read past the end of dout.
-                            for k in range(count):
-                                copy(dout, b0 + k * filters, spare, k * width, many)
-                            b0 = 0
-                        else:
-                            source = dout
-                            ldb = filters
+                    source, b0, ldb = _read_gradients(
+                        dout,
+                        argmax,
+                        n,
+                        first,
+                        grid_rows,
+                        g * columns + p * width,
+                        many,
+                        b,
+                        e,
+                        pool,
+                        spare,
+                        width,
+                        bias,
+                        (g * panels + p) * width,
+                    )
                     add_panel_ahead(
                         a,
                         a0 + g * (b.channels // groups),
@@ -443,7 +464,7 @@ class Layer:
             parts,
             x.reshape(-1),
             images,
-            dout.reshape(-1),
+            dout.reshape(-1, self.filters),
             b,
             table.pixels,
             padded_rows(table.taps, add_rows(depth)),

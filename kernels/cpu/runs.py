@@ -12,6 +12,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..jit import kernel
+from .loops import sum_loop
 from .simd import VECTOR_BITS
 from .tile import Emitter
 from .vectors import keep_in_line
@@ -77,38 +78,34 @@ def _add_weighted(
         sums = [emit.load(place, mask) for place, mask in zip(results, masks, strict=True)]
         sums += [ir.Constant(emit.vector, None)] * (size * (chains - 1))
 
-        def loop(begin, step, sums):
-            """Entries from `begin` on, `step` at once while there are so many: where it ended, the sums."""
-            entry = builder.block
-            head, body, end = (builder.append_basic_block(name) for name in ("sum.if", "sum.do", "sum.end"))
-            builder.branch(head)
-            builder.position_at_end(head)
-            i = builder.phi(i64)
-            i.add_incoming(begin, entry)
-            phis = [builder.phi(emit.vector) for _ in sums]
-            following = builder.add(i, ir.Constant(i64, step))
-            builder.cbranch(builder.icmp_signed("<=", following, count), body, end)
-            builder.position_at_end(body)
-            new = list(phis)
-            for chain in range(step):
-                entry_i = builder.add(i, ir.Constant(i64, chain))
-                weight = emit.broadcast(builder.load(emit.at(weights, entry_i)))
-                offset = builder.sext(builder.load(emit.at(places, entry_i)), i64)
-                runs = [emit.at(row, offset, lane) for row in sources for lane in lanes]
-                for k, run in enumerate(runs, start=chain * size):
-                    new[k] = emit.multiply_add(weight, emit.load(run), phis[k])
-            for phi, begun, done in zip(phis, sums, new, strict=True):
-                phi.add_incoming(begun, entry)
-                phi.add_incoming(done, builder.block)
-            i.add_incoming(following, builder.block)
-            builder.branch(head)
-            builder.position_at_end(end)
-            return i, phis
+        def add(i, sums):
+            """The sums with the entry `i` added."""
+            weight = emit.broadcast(builder.load(emit.at(weights, i)))
+            offset = builder.sext(builder.load(emit.at(places, i)), i64)
+            runs = [emit.at(row, offset, lane) for row in sources for lane in lanes]
+            return [
+                emit.multiply_add(weight, emit.load(run), total)
+                for run, total in zip(runs, sums, strict=True)
+            ]
 
-        i, sums = loop(ir.Constant(i64, 0), chains, sums)
-        if chains > 1:
+        def add_several(k, sums):
+            """An entry to the sums of each chain."""
+            first = builder.mul(k, ir.Constant(i64, chains))
+            entries = [builder.add(first, ir.Constant(i64, chain)) for chain in range(chains)]
+            return [
+                total
+                for chain, i in enumerate(entries)
+                for total in add(i, sums[chain * size : (chain + 1) * size])
+            ]
+
+        zero = ir.Constant(i64, 0)
+        if chains == 1:
+            sums = sum_loop(emit, zero, count, sums, add)
+        else:
+            rounds = builder.sdiv(count, ir.Constant(i64, chains))
+            sums = sum_loop(emit, zero, rounds, sums, add_several)
             sums = [_total(builder, sums[k::size]) for k in range(size)]
-            _, sums = loop(i, 1, sums)
+            sums = sum_loop(emit, builder.mul(rounds, ir.Constant(i64, chains)), count, sums, add)
         for value, place, mask in zip(sums, results, masks, strict=True):
             emit.store(value, place, mask)
         return context.get_dummy_value()

@@ -19,6 +19,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import direct, simd
+from .direct import fill_window
 from .epilogue import DEAD, Epilogue
 from .runs import add_rows_of_runs, add_runs
 from .workspace import clear, copy, scratch
@@ -80,23 +81,6 @@ def _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts):
                 counts[f] = k + np.uintp(places[code] >= 0)
 
 
-@kernel
-def _fill_window(x, n, s, h0, rows, window):
-    """Copy `rows` rows of an image from `h0` on, as wide as windows reach, with zeros outside of it."""
-    row = s.window_w * s.channels
-    left = min(max(-s.origin_w, 0), s.window_w)
-    copied = min(s.image_w, s.window_w - left)
-    begin, end = left * s.channels, (left + copied) * s.channels
-    for r in range(rows):
-        h = h0 + r
-        if h < 0 or h >= s.image_h:
-            clear(window, r * row, row)
-        else:
-            clear(window, r * row, begin)
-            copy(x, (n * s.image_h + h) * s.image_w * s.channels, window, r * row + begin, end - begin)
-            clear(window, r * row + end, row - end)
-
-
 @parallel
 def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, values, offsets, counts):
     keep_out_of_line()
@@ -116,7 +100,7 @@ def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, v
             first = (task - n * s.blocks) * s.rows
             rows = min(s.rows, s.pooled_h - first)
             window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
-            _fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
+            fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
             p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
             _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts)
             for f in range(s.filters):
