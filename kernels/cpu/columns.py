@@ -3,86 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
+from ..windows import windows
 from .moments import batch_sums
 from .simd import VECTOR_BITS
 from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, prefetch, store, zeros
-
-
-class Windows(NamedTuple):
-    """Images and the windows that slide over them, as kernels read them."""
-
-    height: int
-    width: int
-    channels: int
-    out_h: int
-    out_w: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    top: int
-    left: int
-    dilation_h: int
-    dilation_w: int
-
-
-def window_count(
-    size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int, ceil_mode: bool
-) -> int:
-    """Windows along one axis. `ceil_mode` rounds up, but none may start beyond the image and its padding.
-
-    Raises
-    ------
-    ValueError
-        If there is no image, or no window fits.
-    """
-    if size < 1:
-        raise ValueError(f"x: an image needs at least 1 pixel along each axis, got {size}")
-    if not ceil_mode:
-        return checks.window_output(size, kernel, stride, padding, dilation)
-    # Rounding up lets a window reach stride - 1 pixels beyond the padding.
-    count = checks.window_output(size, kernel, stride, (padding[0], padding[1] + stride - 1), dilation)
-    count -= (count - 1) * stride >= size + padding[0]
-    if count < 1:
-        raise ValueError(f"kernel_size: {kernel} with dilation {dilation} does not fit into {size} pixels")
-    return count
-
-
-def windows(
-    x_shape: Sequence[int],
-    kernel_size: Any,
-    stride: Any,
-    padding: tuple[tuple[int, int], tuple[int, int]],
-    dilation: Any,
-    ceil_mode: bool = False,
-) -> Windows:
-    """The geometry of a call; `padding` has been checked."""
-    _, height, width, channels = x_shape
-    kernel_h, kernel_w = checks.pair("kernel_size", kernel_size, 1)
-    stride_h, stride_w = checks.pair("stride", stride, 1)
-    dilation_h, dilation_w = checks.pair("dilation", dilation, 1)
-    return Windows(
-        height,
-        width,
-        channels,
-        window_count(height, kernel_h, stride_h, padding[0], dilation_h, ceil_mode),
-        window_count(width, kernel_w, stride_w, padding[1], dilation_w, ceil_mode),
-        kernel_h,
-        kernel_w,
-        stride_h,
-        stride_w,
-        padding[0][0],
-        padding[1][0],
-        dilation_h,
-        dilation_w,
-    )
 
 
 @kernel

@@ -7,46 +7,32 @@ fixed.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line
 from ..threads import parallel, part_count, span
+from ..windows import (
+    Axis,
+    Windows,
+    adaptive_axis,
+    argmax_dtype,
+    average_axes,
+    pool_padding,
+    pooled_windows,
+    tap_table,
+    windows,
+)
 from . import pool_vectors
-from .columns import Windows, valid_range, window_count, windows
+from .columns import valid_range
 from .pieces import fill
 from .workspace import scratch
 
-
-def _pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    kernel = checks.pair("kernel_size", kernel_size, 1)
-    pads = checks.padding2d(padding)
-    for size, sides in zip(kernel, pads, strict=True):
-        if max(sides) > size // 2:
-            raise ValueError(f"padding: {padding!r} is more than half of kernel_size {kernel}")
-    return pads
-
-
 # In its place, every pixel of a window counts.
 _NO_ARGMAX = np.empty(0, np.uint8)
-
-
-@lru_cache(maxsize=512)
-def _tap_table(size: int, count: int, kernel: int, stride: int, before: int, dilation: int) -> np.ndarray:
-    """For each window along one axis: first pixel, last + 1, and the number of the tap at the first."""
-    begin = np.arange(count) * stride - before
-    tap = np.maximum(0, -(begin // dilation))
-    first = begin + tap * dilation
-    last = np.minimum(begin + (kernel - 1) * dilation + 1, size)
-    # A window may see padding only, on both sides or between its taps.
-    empty = (tap >= kernel) | (first >= last)
-    first[empty] = last[empty] = tap[empty] = 0
-    return np.stack([first, last, tap], axis=1).astype(np.int64)
 
 
 def _lists(parts: int, taps: int) -> np.ndarray:
@@ -98,13 +84,13 @@ def max_pool2d_forward(
     """
     x = checks.floating("x", x, 4)
     stride = kernel_size if stride is None else stride
-    g = windows(x.shape, kernel_size, stride, _pool_padding(padding, kernel_size), dilation, ceil_mode)
+    g = windows(x.shape, kernel_size, stride, pool_padding(padding, kernel_size), dilation, ceil_mode)
     shape = (x.shape[0], g.out_h, g.out_w, g.channels)
     y = checks.output("out", out, shape, x.dtype)
-    argmax = checks.output("out_argmax", out_argmax, shape, _argmax_dtype(g))
+    argmax = checks.output("out_argmax", out_argmax, shape, argmax_dtype(g))
     if y.size:
-        rows = _tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
-        columns = _tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w)
+        rows = tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
+        columns = tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w)
         parts = part_count(shape[0] * g.out_h, x.size)
         lists = _lists(parts, g.kernel_h * g.kernel_w)
         flat = x.reshape(-1), y.reshape(-1), argmax.reshape(-1)
@@ -114,10 +100,6 @@ def max_pool2d_forward(
 
 def _taps(g: Windows) -> pool_vectors.Taps:
     return pool_vectors.Taps(g.height, g.width, g.channels, g.kernel_w, g.dilation_h, g.dilation_w)
-
-
-def _argmax_dtype(g: Windows) -> np.dtype:
-    return np.min_scalar_type(g.kernel_h * g.kernel_w - 1)
 
 
 @parallel
@@ -189,15 +171,9 @@ def max_pool2d_backward(
     dout = checks.floating("dout", dout, 4)
     shape = checks.shape4("x_shape", x_shape)
     stride = kernel_size if stride is None else stride
-    pads = _pool_padding(padding, kernel_size)
-    g = windows(shape, kernel_size, stride, pads, dilation, ceil_mode=True)
-    tall = _rounded_either_way(dout.shape[1], g.height, g.kernel_h, g.stride_h, pads[0], g.dilation_h)
-    wide = _rounded_either_way(dout.shape[2], g.width, g.kernel_w, g.stride_w, pads[1], g.dilation_w)
-    if not (tall and wide) or dout.shape[::3] != shape[::3]:
-        raise ValueError(f"dout: shape {dout.shape} is no output of pooling x_shape {shape}")
-    g = g._replace(out_h=dout.shape[1], out_w=dout.shape[2])
-    if argmax.dtype.newbyteorder("=") != _argmax_dtype(g):
-        raise TypeError(f"argmax: dtype {argmax.dtype} is not {_argmax_dtype(g)}")
+    g = pooled_windows(dout.shape, shape, kernel_size, stride, padding, dilation)
+    if argmax.dtype.newbyteorder("=") != argmax_dtype(g):
+        raise TypeError(f"argmax: dtype {argmax.dtype} is not {argmax_dtype(g)}")
     argmax = checks.contiguous(checks.same_shape("argmax", argmax, dout.shape))
     dx = checks.output("out", out, shape, dout.dtype)
     if not dx.size:
@@ -230,67 +206,6 @@ def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray
     apart = pool_vectors.Apart(g.out_h, g.out_w, g.stride_h, g.stride_w, g.kernel_h)
     flat = dout.reshape(-1), argmax.reshape(-1), factor, dx.reshape(-1)
     pool_vectors.scatter(parts, *flat, apart, _lists(parts, g.kernel_h * g.kernel_w), _taps(g))
-
-
-def _rounded_either_way(
-    count: int, size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int
-) -> bool:
-    """Whether one axis has `count` windows, with ceil_mode or without."""
-    room = size + sum(padding) - dilation * (kernel - 1) - 1
-    return count in (room // stride + 1, window_count(size, kernel, stride, padding, dilation, True))
-
-
-# The windows of every kind of average pooling are the product of two tables, one for each axis of the image,
-# with a row for each output: first pixel, last pixel + 1, and a factor of the divisor.
-
-
-class Axis(NamedTuple):
-    """The windows along one axis."""
-
-    table: np.ndarray
-    longest: int  # most pixels of a window
-    step: int  # pixels of each window if they touch, don't overlap, and have one divisor; else 0
-    divisor: float  # of the first window
-
-    @staticmethod
-    def of(table: np.ndarray) -> Axis:
-        """The windows of a table."""
-        first, last, divisors = table.T
-        step = last[0]
-        ends = np.arange(1, len(table) + 1) * step
-        same = (first == ends - step) & (last == ends) & (divisors == divisors[0])
-        return Axis(table, int((last - first).max()), int(step) if same.all() else 0, float(divisors[0]))
-
-
-@lru_cache(maxsize=512)
-def _sliding_table(
-    size: int,
-    kernel: int,
-    stride: int,
-    padding: tuple[int, int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> Axis:
-    count = window_count(size, kernel, stride, padding, 1, ceil_mode)
-    first = np.arange(count) * stride - padding[0]
-    # A window of ceil_mode may reach beyond the padding: what lies there never counts.
-    last = np.minimum(first + kernel, size + padding[1])
-    inside = first.clip(0), last.clip(max=size)
-    counted = last - first if count_include_pad else inside[1] - inside[0]
-    if divisor is not None:
-        counted[:] = divisor
-    return Axis.of(np.stack([*inside, counted], axis=1).astype(np.int64))
-
-
-@lru_cache(maxsize=512)
-def _adaptive_table(size: int, count: int) -> Axis:
-    """Window i spans floor(i * size / count) to ceil((i + 1) * size / count)."""
-    if size < 1:
-        raise ValueError(f"x: an image needs at least 1 pixel along each axis, got {size}")
-    first = np.arange(count) * size // count
-    last = -(-np.arange(1, count + 1) * size // count)
-    return Axis.of(np.stack([first, last, last - first], axis=1).astype(np.int64))
 
 
 @parallel
@@ -345,39 +260,6 @@ def _run_mean_backward(dout: np.ndarray, rows: Axis, columns: Axis, dx: np.ndarr
     return dx
 
 
-def _average_tables(
-    x_shape: Sequence[int],
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> tuple[Axis, Axis]:
-    kernel = checks.pair("kernel_size", kernel_size, 1)
-    step = kernel if stride is None else checks.pair("stride", stride, 1)
-    pads = _pool_padding(padding, kernel_size)
-    # The divisor is the product of both tables' factors.
-    divisors: tuple[int | None, int | None] = (None, None)
-    if divisor_override is not None:
-        if divisor_override == 0:
-            raise ValueError("divisor_override: must not be 0")
-        divisors = (operator.index(divisor_override), 1)
-    rows, columns = (
-        _sliding_table(
-            x_shape[1 + axis],
-            kernel[axis],
-            step[axis],
-            pads[axis],
-            bool(ceil_mode),
-            bool(count_include_pad),
-            divisors[axis],
-        )
-        for axis in (0, 1)
-    )
-    return rows, columns
-
-
 def avg_pool2d_forward(
     x: np.ndarray,
     kernel_size: int | Sequence[int],
@@ -417,7 +299,7 @@ def avg_pool2d_forward(
     """
     x = checks.floating("x", x, 4)
     settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    tables = _average_tables(x.shape, *settings)
+    tables = average_axes(x.shape, *settings)
     shape = (x.shape[0], len(tables[0].table), len(tables[1].table), x.shape[3])
     return _run_mean(x, *tables, checks.output("out", out, shape, x.dtype))
 
@@ -457,7 +339,7 @@ def avg_pool2d_backward(
     dout = checks.floating("dout", dout, 4)
     shape = checks.shape4("x_shape", x_shape)
     settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    tables = _average_tables(shape, *settings)
+    tables = average_axes(shape, *settings)
     checks.same_shape("dout", dout, (shape[0], len(tables[0].table), len(tables[1].table), shape[3]))
     return _run_mean_backward(dout, *tables, checks.output("out", out, shape, dout.dtype))
 
@@ -490,7 +372,7 @@ def adaptive_avg_pool2d_forward(
     n, height, width, channels = x.shape
     oh, ow = checks.pair("output_size", output_size, 1)
     y = checks.output("out", out, (n, oh, ow, channels), x.dtype)
-    return _run_mean(x, _adaptive_table(height, oh), _adaptive_table(width, ow), y)
+    return _run_mean(x, adaptive_axis(height, oh), adaptive_axis(width, ow), y)
 
 
 def adaptive_avg_pool2d_backward(
@@ -519,7 +401,7 @@ def adaptive_avg_pool2d_backward(
     oh, ow = checks.pair("dout", dout.shape[1:3], 1)
     checks.same_shape("dout", dout, (shape[0], oh, ow, shape[3]))
     dx = checks.output("out", out, shape, dout.dtype)
-    return _run_mean_backward(dout, _adaptive_table(shape[1], oh), _adaptive_table(shape[2], ow), dx)
+    return _run_mean_backward(dout, adaptive_axis(shape[1], oh), adaptive_axis(shape[2], ow), dx)
 
 
 def global_avg_pool2d_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -543,7 +425,7 @@ def global_avg_pool2d_forward(x: np.ndarray, *, out: np.ndarray | None = None) -
     x = checks.floating("x", x, 4)
     n, height, width, channels = x.shape
     y = checks.output("out", out, (n, channels), x.dtype)
-    return _run_mean(x, _adaptive_table(height, 1), _adaptive_table(width, 1), y)
+    return _run_mean(x, adaptive_axis(height, 1), adaptive_axis(width, 1), y)
 
 
 def global_avg_pool2d_backward(
@@ -571,4 +453,4 @@ def global_avg_pool2d_backward(
     shape = checks.shape4("x_shape", x_shape)
     checks.same_shape("dout", dout, (shape[0], shape[3]))
     dx = checks.output("out", out, shape, dout.dtype)
-    return _run_mean_backward(dout, _adaptive_table(shape[1], 1), _adaptive_table(shape[2], 1), dx)
+    return _run_mean_backward(dout, adaptive_axis(shape[1], 1), adaptive_axis(shape[2], 1), dx)
