@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt
 
-.PHONY: train test test-bounds test-widths lint bench clean
+.PHONY: train test test-bounds test-widths test-cuda test-gpu lint bench clean
 
 train: .venv/.installed
 	$(BIN)/fastcnn train
@@ -24,6 +24,15 @@ test-widths: .venv/.installed-test
 	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest tests/test_parity.py -k "same_result and float32"
 	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest tests/test_parity.py -k "same_result and float32"
 
+# The CUDA kernels without a GPU: their results on Numba's simulator, and what the compiler makes of each.
+test-cuda: .venv/.installed-cuda
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py
+	$(BIN)/python -m pytest tests/test_cuda_ptx.py
+
+# And on the GPU of this machine.
+test-gpu: .venv/.installed-cuda
+	FASTCNN_TEST_GPU=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +47,10 @@ lint: .venv/.installed-dev
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/.installed-cuda: .venv/.installed-test
+	$(PIP) --editable '.[test,cuda]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed-test

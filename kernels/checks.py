@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -68,7 +68,15 @@ def floating(name: str, array: Any, ndim: int | None = None, dtype: np.dtype | N
     return contiguous(array)
 
 
-def same_shape(name: str, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Array = TypeVar("Array", bound=_Shaped)
+
+
+def same_shape(name: str, array: Array, shape: Sequence[int]) -> Array:
     """`array` if it has `shape`; else a ValueError that names it."""
     if array.shape != tuple(shape):
         raise ValueError(f"{name}: shape {array.shape} is not {tuple(shape)}")

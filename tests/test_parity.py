@@ -7,21 +7,21 @@ import tracemalloc
 import numpy as np
 import pytest
 from ops import OPERATIONS
+from parity import (
+    EXTREMES,
+    MEETS_NO_PADDING,
+    REFUSED,
+    arrays,
+    assert_close,
+    assert_names_an_argument,
+    assert_same_bits,
+    every_row,
+    outputs,
+)
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
 from fastcnn.kernels import threads as team
-
-ROWS = [
-    pytest.param(operation, dtype, id=f"{operation.name}-{np.dtype(dtype)}")
-    for operation in OPERATIONS
-    for dtype in operation.dtypes
-]
-every_row = pytest.mark.parametrize(("operation", "dtype"), ROWS)
-
-
-def arrays(arguments):
-    return {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
 
 
 def run(module, operation, arguments, **more):
@@ -30,21 +30,6 @@ def run(module, operation, arguments, **more):
     result = getattr(module, operation.name)(**{**arguments, **updated}, **more)
     returned = () if result is None else result if isinstance(result, tuple) else (result,)
     return *returned, *updated.values()
-
-
-def assert_close(operation, arguments, actual, expected, message):
-    assert len(actual) == len(expected), message
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype, message
-        assert ours.shape == theirs.shape, message
-        tolerance = operation.tolerance(arguments, theirs)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=message)
-
-
-def assert_same_bits(actual, expected, message):
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype, message
-        assert ours.tobytes() == theirs.tobytes(), message
 
 
 def test_the_table_has_every_kernel():
@@ -69,10 +54,6 @@ def test_same_result_as_the_reference_and_unchanged_inputs(operation, dtype):
         for name, array in arrays(arguments).items():
             assert_same_bits([array], [kept[name]], f"{case}: {name}")
         assert_close(operation, arguments, actual, run(reference, operation, arguments), case)
-
-
-# The reference multiplies these with the zeros of the padding; depthwise convolution leaves those taps out.
-MEETS_NO_PADDING = {"conv2d_forward": "weight", "conv2d_backward_weight": "dout"}
 
 
 @pytest.fixture
@@ -145,12 +126,6 @@ def test_memory_layout_does_not_change_a_bit(operation, dtype, layout):
             assert np.array_equal(array, arguments[name]), f"{case}: {name}"
 
 
-def outputs(operation):
-    """Names of the arguments that results can be written to, in the order of the results."""
-    parameters = inspect.signature(getattr(cpu, operation.name)).parameters
-    return [name for name in parameters if name == "out" or name.startswith("out_")]
-
-
 @every_row
 def test_out_is_overwritten_and_returned(operation, dtype):
     names = outputs(operation)
@@ -194,13 +169,6 @@ def test_threads_and_repetition_do_not_change_a_bit(operation, dtype, threads):
     for count in (1, 2, 2):
         threads(count)
         assert_same_bits(run(cpu, operation, arguments), expected, f"{count} threads")
-
-
-def assert_names_an_argument(operation, error):
-    """The message begins with the name of an argument, or names."""
-    match = re.match(r"(\w+)(, \w+)*: ", str(error.value))
-    assert match, error.value
-    assert match[1] in inspect.signature(getattr(cpu, operation.name)).parameters, error.value
 
 
 @every_row
@@ -251,53 +219,6 @@ def test_wrong_outputs_are_refused_by_name(operation, dtype):
             assert str(error.value).startswith(f"{name}: ")
 
 
-IMAGES = np.ones((2, 3, 3, 4), np.float32)
-LOGITS = np.ones((2, 3), np.float32)
-VECTOR = np.ones(4, np.float32)
-PHOTOS = {"images": IMAGES, "scale": VECTOR, "shift": VECTOR}
-
-REFUSED = [
-    # function, arguments, beginning of the message
-    ("im2col", {"x": IMAGES, "kernel_size": 5}, "kernel_size: 5"),
-    ("im2col", {"x": IMAGES, "kernel_size": 2, "dilation": 3}, "kernel_size: 2"),
-    ("im2col", {"x": IMAGES, "kernel_size": 0}, "kernel_size: 0"),
-    ("im2col", {"x": IMAGES, "kernel_size": 1, "stride": 0}, "stride: 0"),
-    ("im2col", {"x": IMAGES, "kernel_size": 1, "dilation": 0}, "dilation: 0"),
-    ("im2col", {"x": IMAGES[:, :0], "kernel_size": 1, "padding": 1}, ""),
-    ("col2im", {"cols": LOGITS, "x_shape": (1, 3, 3, 1), "kernel_size": 2}, "cols: "),
-    ("max_pool2d_forward", {"x": IMAGES, "kernel_size": 4}, "kernel_size: 4"),
-    ("max_pool2d_forward", {"x": IMAGES, "kernel_size": 3, "padding": 2}, "padding: 2"),
-    ("avg_pool2d_forward", {"x": IMAGES, "kernel_size": 2, "divisor_override": 0}, "divisor_override: "),
-    ("avg_pool2d_backward", {"dout": IMAGES, "x_shape": (2, 5, 5, 4), "kernel_size": 2}, "dout: "),
-    ("adaptive_avg_pool2d_forward", {"x": IMAGES, "output_size": 0}, "output_size: 0"),
-    ("global_avg_pool2d_forward", {"x": IMAGES[:, :, :0]}, "x: "),
-    ("prelu_forward", {"x": IMAGES, "weight": VECTOR[:3]}, "weight: "),
-    ("batch_norm_forward", {"x": IMAGES[:1, :1, :1], "training": True}, "x: "),
-    ("batch_norm_forward", {"x": IMAGES, "training": False}, "running_mean, running_var: "),
-    ("dropout_forward", {"x": IMAGES, "p": 1.5, "seed": 0}, "p: 1.5"),
-    ("dropout_forward", {"x": IMAGES, "p": np.nan, "seed": 0}, "p: nan"),
-    ("dropout_forward", {"x": IMAGES, "p": 0.5, "seed": -1}, "seed: -1"),
-    ("dropout_forward", {"x": IMAGES, "p": 0.5, "seed": 2**64}, "seed: "),
-    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([0, 3])}, "target: 3"),
-    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([-1, 0])}, "target: -1"),
-    ("softmax_cross_entropy", {"x": LOGITS, "target": np.array([0])}, "target: "),
-    (
-        "softmax_cross_entropy",
-        {"x": LOGITS, "target": np.zeros(2, int), "label_smoothing": 1.5},
-        "label_smoothing: 1.5",
-    ),
-    ("soft_cross_entropy", {"x": LOGITS, "target": LOGITS[:, :2]}, "target: "),
-    (
-        "sgd_update",
-        {"param": VECTOR, "grad": VECTOR, "velocity": None, "lr": 1, "momentum": 0.9},
-        "velocity: ",
-    ),
-    ("sgd_update", {"param": VECTOR, "grad": VECTOR[:3], "velocity": None, "lr": 1}, "grad: "),
-    ("gather_batch", {**PHOTOS, "index": np.array([0, 2])}, "index: 2"),
-    ("gather_batch", {**PHOTOS, "index": np.array([-1])}, "index: -1"),
-]
-
-
 @pytest.mark.parametrize(("name", "arguments", "message"), REFUSED, ids=lambda value: str(value)[:40])
 @pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
 def test_both_refuse_what_makes_no_sense(module, name, arguments, message):
@@ -305,17 +226,6 @@ def test_both_refuse_what_makes_no_sense(module, name, arguments, message):
         arguments = dict.fromkeys(("weight", "bias", "running_mean", "running_var")) | arguments
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         getattr(module, name)(**arguments)
-
-
-EXTREMES = [
-    [np.inf, 0, 1],
-    [-np.inf, 0, 1],
-    [-np.inf, -np.inf, -np.inf],
-    [np.inf, -np.inf, np.nan],
-    [1e38, -1e38, 0],
-    [1e8, 1e8, 1e8],
-    [-0.0, 0.0, -1e-45],
-]
 
 
 @pytest.mark.parametrize("row", EXTREMES, ids=str)

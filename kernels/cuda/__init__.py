@@ -1,0 +1,33 @@
+"""The Numba CUDA kernels: the names and results of `fastcnn.kernels.reference`, over arrays of a device.
+
+Arrays are `DeviceArray`s, made by `from_numpy`, `empty` and `zeros`, or whatever else has a
+``__cuda_array_interface__``, such as CuPy's arrays and PyTorch's tensors, which are used where they are.
+Results are `DeviceArray`s, whose ``numpy()`` brings them to the host.
+
+A call returns when its work is queued; it never waits for the device. So what only the device can see raises
+no exception: what comes of a label that is no class, or an index that is no image, is NaN.
+
+Needs the extra ``fastcnn[cuda]``, and a device or Numba's simulator of one (``NUMBA_ENABLE_CUDASIM=1``).
+"""
+
+try:
+    import numba_cuda as _numba_cuda  # noqa: F401 (Numba's own, older CUDA target won't do)
+except ImportError as error:
+    raise ImportError("fastcnn.kernels.cuda needs numba-cuda: pip install 'fastcnn[cuda]'") from error
+
+from .activation import leaky_relu_backward, leaky_relu_forward, relu_backward, relu_forward
+from .arrays import DeviceArray, as_device, empty, from_numpy, zeros
+from .jit import synchronize
+
+__all__ = [
+    "DeviceArray",
+    "as_device",
+    "empty",
+    "from_numpy",
+    "leaky_relu_backward",
+    "leaky_relu_forward",
+    "relu_backward",
+    "relu_forward",
+    "synchronize",
+    "zeros",
+]

@@ -1,0 +1,424 @@
+"""Arrays of the device: NumPy's shapes, strides and views over memory that only kernels touch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from . import pool
+from .jit import SIMULATED, THREADS, kernel, stream
+
+# Axes that a copy between strided arrays may have, after neighbours that lie in one line are joined.
+_MAX_AXES = 6
+
+
+class Flags(NamedTuple):
+    """What NumPy's ``flags`` says of the same layout."""
+
+    c_contiguous: bool
+    writeable: bool
+
+
+def _c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    strides = []
+    for size in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _is_contiguous(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether elements follow each other in C order; the strides of axes of length 1 don't matter."""
+    if 0 in shape:
+        return True
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != itemsize:
+            return False
+        itemsize *= size
+    return True
+
+
+class DeviceArray:
+    """An array of a device.
+
+    `transpose`, `reshape` and slices make views, as in NumPy, and code that only asks for shapes and views
+    works on either kind of array. Arithmetic is for kernels; ``numpy()`` copies to the host.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_native",
+        "dtype",
+        "is_contiguous",
+        "ndim",
+        "owner",
+        "pointer",
+        "shape",
+        "size",
+        "strides",
+        "writeable",
+    )
+
+    # NumPy must not take an array for a sequence of numbers.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        pointer: int,
+        owner: Any,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        strides: tuple[int, ...] | None = None,
+        writeable: bool = True,
+    ):
+        self.pointer = pointer
+        self.owner = owner
+        self.shape = shape
+        self.dtype = dtype
+        self.ndim = len(shape)
+        self.size = math.prod(shape)
+        self.strides = _c_strides(shape, dtype.itemsize) if strides is None else strides
+        self.is_contiguous = strides is None or _is_contiguous(shape, strides, dtype.itemsize)
+        self.writeable = writeable
+        self._native: Any = None
+
+    # ---------------------------------------------------------------- what NumPy arrays say of themselves
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def flags(self) -> Flags:
+        return Flags(self.is_contiguous, self.writeable)
+
+    @property
+    def T(self) -> DeviceArray:
+        return self.transpose()
+
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError("len() of an array without axes")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype})"
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("a DeviceArray is copied to the host by its numpy(), not by np.asarray")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer if self.size else 0, not self.writeable),
+            "strides": None if self.is_contiguous else self.strides,
+            "version": 3,
+            # The one stream and the legacy default stream wait for each other.
+            "stream": None if SIMULATED else 1,
+        }
+
+    # ---------------------------------------------------------------- views
+
+    def _view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
+        return DeviceArray(self.pointer + offset, self.owner, shape, self.dtype, strides, self.writeable)
+
+    def transpose(self, *axes: Any) -> DeviceArray:
+        """A view with its axes in another order, reversed if none is given."""
+        if len(axes) == 1 and not isinstance(axes[0], int):
+            axes = tuple(axes[0])
+        order = tuple(range(self.ndim))[::-1] if not axes else tuple(axis % self.ndim for axis in axes)
+        if sorted(order) != list(range(self.ndim)):
+            raise ValueError(f"axes: {axes} don't name each of {self.ndim} axes once")
+        return self._view(0, tuple(self.shape[k] for k in order), tuple(self.strides[k] for k in order))
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """The elements in another shape: a view of a C-contiguous array, else of a copy."""
+        wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if -1 in wanted:
+            known = -math.prod(wanted)
+            if wanted.count(-1) > 1 or known == 0 or self.size % known:
+                raise ValueError(f"shape: {self.shape} does not become {wanted}")
+            wanted = tuple(self.size // known if size == -1 else size for size in wanted)
+        if math.prod(wanted) != self.size:
+            raise ValueError(f"shape: {self.shape} does not become {wanted}")
+        source = contiguous(self)
+        return DeviceArray(source.pointer, source.owner, wanted, self.dtype, None, source.writeable)
+
+    def ravel(self) -> DeviceArray:
+        return self.reshape(-1) if self.size else self.reshape(0)
+
+    def __getitem__(self, key: Any) -> DeviceArray:
+        """A view by integers, slices, None and an ellipsis."""
+        keys = key if isinstance(key, tuple) else (key,)
+        named = sum(k is not None and k is not Ellipsis for k in keys)
+        if named > self.ndim or keys.count(Ellipsis) > 1:
+            raise IndexError(f"index: {key!r} has too many parts for shape {self.shape}")
+        if Ellipsis not in keys:
+            keys = (*keys, Ellipsis)
+        at = keys.index(Ellipsis)
+        keys = (*keys[:at], *[slice(None)] * (self.ndim - named), *keys[at + 1 :])
+        offset, axis = 0, 0
+        shape, strides = [], []
+        for k in keys:
+            if k is None:
+                shape.append(1)
+                strides.append(0)
+                continue
+            size, stride = self.shape[axis], self.strides[axis]
+            axis += 1
+            if isinstance(k, slice):
+                start, stop, step = k.indices(size)
+                shape.append(len(range(start, stop, step)))
+                strides.append(stride * step)
+                offset += start * stride if shape[-1] else 0
+            elif isinstance(k, (int, np.integer)) and not isinstance(k, bool):
+                if not -size <= k < size:
+                    raise IndexError(f"index: {k} is not in [0, {size})")
+                offset += int(k) % size * stride
+            else:
+                raise TypeError(f"index: expected integers, slices, None or an ellipsis, got {k!r}")
+        return self._view(offset, tuple(shape), tuple(strides))
+
+    # ---------------------------------------------------------------- contents
+
+    @property
+    def native(self) -> Any:
+        """This array as Numba's launches take it."""
+        if self._native is None:
+            self._native = _simulated(self) if SIMULATED else _numba_array(self)
+        return self._native
+
+    def numpy(self, out: np.ndarray | None = None) -> np.ndarray:
+        """A copy on the host; waits for the device.
+
+        Parameters
+        ----------
+        out : ndarray of this array's shape and dtype, optional
+            Overwritten with the elements, and returned.
+
+        Raises
+        ------
+        ValueError
+            If `out` has another shape or dtype.
+        """
+        if out is None:
+            out = np.empty(self.shape, self.dtype)
+        elif out.shape != self.shape or out.dtype != self.dtype:
+            raise ValueError(f"out: {out.dtype} {out.shape} is not {self.dtype} {self.shape}")
+        if self.size:
+            host = out if out.flags.c_contiguous else np.empty(self.shape, self.dtype)
+            contiguous(self).native.copy_to_host(host, stream=stream())
+            stream().synchronize()
+            if host is not out:
+                out[...] = host
+        return out
+
+    def item(self) -> float | int:
+        """The only element, as a Python number; waits for the device."""
+        return self.numpy().item()
+
+    def copy(self) -> DeviceArray:
+        """A C-contiguous array of its own with the same elements."""
+        result = empty(self.shape, self.dtype)
+        result[...] = self
+        return result
+
+    def fill(self, value: float) -> None:
+        """Set every element to `value`."""
+        self[...] = value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Overwrite a view with a number, an array of its shape and dtype, or a NumPy array of its shape."""
+        target = self if key is Ellipsis else self[key]
+        if not target.writeable:
+            raise ValueError("a read-only array can't be changed")
+        if isinstance(value, np.ndarray) and value.ndim:
+            value = from_numpy(value.astype(target.dtype, copy=False))
+        elif not hasattr(value, "__cuda_array_interface__"):
+            value = _broadcast(from_numpy(np.asarray(value, target.dtype)), target.shape)
+        source = as_device(value)
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise ValueError(f"{source.dtype} {source.shape} is not {target.dtype} {target.shape}")
+        _copy(target, source)
+
+
+def _broadcast(number: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
+    return DeviceArray(number.pointer, number.owner, shape, number.dtype, (0,) * len(shape), False)
+
+
+def _numba_array(array: DeviceArray) -> Any:
+    interface = {**array.__cuda_array_interface__, "strides": array.strides, "stream": None}
+    return cuda.from_cuda_array_interface(interface, owner=array.owner, sync=False)
+
+
+def _simulated(array: DeviceArray) -> Any:
+    from numba.cuda.cudadrv.devicearray import FakeCUDAArray
+
+    if not array.size:
+        return FakeCUDAArray(np.empty(array.shape, array.dtype))
+    memory = memoryview((ctypes.c_char * array.nbytes).from_address(array.pointer))
+    return FakeCUDAArray(np.ndarray(array.shape, array.dtype, memory))
+
+
+def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
+    """An uninitialised C-contiguous array, over memory that nobody else holds.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no device.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
+    dtype = np.dtype(dtype)
+    memory = pool.take(math.prod(sizes) * dtype.itemsize)
+    return DeviceArray(memory.pointer, memory, sizes, dtype)
+
+
+def zeros(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
+    """A C-contiguous array of zeros."""
+    result = empty(shape, dtype)
+    result.fill(0)
+    return result
+
+
+def from_numpy(array: np.ndarray) -> DeviceArray:
+    """A copy on the device of a NumPy array, C-contiguous."""
+    array = np.asarray(array)
+    array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
+    result = empty(array.shape, array.dtype)
+    if array.size:
+        # The driver has read pageable memory by the time that this returns.
+        result.reshape(-1).native.copy_to_device(array.reshape(-1), stream=stream())
+    return result
+
+
+def as_device(array: Any, name: str = "array") -> DeviceArray:
+    """`array` as a `DeviceArray` over the same memory.
+
+    Parameters
+    ----------
+    array : DeviceArray, or anything with a ``__cuda_array_interface__``
+    name : str
+        The argument's, for errors.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of a device.
+    """
+    if type(array) is DeviceArray:
+        return array
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None:
+        kind = "a NumPy array" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+        raise TypeError(
+            f"{name}: expected an array of the device, got {kind}; "
+            "fastcnn.kernels.cuda.from_numpy(...) copies a NumPy array there"
+        )
+    if interface.get("mask") is not None:
+        raise TypeError(f"{name}: an array with a mask can't be used")
+    _wait_for(interface.get("stream"))
+    pointer, read_only = interface["data"]
+    dtype = np.dtype(interface["typestr"])
+    strides = interface.get("strides")
+    strides = None if strides is None else tuple(strides)
+    return DeviceArray(pointer, array, tuple(interface["shape"]), dtype, strides, not read_only)
+
+
+def _wait_for(foreign: int | None) -> None:
+    """Wait for the stream that a foreign array is written on, unless it is the legacy default stream, 1."""
+    if foreign not in (None, 1) and not SIMULATED:
+        cuda.external_stream(foreign).synchronize()
+
+
+# ------------------------------------------------------------------ copies
+
+
+@kernel(
+    *(
+        f"{word}[::1], {word}[::1], UniTuple(int64, {_MAX_AXES}), UniTuple(int64, {_MAX_AXES}), "
+        f"UniTuple(int64, {_MAX_AXES}), int64, int64, int64"
+        for word in ("uint8", "uint16", "uint32", "uint64")
+    )
+)
+def _copy_words(target, source, shape, to, by, first_to, first_by, size):
+    """target[first_to + i . to] = source[first_by + i . by] for every index i below `shape`, in C order."""
+    step = cuda.gridsize(1)
+    for flat in range(cuda.grid(1), size, step):
+        rest = flat
+        t, s = first_to, first_by
+        for axis in range(_MAX_AXES - 1, -1, -1):
+            at = rest % shape[axis]
+            rest //= shape[axis]
+            t += at * to[axis]
+            s += at * by[axis]
+        target[t] = source[s]
+
+
+def blocks(size: int, threads: int = THREADS) -> int:
+    """Blocks of a grid whose threads go through `size` elements, each in steps of the whole grid."""
+    return min(-(-size // threads), 4096)
+
+
+class _Span(NamedTuple):
+    """The memory between an array's first and last byte, as words, and where in it the first element lies."""
+
+    words: DeviceArray
+    first: int
+
+
+def _span(array: DeviceArray, word: np.dtype) -> _Span:
+    reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    below = -sum(r for r in reach if r < 0)
+    length = (below + sum(r for r in reach if r > 0)) // word.itemsize + 1
+    words = DeviceArray(array.pointer - below, array.owner, (length,), word)
+    return _Span(words, below // word.itemsize)
+
+
+def _joined(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
+    """(size, stride, ...) of each axis; those of length 1 left out, and neighbours in one line joined."""
+    axes: list[tuple[int, ...]] = []
+    for size, *steps in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if axes and all(outer == step * size for outer, step in zip(axes[-1][1:], steps, strict=True)):
+            axes[-1] = (axes[-1][0] * size, *steps)
+        else:
+            axes.append((size, *steps))
+    return axes
+
+
+def _copy(target: DeviceArray, source: DeviceArray) -> None:
+    """Overwrite `target` with `source`, of the same shape and dtype and any strides."""
+    if not target.size:
+        return
+    itemsize = target.dtype.itemsize
+    word = np.dtype(f"u{itemsize}")
+    axes = _joined(target.shape, target.strides, source.strides)
+    if len(axes) > _MAX_AXES:
+        raise ValueError(f"an array of shape {target.shape} has too many axes to be copied")
+    axes = [(1, 0, 0)] * (_MAX_AXES - len(axes)) + axes
+    shape, to, by = zip(*axes, strict=True)
+    if any(step % itemsize for step in (*to, *by)):
+        raise ValueError(f"strides of {itemsize}-byte elements must be multiples of {itemsize}")
+    to, by = tuple(step // itemsize for step in to), tuple(step // itemsize for step in by)
+    into, out_of = _span(target, word), _span(source, word)
+    _copy_words[blocks(target.size), THREADS](
+        into.words, out_of.words, shape, to, by, into.first, out_of.first, target.size
+    )
+
+
+def contiguous(array: DeviceArray) -> DeviceArray:
+    """`array` if it is C-contiguous, else a copy that is."""
+    return array if array.is_contiguous else array.copy()

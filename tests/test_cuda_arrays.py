@@ -1,0 +1,136 @@
+"""Arrays of the device: NumPy's views, no silent copies, memory used again, foreign arrays in place."""
+
+import cuda_device
+import numpy as np
+import pytest
+
+cuda = cuda_device.module()
+pytestmark = cuda_device.marks
+
+VIEWS = [
+    lambda a: a.transpose(0, 2, 3, 1),
+    lambda a: a.transpose((3, 1, 0, 2)),
+    lambda a: a.transpose(),
+    lambda a: a.T,
+    lambda a: a[1],
+    lambda a: a[-1, ..., 2],
+    lambda a: a[:, ::-1, 1:3],
+    lambda a: a[None, :, 1, ::2, None],
+    lambda a: a[..., 4:1:-2],
+    lambda a: a[2:0, :, 5:],
+    lambda a: a[:, :, 3:9],
+    lambda a: a.reshape(6, -1),
+    lambda a: a.reshape((-1,)),
+    lambda a: a.transpose(0, 2, 3, 1).reshape(8, 15),
+    lambda a: a[:, 1:2].transpose(3, 1, 2, 0)[::-1],
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, np.int64, np.uint16])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_numpy_s(view, dtype):
+    host = np.arange(120).astype(dtype).reshape(2, 3, 4, 5)
+    device = cuda.from_numpy(host)
+    ours, theirs = view(device), view(host)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    assert ours.ndim == theirs.ndim
+    assert ours.size == theirs.size
+    assert ours.nbytes == theirs.nbytes
+    assert ours.flags.c_contiguous == theirs.flags.c_contiguous
+    assert np.array_equal(ours.numpy(), theirs)
+
+
+def test_a_view_shares_memory_and_a_copy_does_not():
+    host = np.zeros((3, 4), np.float32)
+    device = cuda.from_numpy(host)
+    copy = device.copy()
+    device[:, 1:3] = 5
+    device.T[0] = np.array([1, 2, 3])
+    device[2, 3:] = cuda.from_numpy(np.array([7], np.float32))
+    host[:, 1:3] = 5
+    host.T[0] = [1, 2, 3]
+    host[2, 3:] = 7
+    assert np.array_equal(device.numpy(), host)
+    assert not copy.numpy().any()
+    assert device.reshape(12).pointer == device.pointer
+
+
+def test_zeros_fill_and_item():
+    array = cuda.zeros((2, 3), np.float64)
+    assert not array.numpy().any()
+    array.fill(2.5)
+    assert (array.numpy() == 2.5).all()
+    assert array[1, 2].item() == 2.5
+    assert cuda.zeros(()).item() == 0
+    assert cuda.zeros((0, 4)).numpy().shape == (0, 4)
+
+
+def test_numpy_writes_where_it_is_told():
+    device = cuda.from_numpy(np.arange(6.0).reshape(2, 3))
+    out = np.empty((3, 2))
+    assert device.numpy(out.T) is not None
+    assert np.array_equal(out.T, device.numpy())
+    with pytest.raises(ValueError, match=r"^out: "):
+        device.numpy(out)
+
+
+def test_numpy_never_copies_by_itself():
+    device = cuda.zeros(3)
+    with pytest.raises(TypeError, match=r"numpy\(\)"):
+        np.asarray(device)
+    with pytest.raises(TypeError):
+        np.ones(3, np.float32) + device
+
+
+@pytest.mark.parametrize("key", [(slice(None), 3), -3, (0, 0, 0), (..., ...)])
+def test_wrong_indices_are_refused(key):
+    with pytest.raises(IndexError):
+        cuda.zeros((2, 3))[key]
+
+
+def test_wrong_shapes_are_refused():
+    array = cuda.zeros((2, 3))
+    for shape in ((4, 2), (-1, -1), (-1, 4)):
+        with pytest.raises(ValueError, match="does not become"):
+            array.reshape(shape)
+    with pytest.raises(ValueError, match=r"^axes: "):
+        array.transpose(0, 0)
+    with pytest.raises(ValueError, match=" is not "):
+        array[0] = np.zeros(2)
+    with pytest.raises(TypeError, match=r"^index: "):
+        array["x"]
+
+
+class Foreign:
+    """What CuPy's and PyTorch's arrays show of themselves, and no more."""
+
+    def __init__(self, array, read_only=False):
+        self.array = array
+        interface = dict(array.__cuda_array_interface__)
+        interface["data"] = (array.pointer, read_only)
+        self.__cuda_array_interface__ = interface
+
+
+def test_a_foreign_array_is_used_in_place():
+    device = cuda.from_numpy(np.array([[-1, 2, -3], [4, -5, 6]], np.float32))
+    foreign = Foreign(device)
+    assert cuda.as_device(foreign).pointer == device.pointer
+    out = cuda.zeros((2, 3))
+    cuda.relu_forward(foreign, out=Foreign(out))
+    assert np.array_equal(out.numpy(), [[0, 2, 0], [4, 0, 6]])
+    strided = Foreign(device.T[::-1])
+    assert np.array_equal(cuda.relu_forward(strided).numpy(), np.maximum(device.numpy().T[::-1], 0))
+    with pytest.raises(ValueError, match=r"^out: must be C-contiguous and writable"):
+        cuda.relu_forward(device, out=Foreign(out, read_only=True))
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    shape = (3, 1231)
+    array = cuda.empty(shape)
+    pointer = array.pointer
+    row = array[1]
+    del array
+    assert cuda.empty(shape).pointer != pointer
+    del row
+    assert pointer in {cuda.empty(shape).pointer for _ in range(2)}
