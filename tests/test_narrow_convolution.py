@@ -5,7 +5,7 @@ import pytest
 
 from fastcnn.kernels import cpu, reference
 from fastcnn.kernels import threads as team
-from fastcnn.kernels.cpu import depthwise, direct, few_channels, image_lanes
+from fastcnn.kernels.cpu import depthwise, direct, few_channels, image_lanes, pooled_convolution
 
 ASYMMETRIC = ((0, 3), (2, 1))
 # x, filters, kernel, stride, padding, dilation
@@ -58,6 +58,25 @@ def test_images_in_lanes_forward(case, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pool_size", [1, 2, (1, 3)])
+@every_case
+def test_images_in_lanes_pooled(case, pool_size, relu, dtype):
+    problem = Problem(case, dtype)
+    *_, stride, padding, dilation = CASES[case]
+    geometry = (stride, padding, dilation)
+    expected, expected_argmax = reference.conv2d_pool_forward(
+        problem.x, problem.weight, problem.bias, pool_size, relu, *geometry
+    )
+    for keeps in (True, False):
+        e = pooled_convolution._epilogue(problem.layer, pool_size, relu, keeps)
+        y, argmax = np.full_like(expected, np.nan), np.full(expected.shape, 99, np.uint8)
+        image_lanes.forward(problem.layer, problem.x, problem.weight, problem.bias, y, e, argmax)
+        assert_close(y, expected)
+        assert np.mean(argmax != (expected_argmax if keeps else 99)) < 1e-3  # where two are nearly the same
+
+
+@dtypes
 @every_case
 def test_images_in_lanes_backward_input(case, dtype):
     problem = Problem(case, dtype)
@@ -93,6 +112,12 @@ def test_nan_of_one_image_stays_in_it():
     image_lanes.forward(problem.layer, x, problem.weight, problem.bias, y)
     assert np.isnan(y[5]).all()
     assert_close(np.delete(y, 5, axis=0), np.delete(problem.y, 5, axis=0))
+    pooled, argmax = cpu.conv2d_pool_forward(x, problem.weight, problem.bias, 2)
+    assert np.isnan(pooled[5]).all()
+    assert np.array_equal(
+        argmax[5], reference.conv2d_pool_forward(x[5:6], problem.weight, problem.bias, 2)[1][0]
+    )
+    assert np.isfinite(np.delete(pooled, 5, axis=0)).all()
 
 
 @pytest.fixture
@@ -119,8 +144,9 @@ def test_threads_do_not_change_a_bit(case, threads):
 
     def results():
         y = cpu.conv2d_forward(x, weight, groups=groups)
+        pooled = cpu.conv2d_pool_forward(x, weight, pool_size=2, groups=groups)
         dx = cpu.conv2d_backward_input(y, weight, shape, groups=groups)
-        return y, dx, cpu.conv2d_backward_weight(y, x, kernel, groups=groups)
+        return y, *pooled, dx, cpu.conv2d_backward_weight(y, x, kernel, groups=groups)
 
     threads(1)
     expected = results()

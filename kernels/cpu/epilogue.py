@@ -45,8 +45,8 @@ NO_EPILOGUE = Epilogue(pool_h=0, pool_w=0, relu=0, out_h=0, out_w=0, filters=0, 
 
 
 @kernel
-def _pool_vector(relu, keeps, kind, z, source, taps, area, y, argmax, target, mask):
-    """Largest of the vectors z[source + taps], and which it was."""
+def pool_vector(relu, keeps, kind, z, source, taps, area, y, argmax, target, mask):
+    """Largest of the vectors z[source + taps], and which it was, in a vector of `kind`'s type."""
     keep_in_line()
     everything = all_lanes(z)
     best = load(z, source + taps[0], everything)
@@ -85,12 +85,12 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
             s = i * e.pool_h * line + j * e.pool_w * width
             t = y0 + (i * e.out_w + j) * e.filters
             for c in range(0, whole, lanes):
-                _pool_vector(
+                pool_vector(
                     e.relu, e.keeps, kind, block, s + c, offsets, area, result, where, t + c, everything
                 )
             if whole < columns:
                 s, t = s + whole, t + whole
-                _pool_vector(e.relu, e.keeps, kind, block, s, offsets, area, result, where, t, some)
+                pool_vector(e.relu, e.keeps, kind, block, s, offsets, area, result, where, t, some)
 
 
 @kernel

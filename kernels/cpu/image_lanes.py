@@ -18,6 +18,7 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import few_channels, simd
 from .direct import Layer
+from .epilogue import NO_EPILOGUE, Epilogue, pool_vector
 from .geometry import Axis
 from .image_tiles import (
     FILTERS,
@@ -50,6 +51,7 @@ _DIRECT_CYCLES = 1.15
 _TRANSPOSE_CYCLES = 0.6
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
+_NOWHERE = np.empty(0, np.uint8)
 
 
 class Grid(NamedTuple):
@@ -69,6 +71,8 @@ class Grid(NamedTuple):
     rows: int  # output rows of a block
     blocks: int  # blocks of an image
     filters: int  # of the result
+    pool_h: int  # rows and columns of outputs of which the result has one
+    pool_w: int
     out_image: int  # elements of an image of the result
     out_first: int
     out_row: int
@@ -109,11 +113,12 @@ def _fill(x, n0, images, block, g, h0, rows, window):
 
 @kernel
 def _empty(y, n0, images, g, i, result):
-    """Write a row of outputs, which are vectors of images, to `y`."""
-    lanes = VECTOR_BITS // (8 * y.itemsize)
+    """Write a row of results, which are vectors of images, to `y`."""
+    lanes = VECTOR_BITS // (8 * result.itemsize)
     block = VECTORS * lanes
-    run = g.width * g.filters if g.out_column == g.filters else g.filters
-    for j in range(g.width * g.filters // run):
+    line = g.width // g.pool_w * g.filters
+    run = line if g.out_column == g.filters else g.filters
+    for j in range(line // run):
         y0 = g.out_first + i * g.out_row + j * g.out_column
         for k in range(0, run, lanes):
             for v in range(VECTORS):
@@ -129,35 +134,63 @@ def _empty(y, n0, images, g, i, result):
                 )
 
 
+@kernel
+def _sum_taps(window, w, of, weights, start, filters, sums, s):
+    """All filters' sums of one output pixel, whose first tap is at `w`."""
+    depth = of.taps.size
+    block = VECTORS * (VECTOR_BITS // (8 * window.itemsize))
+    # A tile may have more filters than are left: the next pixel's overwrite them.
+    for f in range(0, of.grid.filters, filters):
+        r = s + f * block
+        if filters == FILTERS[0]:
+            filters_tile(FILTERS[0], window, w, of.taps, weights, f * depth, start, f, sums, r)
+        elif filters == FILTERS[1]:
+            filters_tile(FILTERS[1], window, w, of.taps, weights, f * depth, start, f, sums, r)
+        elif filters == FILTERS[2]:
+            filters_tile(FILTERS[2], window, w, of.taps, weights, f * depth, start, f, sums, r)
+        else:
+            filters_tile(FILTERS[-1], window, w, of.taps, weights, f * depth, start, f, sums, r)
+
+
+@kernel
+def _pool(sums, taps, e, result, places, r):
+    """One pixel of the result, and where it comes from, of the outputs at sums[taps]."""
+    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    kind = sums.dtype.type(0)
+    offsets, outputs, values, where = pointer(taps), pointer(sums), pointer(result), pointer(places)
+    everything = all_lanes(outputs)
+    for k in range(0, e.filters * VECTORS * lanes, lanes):
+        pool_vector(e.relu, e.keeps, kind, outputs, k, offsets, taps.size, values, where, r + k, everything)
+
+
 @parallel
-def _correlate(part, parts, x, images, weights, start, filters, y, of, windows, results):
+def _correlate(
+    part, parts, x, images, weights, start, filters, y, of, e, pool, argmax, windows, results, spares, places
+):
     keep_out_of_line()
     g = of.grid
     block = VECTORS * (VECTOR_BITS // (8 * x.itemsize))
-    window, result = windows[part], results[part]
-    depth = of.taps.size
+    window, result, place = windows[part], results[part], places[part]
+    # What is not pooled is the result already.
+    sums = spares[part] if e.pool_h else result
     lo, hi = span(part, parts, (images + block - 1) // block * g.blocks)
     for task in range(lo, hi):
         n0 = task // g.blocks * block
         i0 = task % g.blocks * g.rows
         i1 = min(i0 + g.rows, g.height)
         _fill(x, n0, images, block, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window)
-        for i in range(i0, i1):
-            w0 = (i - i0) * g.step * g.pitch
-            for j in range(g.width):
-                w = w0 + of.columns[j]
-                # A tile may have more filters than are left: the next pixel's overwrite them.
-                for f in range(0, g.filters, filters):
-                    r = (j * g.filters + f) * block
-                    if filters == FILTERS[0]:
-                        filters_tile(FILTERS[0], window, w, of.taps, weights, f * depth, start, f, result, r)
-                    elif filters == FILTERS[1]:
-                        filters_tile(FILTERS[1], window, w, of.taps, weights, f * depth, start, f, result, r)
-                    elif filters == FILTERS[2]:
-                        filters_tile(FILTERS[2], window, w, of.taps, weights, f * depth, start, f, result, r)
-                    else:
-                        filters_tile(FILTERS[-1], window, w, of.taps, weights, f * depth, start, f, result, r)
-            _empty(y, n0, images, g, i, result)
+        for i in range(i0, i1, g.pool_h):
+            for j in range(0, g.width, g.pool_w):
+                for tap in range(g.pool_h * g.pool_w):
+                    a = tap // g.pool_w
+                    w = (i - i0 + a) * g.step * g.pitch + of.columns[j + tap - a * g.pool_w]
+                    s = pool[tap] if e.pool_h else j * g.filters * block
+                    _sum_taps(window, w, of, weights, start, filters, sums, s)
+                if e.pool_h:
+                    _pool(sums, pool, e, result, place, j // g.pool_w * g.filters * block)
+            _empty(y, n0, images, g, i // g.pool_h, result)
+            if e.keeps:
+                _empty(argmax, n0, images, g, i // g.pool_h, place)
 
 
 @kernel
@@ -246,8 +279,9 @@ def _tables(
     images: int,
     block: int,
     dtype: np.dtype,
+    pool: tuple[int, int] = (1, 1),
 ) -> Tables:
-    """The tables of a correlation with `block` images at a time."""
+    """The tables of a correlation with `block` images at a time, of whose outputs windows are pooled."""
     pitch = _pitch(columns.window * channels * block, dtype)
     many = _WINDOW_BYTES // (pitch * dtype.itemsize)
     many = min(max(1, (many - rows.extent) // rows.step + 1), rows.outputs)
@@ -255,6 +289,7 @@ def _tables(
     tasks = max(1, _TASKS // -(-images // block))
     many = min(many, max(-(-rows.outputs // tasks), -(-2 * rows.extent // rows.step)))
     blocks = -(-rows.outputs // many)
+    many = _padded(-(-rows.outputs // blocks), pool[0])
     taps = np.add.outer(np.array(rows.taps) * pitch, np.array(columns.taps) * channels * block)
     return Tables(
         Grid(
@@ -269,9 +304,11 @@ def _tables(
             extent=rows.extent,
             window_w=columns.window,
             pitch=pitch,
-            rows=-(-rows.outputs // blocks),
-            blocks=blocks,
+            rows=many,
+            blocks=-(-rows.outputs // many),
             filters=filters,
+            pool_h=pool[0],
+            pool_w=pool[1],
             out_image=out_image[0] * out_image[1] * filters,
             out_first=(rows.out_first * out_image[1] + columns.out_first) * filters,
             out_row=rows.out_step * out_image[1] * filters,
@@ -283,17 +320,24 @@ def _tables(
 
 
 @lru_cache(maxsize=512)
-def _forward_tables(layer: Layer, images: int, vectors: int, dtype: np.dtype) -> Tables:
+def _forward_tables(
+    layer: Layer, images: int, vectors: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE
+) -> Tables:
+    rows, columns = layer.rows.forward(), layer.columns.forward()
+    if e.pool_h:
+        rows = rows._replace(outputs=e.out_h * e.pool_h)
+        columns = columns._replace(outputs=e.out_w * e.pool_w)
     return _tables(
-        layer.rows.forward(),
-        layer.columns.forward(),
+        rows,
+        columns,
         layer.image,
         layer.channels,
-        layer.out_image,
+        (e.out_h, e.out_w) if e.pool_h else layer.out_image,
         layer.filters,
         images,
         vectors * simd.lanes(dtype),
         dtype,
+        (e.pool_h, e.pool_w) if e.pool_h else (1, 1),
     )
 
 
@@ -333,9 +377,16 @@ def _tile_size(filters: int, sizes: Sequence[int]) -> int:
 
 
 def _run(
-    layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray, of: Tables
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    of: Tables,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = _NOWHERE,
 ) -> None:
-    """Correlate with `weight` (taps and channels, filters)."""
+    """Correlate with `weight` (taps and channels, filters), through the epilogue `e`."""
     g = of.grid
     size = _tile_size(g.filters, FILTERS)
     tiles = -(-g.filters // size)
@@ -351,11 +402,15 @@ def _run(
     images = len(x)
     block = VECTORS * simd.lanes(x.dtype)
     parts = part_count(-(-images // block) * g.blocks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-    # Vectors are written in whole tiles, so that something is written beyond the end.
     windows = _windows(parts, g, x.dtype)
-    results = scratch(
-        "results", parts * ((g.width + 1) * g.filters + size + simd.lanes(x.dtype)) * block, x.dtype
-    )
+    # Vectors are written in whole tiles, so that something is written beyond the end.
+    beyond = size + simd.lanes(x.dtype)
+    line = g.width // g.pool_w * g.filters + g.filters + beyond
+    results = scratch("results", parts * line * block, x.dtype).reshape(parts, -1)
+    spare = (g.pool_h * g.pool_w * g.filters + beyond) * block if e.pool_h else 1
+    spares = scratch("rows", parts * spare, x.dtype).reshape(parts, spare)
+    place = line * block if e.keeps else 1
+    places = scratch("places", parts * place, x.dtype).reshape(parts, place)
     _correlate(
         parts,
         x.reshape(-1),
@@ -365,8 +420,13 @@ def _run(
         size,
         y.reshape(-1),
         of,
+        e,
+        np.arange(g.pool_h * g.pool_w) * (g.filters * block),
+        argmax.reshape(-1),
         windows,
-        results.reshape(parts, -1),
+        results,
+        spares,
+        places,
     )
 
 
@@ -432,10 +492,18 @@ def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return cycles < _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS)
 
 
-def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
-    """Overwrite `y` with the convolution of `x`."""
-    of = _forward_tables(layer, len(x), VECTORS, x.dtype)
-    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, of)
+def forward(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = _NOWHERE,
+) -> None:
+    """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
+    of = _forward_tables(layer, len(x), VECTORS, x.dtype, e)
+    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, of, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:

@@ -110,15 +110,25 @@ def gather_images(typing_context, x, x0, image, first, images, count, window, w0
     return types.void(x, x0, image, first, images, count, window, w0, block), codegen
 
 
+def _store_integers(emit, value, bits, pointer, mask):
+    """Write a vector of floats as integers of so many bits; lanes outside of `mask` are left alone."""
+    vector = ir.VectorType(ir.IntType(bits), emit.lanes)
+    whole = emit.builder.trunc(emit.builder.fptosi(value, ir.VectorType(_I32, emit.lanes)), vector)
+    place = emit.builder.bitcast(pointer, vector.as_pointer())
+    arguments = [whole, place, ir.Constant(_I32, bits // 8), mask]
+    emit.call(f"llvm.masked.store.v{emit.lanes}i{bits}.p0", ir.VoidType(), arguments)
+
+
 @intrinsic
 def scatter_images(typing_context, y, y0, image, first, images, count, result, r0):
     """y[y0 + (first + i) * image + k] = result[r0 + k * L + i] for a vector of images i.
 
     L is the number of a block's images. Elements from `count` on and images from `images` on are left alone.
+    If y is of integers, the numbers in `result` are whole and not negative.
     """
 
     def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, y.dtype)
+        emit = Emitter(context, builder, result.dtype)
         y0, image, first, images, count, r0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
         begin = emit.at(memory(context, builder, y, arguments[0]), y0)
         source = emit.at(memory(context, builder, result, arguments[6]), r0)
@@ -126,7 +136,11 @@ def scatter_images(typing_context, y, y0, image, first, images, count, result, r
         rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
         for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
             number = builder.add(first, ir.Constant(_I64, i))
-            emit.store(rows[i], emit.at(begin, builder.mul(number, image)), mask)
+            place = emit.at(begin, builder.mul(number, image))
+            if isinstance(y.dtype, types.Integer):
+                _store_integers(emit, rows[i], context.get_data_type(y.dtype).width, place, mask)
+            else:
+                emit.store(rows[i], place, mask)
         return context.get_dummy_value()
 
     return types.void(y, y0, image, first, images, count, result, r0), codegen
