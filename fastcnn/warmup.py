@@ -425,7 +425,8 @@ def _whole(plan: _Plan) -> None:
         model.backward(loss_fn.backward(), input_grad=False)
     model.eval()
     with no_grad():
-        for count in (_BATCH, 1):
+        # The second pass of one image is recorded, and its kernels are called in another way.
+        for count in (_BATCH, 1, 1):
             model(np.zeros((count, *plan.input_shape), plan.dtype))
     if plan.optimizer is not None:
         _optimizer(plan, model.parameters()).step()

@@ -7,10 +7,14 @@ import platform
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.types.containers import BaseTuple
 from numba.extending import intrinsic
 
-# Where a control block keeps the job's function, its arguments and the number of its parts.
+# Where a control block keeps the address of the job's function, that of its arguments, and the number of its
+# parts; and the arguments themselves.
 JOB = 16
+ARGUMENTS = 40
+ARGUMENT_WORDS = 512
 _NAP_MICROSECONDS = 30
 
 _I64 = ir.IntType(64)
@@ -101,7 +105,7 @@ def nap(typing_context):
 def prepare(typing_context, control, parts, body, arguments_tuple):
     """Write the job ``body(part, parts, *arguments)`` to the control block.
 
-    The arguments are kept on the caller's stack: it must not return before all parts are done.
+    The caller must keep the arrays among the arguments alive as long as the job may be done.
     """
     parameters = (types.intp, types.intp, *arguments_tuple.types)
     called = body.get_call_type(typing_context, parameters, {})
@@ -109,7 +113,12 @@ def prepare(typing_context, control, parts, body, arguments_tuple):
     def codegen(context, builder, signature, values):
         compiled = body.dispatcher.get_compile_result(called)
         context.active_code_library.add_linking_library(compiled.library)
-        kept = cgutils.alloca_once_value(builder, values[3])
+        arguments = _borrowed(context, builder, arguments_tuple, values[3])
+        if context.get_abi_sizeof(arguments.type) > 8 * ARGUMENT_WORDS:
+            raise TypeError(f"{body.dispatcher.py_func.__name__}: more arguments than a control block holds")
+        place = _word(context, builder, control, values[0], ir.Constant(_I64, ARGUMENTS))
+        kept = builder.bitcast(place, arguments.type.as_pointer())
+        builder.store(arguments, kept)
         job = _trampoline(context, builder.module, compiled.fndesc, called, kept.type)
         content = (builder.ptrtoint(job, _I64), builder.ptrtoint(kept, _I64), values[1])
         for i, value in enumerate(content):
@@ -118,6 +127,22 @@ def prepare(typing_context, control, parts, body, arguments_tuple):
         return context.get_dummy_value()
 
     return types.void(control, parts, body, arguments_tuple), codegen
+
+
+def _borrowed(context, builder, kind, value):
+    """An argument whose arrays own nothing: a job may be done again when Numba's owner of them is gone."""
+    if isinstance(kind, BaseTuple):
+        items = [
+            _borrowed(context, builder, item, builder.extract_value(value, i))
+            for i, item in enumerate(kind.types)
+        ]
+        return context.make_tuple(builder, kind, items)
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = ir.Constant(array.meminfo.type, None)
+    array.parent = ir.Constant(array.parent.type, None)
+    return array._getvalue()
 
 
 def _trampoline(context, module, description, called, kept):

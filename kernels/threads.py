@@ -8,6 +8,8 @@ next job for some tenths of a millisecond, which carries them from layer to laye
 No threading runtime lies underneath that a fork, a second Python thread or another library could upset. A
 forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No
 result depends on any of it: kernels cut their work by its shape, and sum in a fixed order.
+
+A `Recording` notes jobs while they are done, and does all of them again in one call into compiled code.
 """
 
 from __future__ import annotations
@@ -21,7 +23,19 @@ from typing import Any
 import numba
 import numpy as np
 
-from .atomic import atomic_add, atomic_load, atomic_store, atomic_swap_if, nap, pause, prepare, run_part
+from .atomic import (
+    ARGUMENT_WORDS,
+    ARGUMENTS,
+    JOB,
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap_if,
+    nap,
+    pause,
+    prepare,
+    run_part,
+)
 from .jit import kernel, njit_cached
 
 # The words of a control block, each on a cache line of its own.
@@ -31,7 +45,8 @@ _DONE = 1 * _LINE  # parts that are finished
 # atomic.JOB and the two words behind it: the third line
 _FAILED = 3 * _LINE  # 1 if a part ended in an error
 _LIMIT = 4 * _LINE  # helpers that may take parts
-_AWAKE = 5 * _LINE  # and on: 1 for each helper that looks for jobs
+# atomic.ARGUMENTS and the words behind it: the fifth line and on
+_AWAKE = ARGUMENTS + ARGUMENT_WORDS  # and on: 1 for each helper that looks for jobs
 
 _REMAINING = (1 << 32) - 1
 # Polls of some 15 ns each: how long a helper looks for a job before it sleeps, and how long a caller waits
@@ -91,6 +106,27 @@ def _finish(control, parts, helpers):
     return atomic_load(control, _FAILED) == 0
 
 
+@kernel
+def _play(control, jobs, helpers):
+    """Do recorded jobs, one after the other; true unless one failed."""
+    for i in range(jobs.shape[0]):
+        parts = jobs[i, 2]
+        for k in range(3):
+            control[JOB + k] = jobs[i, k]
+        if parts == 1 or helpers == 0:
+            for part in range(parts):
+                if run_part(control, part) != 0:
+                    return False
+        elif not _finish(control, parts, min(helpers, parts - 1)):
+            return False
+    return True
+
+
+def _check(succeeded: bool) -> None:
+    if not succeeded:
+        raise IndexError("a kernel was about to read or write outside of an array")
+
+
 class _Team:
     """The helpers of this process, and the control block that they look at."""
 
@@ -100,7 +136,7 @@ class _Team:
         self._reset()
 
     def _reset(self) -> None:
-        self.control = np.zeros(_AWAKE + self.most * _LINE, np.int64)
+        self.control = _control_block(self.most)
         self.helpers: list[LockType] = []
         self.lock = threading.Lock()
 
@@ -120,8 +156,20 @@ class _Team:
             succeeded = driver(self.control, parts, helpers, *args)
         finally:
             self.lock.release()
-        if not succeeded:
-            raise IndexError("a kernel was about to read or write outside of an array")
+        _check(succeeded)
+
+    def play(self, jobs: np.ndarray, parts: int) -> None:
+        """Do recorded jobs of at most `parts` parts, as `run` does one."""
+        if not self.lock.acquire(blocking=False):
+            _check(_play(_control_block(), jobs, 0))
+            return
+        try:
+            helpers = min(self.threads, parts) - 1
+            self._wake(helpers)
+            succeeded = _play(self.control, jobs, helpers)
+        finally:
+            self.lock.release()
+        _check(succeeded)
 
     def _wake(self, count: int) -> None:
         for i in range(count):
@@ -138,6 +186,10 @@ class _Team:
         self.helpers.append(lock)
         arguments = (self.control, index, lock)
         threading.Thread(target=_helper, args=arguments, name=f"fastcnn-{index}", daemon=True).start()
+
+
+def _control_block(helpers: int = 0) -> np.ndarray:
+    return np.zeros(_AWAKE + helpers * _LINE, np.int64)
 
 
 def _helper(control: np.ndarray, index: int, lock: LockType) -> None:
@@ -183,6 +235,61 @@ def part_count(tasks: int, work: float = np.inf) -> int:
     return max(1, min(_PARTS_A_THREAD * _team.threads, tasks))
 
 
+class _Active(threading.local):
+    """The recording that notes this thread's jobs."""
+
+    recording: Recording | None = None
+
+
+_active = _Active()
+
+
+def is_recording() -> bool:
+    """Whether this thread's jobs are being recorded: what they read and write must then stay theirs."""
+    return _active.recording is not None
+
+
+class NotRecordedError(RuntimeError):
+    """A computation was to be recorded that does something beside jobs."""
+
+
+class Recording:
+    """Jobs of this thread, noted while they are done in a ``with`` block, to be done again by `play`.
+
+    Numbers and addresses are those of the first time; the arrays are kept alive. What NumPy computes between
+    the jobs is not done again.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._arguments: list[tuple] = []
+        self._jobs = np.empty((0, 3), np.int64)
+        self._most_parts = 1
+
+    def __enter__(self) -> Recording:
+        if is_recording():
+            raise RuntimeError("a recording is under way on this thread already")
+        _active.recording = self
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _active.recording = None
+        jobs = [block[JOB : JOB + 3] for block in self._blocks]
+        self._jobs = np.array(jobs, np.int64).reshape(-1, 3)
+        self._most_parts = max((int(parts) for _, _, parts in jobs), default=1)
+
+    def note(self, driver: Callable, parts: int, args: tuple) -> None:
+        """Do a job, and remember it."""
+        block = _control_block()
+        _check(driver(block, parts, 0, *args))
+        self._blocks.append(block)
+        self._arguments.append(args)
+
+    def play(self) -> None:
+        """Do all jobs again, in their order."""
+        _team.play(self._jobs, self._most_parts)
+
+
 class Parallel:
     """A kernel ``func(part, parts, ...)`` that does one part of its work, and returns nothing.
 
@@ -203,7 +310,9 @@ class Parallel:
         self._driver = njit_cached(driver, f"{func.__module__}.{func.__qualname__}.driver")
 
     def __call__(self, parts: int, *args: Any) -> None:
-        if parts == 1:
+        if _active.recording is not None:
+            _active.recording.note(self._driver, parts, args)
+        elif parts == 1:
             self._body(0, 1, *args)
         else:
             _team.run(self._driver, self._body, parts, args)

@@ -13,6 +13,7 @@ from .._grad_mode import is_grad_enabled
 from ._arrays import floats, inverse, memory_order
 from .fusion import Plan, Run
 from .module import Module
+from .replay import Replay
 
 
 def trainable(module: Module) -> bool:
@@ -78,6 +79,7 @@ class Sequential(_Container):
     def __init__(self, *layers: Any):
         super().__init__()
         self._plan = Plan()
+        self._replay = Replay(Sequential)
         named: Iterable[tuple[str, Any]]
         if len(layers) == 1 and isinstance(layers[0], dict):
             named = layers[0].items()
@@ -164,13 +166,23 @@ class Sequential(_Container):
         return tuple(input_shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_plan": Plan()}
+        return super().__getstate__() | {"_plan": Plan(), "_replay": Replay(Sequential)}
 
     def _runs(self, layers: list[Module]) -> list[tuple[int, int, Run | None]]:
         return self._plan.runs(layers, lambda layer: id(layer) in self._shared)
 
     def forward(self, input: np.ndarray) -> Any:
-        """Run the layers, first to last; some of them in one pass, see `set_fusion`."""
+        """Run the layers, first to last; some of them in one pass, see `set_fusion`.
+
+        What is known of a small input's shape from earlier calls is used again, see `replay`.
+        """
+        if not is_grad_enabled():
+            y = self._replay.forward(self, input)
+            if y is not None:
+                return y
+        return self._run(input)
+
+    def _run(self, input: np.ndarray) -> Any:
         x: Any = input
         del input
         layers = self._order()

@@ -25,7 +25,10 @@ class _Structure:
 
 
 def structure_version() -> int:
-    """A number that changes when any module gets, changes or loses an attribute other than `training`."""
+    """A number that changes when any module gets, changes or loses an attribute.
+
+    Setting `training` to what it was is no change.
+    """
     return _Structure.version
 
 
@@ -71,7 +74,7 @@ class Module:
         elif name in (self.__dict__.get("_buffers") or ()):
             self._expect(name, value, "NumPy array", isinstance(value, np.ndarray))
             self._buffers[name] = value
-        if name != "training":
+        if name != "training" or value is not self.__dict__.get(name):
             _Structure.version += 1
         object.__setattr__(self, name, value)
 

@@ -222,9 +222,9 @@ def _dot_rows(part, parts, dout, weight, dx):
             results[m * inputs + k] = total(products)
 
 
-@kernel
-def _multiply_small(a, b, b_k, b_column, bias, c, row, crow, col, accumulate, memory):
-    """C (+)= bias + A B of few numbers: A is read where it lies, B packed at once."""
+@parallel
+def _multiply_small(part, parts, a, b, b_k, b_column, bias, c, row, crow, col, accumulate, memory):
+    """C (+)= bias + A B of few numbers, in one part: A is read where it lies, B packed at once."""
     depth, columns = col.size, c.shape[1]
     lanes = VECTOR_BITS // (8 * a.itemsize)
     width = TILE_VECTORS * lanes
@@ -328,7 +328,7 @@ def _product(
         size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, c.dtype)
         start = _NOTHING[c.dtype] if bias is None else bias
         memory = scratch("weights", size, c.dtype)
-        _multiply_small(a, b, *b_strides, start, c, row, crow, col, bool(accumulate), memory)
+        _multiply_small(1, a, b, *b_strides, start, c, row, crow, col, bool(accumulate), memory)
         return
     width = simd.panel_width(c.dtype)
     block, tail, row, crow, col = _tables(rows, columns, a_strides[1] == 1)

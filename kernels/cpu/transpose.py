@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 from .. import checks
 from ..jit import keep_out_of_line
-from ..threads import parallel, part_count, span
+from ..threads import NotRecordedError, is_recording, parallel, part_count, span
 from .simd import VECTOR_BITS, lanes
 from .tile import Emitter
 from .vectors import pointer
@@ -173,13 +173,16 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
 
     Faster than NumPy where `array` shows channels-last memory as (N, C, ...) or the other way round.
     """
-    if array.size >= _FEW and array.ndim > 2 and array.dtype in checks.FLOATS and array.flags.aligned:
+    few, many = (1, 1) if is_recording() else (_FEW, _MANY)
+    if array.size >= few and array.ndim > 2 and array.dtype in checks.FLOATS and array.flags.aligned:
         last, first = np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1)
         for stored, channels in ((last, array.shape[1]), (first, array.shape[-1])):
-            if stored.flags.c_contiguous and (channels == 3 or channels >= _MANY):
+            if stored.flags.c_contiguous and (channels == 3 or channels >= many):
                 shape = stored[0].size // stored.shape[-1], stored.shape[-1]
                 if stored is first:
                     shape = channels, stored[0].size // channels
                 return _transpose_all(stored, out, *shape)
+    if is_recording():
+        raise NotRecordedError("a recording does not see what NumPy copies")
     np.copyto(out, array)
     return None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import kernel
+from ..threads import is_recording
 
 _ALIGNMENT = 64
 
@@ -22,17 +23,22 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     """`size` elements of uninitialised memory, 1-D, valid until this thread asks for the same `use` again.
 
     There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
-    a training step allocates nothing after its first.
+    a training step allocates nothing after its first. Jobs that are recorded get memory of their own.
     """
+    if is_recording():
+        return _aligned(max(size, 1), dtype)[:size]
     buffers: dict[Any, np.ndarray] = _local.__dict__
     key = use, dtype
     buffer = buffers.get(key)
     if buffer is None or buffer.size < size:
-        # A vector load from memory that is not aligned meets two cache lines and takes twice as long.
-        raw = np.empty(max(size, 1) * np.dtype(dtype).itemsize + _ALIGNMENT, np.uint8)
-        buffer = np.frombuffer(raw.data, dtype, max(size, 1), -raw.ctypes.data % _ALIGNMENT)
-        buffers[key] = buffer
+        buffer = buffers[key] = _aligned(max(size, 1), dtype)
     return buffer[:size]
+
+
+def _aligned(size: int, dtype: np.dtype | type) -> np.ndarray:
+    # A vector load from memory that is not aligned meets two cache lines and takes twice as long.
+    raw = np.empty(size * np.dtype(dtype).itemsize + _ALIGNMENT, np.uint8)
+    return np.frombuffer(raw.data, dtype, size, -raw.ctypes.data % _ALIGNMENT)
 
 
 @kernel
