@@ -1,7 +1,7 @@
 """The only compiler options of the kernels, and their cache on disk.
 
-The cache's key holds a hash of every source file of this package, because Numba alone does not notice that a
-function called from another module has changed.
+The cache's key holds a hash of every source file that CPU kernels are made of, because Numba alone does not
+notice that a function called from another module has changed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ import numba
 import numpy as np
 from numba.core import types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 from numba.misc.appdirs import AppDirs
 
@@ -37,7 +41,7 @@ def _version_key() -> str:
     """Hash of all that decides what a kernel compiles to and that Numba's own key leaves out."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((*root.glob("*.py"), *root.glob("cpu/*.py"))):
         digest.update(f"{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes())
     versions = (sys.version, np.__version__, numba.__version__, llvmlite.__version__)
@@ -133,16 +137,88 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def njit_cached(func: Callable, name: str) -> Any:
-    """Compile `func`, and cache it as `name`, which must be its own among all kernels."""
-    dispatcher = numba.njit(**OPTIONS)(func)
-    dispatcher._cache = KernelCache(func, name)
+class _LinkedLibrary(JITCodeLibrary):
+    """The code of a kernel that only kernels call: LLVM's IR, which the caller optimises with its own."""
+
+    def finalize(self) -> None:
+        for library in dict.fromkeys(self._linking_libraries):
+            self._reload_init.update(library._reload_init)
+            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LinkedLowering(NativeLowering):
+    """Numba's lowering without its last steps: neither optimised nor turned into machine code here."""
+
+    _name = "fastcnn_linked_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library = library
+        state.flags.no_compile = True
+        changed = super().run_pass(state)
+        result = state["cr"]
+        if state.pipeline.out_of_line:
+            library.get_function(result.fndesc.llvm_func_name).add_function_attribute("noinline")
+        # Callers find the code by this object, where other kernels have their entry from Python.
+        entry = object()
+        state.targetctx.insert_user_function(entry, result.fndesc, [library])
+        state["cr"] = result._replace(cfunc=entry)
+        return changed
+
+
+class _LinkedCompiler(CompilerBase):
+    """Numba's compiler with `_LinkedLowering` for its last pass but one."""
+
+    out_of_line = False
+
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (_LinkedLowering if step is NativeLowering else step, text) for step, text in manager.passes
+        ]
+        manager.finalize()
+        return [manager]
+
+
+class _OutOfLineCompiler(_LinkedCompiler):
+    out_of_line = True
+
+
+def kernel(func: Callable, out_of_line: bool = False) -> Any:
+    """Compile a function for other kernels to call; Python can't.
+
+    It is optimised and turned into machine code once, as a part of each `entry` that it belongs to, and not
+    once more by itself: that halves the time of a cold start. With `out_of_line` it is never inlined.
+    """
+    compiler = _OutOfLineCompiler if out_of_line else _LinkedCompiler
+    dispatcher = numba.njit(
+        pipeline_class=compiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS
+    )(func)
+
+    def add_overload(result: Any) -> None:
+        dispatcher.overloads[tuple(result.signature.args)] = result
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            f"{func.__module__}.{func.__qualname__} is called by kernels only: @entry lets Python"
+        )
+
+    dispatcher.add_overload = add_overload
+    dispatcher._compile_for_args = refuse
     return dispatcher
 
 
-def kernel(func: Callable) -> Any:
-    """Compile a serial function, callable from Python and from other kernels."""
-    return njit_cached(func, f"{func.__module__}.{func.__qualname__}")
+def entry(func: Callable, name: str = "") -> Any:
+    """Compile a function that Python calls, or kernels.
+
+    It is cached as `name`, its own by default, which must be its own among all entries.
+    """
+    dispatcher = numba.njit(**OPTIONS)(func)
+    dispatcher._cache = KernelCache(func, name or f"{func.__module__}.{func.__qualname__}")
+    return dispatcher
 
 
 @intrinsic

@@ -36,7 +36,7 @@ from .atomic import (
     prepare,
     run_part,
 )
-from .jit import kernel, njit_cached
+from .jit import entry, kernel
 
 # The words of a control block, each on a cache line of its own.
 _LINE = 8
@@ -53,6 +53,8 @@ _REMAINING = (1 << 32) - 1
 # for the last parts before it gives its processor away.
 _HELPER_POLLS = 20_000
 _CALLER_POLLS = 4_000
+# Instead of a number of helpers: do all parts here, and leave the control block alone.
+_ALONE = -1
 # Parts for each thread, so that one which the system slows down takes fewer of them.
 _PARTS_A_THREAD = 4
 
@@ -74,7 +76,7 @@ def _take_parts(control):
             taken += 1
 
 
-@kernel
+@entry
 def _help_out(control, helper, polls):
     """Do parts of whatever is published, until `polls` looks in a row have found nothing."""
     atomic_store(control, _AWAKE + helper * _LINE, 1)
@@ -106,7 +108,7 @@ def _finish(control, parts, helpers):
     return atomic_load(control, _FAILED) == 0
 
 
-@kernel
+@entry
 def _play(control, jobs, helpers):
     """Do recorded jobs, one after the other; true unless one failed."""
     for i in range(jobs.shape[0]):
@@ -144,11 +146,10 @@ class _Team:
         """The parent's helpers don't exist here; neither does whoever may have held the lock."""
         self._reset()
 
-    def run(self, driver: Callable, body: Callable, parts: int, args: tuple) -> None:
+    def run(self, driver: Callable, parts: int, args: tuple) -> None:
         """Do a job with all threads, or alone if another Python thread has the team."""
         if not self.lock.acquire(blocking=False):
-            for part in range(parts):
-                body(part, parts, *args)
+            driver(self.control, parts, _ALONE, *args)
             return
         try:
             helpers = min(self.threads, parts) - 1
@@ -298,24 +299,29 @@ class Parallel:
     """
 
     def __init__(self, func: Callable):
-        body = kernel(func)
+        # Out of line: the thread that does its parts alone runs the same machine code as a team, so that no
+        # sum depends on which it was.
+        body = kernel(func, out_of_line=True)
 
         def driver(control, parts, helpers, *args):
+            if helpers == _ALONE:
+                for part in range(parts):
+                    body(part, parts, *args)
+                return True
             prepare(control, parts, body, args)
             return _finish(control, parts, helpers)
 
         self.__doc__ = func.__doc__
         self.__name__ = func.__name__
-        self._body = body
-        self._driver = njit_cached(driver, f"{func.__module__}.{func.__qualname__}.driver")
+        self._driver = entry(driver, f"{func.__module__}.{func.__qualname__}")
 
     def __call__(self, parts: int, *args: Any) -> None:
         if _active.recording is not None:
             _active.recording.note(self._driver, parts, args)
         elif parts == 1:
-            self._body(0, 1, *args)
+            self._driver(_team.control, 1, _ALONE, *args)
         else:
-            _team.run(self._driver, self._body, parts, args)
+            _team.run(self._driver, parts, args)
 
 
 def parallel(func: Callable) -> Parallel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import checks
-from ..jit import kernel
+from ..jit import entry, kernel
 from .dropout import seed64
 from .gaussian import BLOCK, add_noise
 from .pieces import fill, row_width
@@ -20,7 +20,7 @@ IMAGE_DTYPES = (np.dtype(np.uint8), np.dtype(np.float32))
 _HUGE = 1e9
 
 
-@kernel
+@entry
 def _gather(images, index, scale, shift, out):
     for b in range(index.size):
         source, target = images[index[b]], out[b]
@@ -31,7 +31,7 @@ def _gather(images, index, scale, shift, out):
                 values[k] = np.float32(pixels[k]) * scale[k] + shift[k]
 
 
-@kernel
+@entry
 def _first_outside(index, count):
     for b in range(index.size):
         if index[b] < 0 or index[b] >= count:
@@ -159,7 +159,7 @@ def _finish(values, white, scale, shift):
             row[k] = value * white * scale[k] + shift[k]
 
 
-@kernel
+@entry
 def _augment(images, index, scale, shift, params, seed, white, channels, uniform, out):
     for b in range(index.size):
         p = params[b]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..jit import keep_out_of_line, kernel
+from ..jit import entry, keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .exponential import largest_of, sum_of_powers
 from .pieces import fill
@@ -202,7 +202,7 @@ def _logits(x: Any, weight: Any, label_smoothing: float) -> tuple[np.ndarray, np
     return x, checks.same_shape("weight", checks.floating("weight", weight, 1, x.dtype), (classes,))
 
 
-@kernel
+@entry
 def _first_wrong(target, classes, ignore_index):
     for m in range(target.size):
         if (target[m] < 0 or target[m] >= classes) and target[m] != ignore_index:

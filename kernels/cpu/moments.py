@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..jit import keep_out_of_line, kernel
+from ..jit import entry, keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .elementwise import row_length
 from .pieces import fill, fold, piece_bounds, piece_count
@@ -104,7 +104,7 @@ def _moments(part, parts, x, slabs):
             shift[k] = many
 
 
-@kernel
+@entry
 def _merge(slabs, total, squares, count):
     """Each channel's sum, sum of squared distances from its mean, and count.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..jit import kernel
+from ..jit import entry, kernel
 from ..threads import span
 
 # Parts are whole blocks of elements: a boundary between them never falls inside a vector, so that every
@@ -52,7 +52,7 @@ def piece_bounds(piece, pieces, size, width):
     return min(first * width, size), min(last * width, size)
 
 
-@kernel
+@entry
 def fold(slabs, out, accumulate):
     """Write to ``out[c]`` (or add to it) the sum of all ``slabs[:, c::out.size]``, in a fixed order."""
     pieces, width = slabs.shape
