@@ -18,14 +18,42 @@ except ImportError as error:
 from .activation import leaky_relu_backward, leaky_relu_forward, relu_backward, relu_forward
 from .arrays import DeviceArray, as_device, empty, from_numpy, zeros
 from .jit import synchronize
+from .normalization import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_pool_backward,
+    batch_norm_pool_forward,
+)
+from .pooling import (
+    adaptive_avg_pool2d_backward,
+    adaptive_avg_pool2d_forward,
+    avg_pool2d_backward,
+    avg_pool2d_forward,
+    global_avg_pool2d_backward,
+    global_avg_pool2d_forward,
+    max_pool2d_backward,
+    max_pool2d_forward,
+)
 
 __all__ = [
     "DeviceArray",
+    "adaptive_avg_pool2d_backward",
+    "adaptive_avg_pool2d_forward",
     "as_device",
+    "avg_pool2d_backward",
+    "avg_pool2d_forward",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_norm_pool_backward",
+    "batch_norm_pool_forward",
     "empty",
     "from_numpy",
+    "global_avg_pool2d_backward",
+    "global_avg_pool2d_forward",
     "leaky_relu_backward",
     "leaky_relu_forward",
+    "max_pool2d_backward",
+    "max_pool2d_forward",
     "relu_backward",
     "relu_forward",
     "synchronize",
