@@ -2,7 +2,8 @@
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` convolves by the
 definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3, `depthwise`,
-`image_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
+`image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or
+to repay packing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import depthwise, direct, few_channels, few_pixels, image_lanes, winograd, winograd_weights
+from . import (
+    depthwise,
+    direct,
+    few_channels,
+    few_pixels,
+    image_lanes,
+    winograd,
+    winograd_lanes,
+    winograd_weights,
+)
 
 Way = Callable[..., None]
 
@@ -26,6 +36,8 @@ Way = Callable[..., None]
 def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.forward
+    if winograd_lanes.suits_forward(layer, images, dtype):
+        return winograd_lanes.forward
     if image_lanes.suits_forward(layer, images, dtype):
         return image_lanes.forward
     if winograd.suits(layer, images, dtype):

@@ -88,7 +88,7 @@ class Tables(NamedTuple):
 
 
 @kernel
-def _fill(x, n0, images, block, g, h0, rows, window):
+def fill_window(x, n0, images, block, g, h0, rows, window):
     """The window of input rows from `h0` on as vectors of images, with zeros where the image ends."""
     lanes = VECTOR_BITS // (8 * x.itemsize)
     row = g.pitch
@@ -112,26 +112,17 @@ def _fill(x, n0, images, block, g, h0, rows, window):
 
 
 @kernel
-def _empty(y, n0, images, g, i, result):
-    """Write a row of results, which are vectors of images, to `y`."""
+def empty_row(y, n0, images, g, i, result, block):
+    """Write a row of results, which are vectors of a block's images, to `y`."""
     lanes = VECTOR_BITS // (8 * result.itemsize)
-    block = VECTORS * lanes
     line = g.width // g.pool_w * g.filters
     run = line if g.out_column == g.filters else g.filters
     for j in range(line // run):
         y0 = g.out_first + i * g.out_row + j * g.out_column
         for k in range(0, run, lanes):
-            for v in range(VECTORS):
-                scatter_images(
-                    y,
-                    y0 + k,
-                    g.out_image,
-                    n0 + v * lanes,
-                    images,
-                    run - k,
-                    result,
-                    (j * run + k) * block + v * lanes,
-                )
+            for v in range(0, block, lanes):
+                r = (j * run + k) * block + v
+                scatter_images(y, y0 + k, g.out_image, n0 + v, images, run - k, result, r, block)
 
 
 @kernel
@@ -153,13 +144,13 @@ def _sum_taps(window, w, of, weights, start, filters, sums, s):
 
 
 @kernel
-def _pool(sums, taps, e, result, places, r):
+def pool_outputs(sums, taps, e, result, places, r, block):
     """One pixel of the result, and where it comes from, of the outputs at sums[taps]."""
     lanes = VECTOR_BITS // (8 * sums.itemsize)
     kind = sums.dtype.type(0)
     offsets, outputs, values, where = pointer(taps), pointer(sums), pointer(result), pointer(places)
     everything = all_lanes(outputs)
-    for k in range(0, e.filters * VECTORS * lanes, lanes):
+    for k in range(0, e.filters * block, lanes):
         pool_vector(e.relu, e.keeps, kind, outputs, k, offsets, taps.size, values, where, r + k, everything)
 
 
@@ -178,7 +169,9 @@ def _correlate(
         n0 = task // g.blocks * block
         i0 = task % g.blocks * g.rows
         i1 = min(i0 + g.rows, g.height)
-        _fill(x, n0, images, block, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window)
+        fill_window(
+            x, n0, images, block, g, g.origin_h + i0 * g.step, (i1 - i0 - 1) * g.step + g.extent, window
+        )
         for i in range(i0, i1, g.pool_h):
             for j in range(0, g.width, g.pool_w):
                 for tap in range(g.pool_h * g.pool_w):
@@ -187,10 +180,10 @@ def _correlate(
                     s = pool[tap] if e.pool_h else j * g.filters * block
                     _sum_taps(window, w, of, weights, start, filters, sums, s)
                 if e.pool_h:
-                    _pool(sums, pool, e, result, place, j // g.pool_w * g.filters * block)
-            _empty(y, n0, images, g, i // g.pool_h, result)
+                    pool_outputs(sums, pool, e, result, place, j // g.pool_w * g.filters * block, block)
+            empty_row(y, n0, images, g, i // g.pool_h, result, block)
             if e.keeps:
-                _empty(argmax, n0, images, g, i // g.pool_h, place)
+                empty_row(argmax, n0, images, g, i // g.pool_h, place, block)
 
 
 @kernel
@@ -229,7 +222,7 @@ def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradient
             first = task % g.blocks * g.rows
             end = min(first + g.rows, g.height)
             rows = (end - first - 1) * g.step + g.extent
-            _fill(x, n0, images, lanes, g, g.origin_h + first * g.step, rows, window)
+            fill_window(x, n0, images, lanes, g, g.origin_h + first * g.step, rows, window)
             for i0 in range(first, end, group):
                 count = min(group, end - i0) * g.width
                 size, d0 = count * g.filters, i0 * line
@@ -262,7 +255,7 @@ def _fold(part, parts, sums, filters, dweight):
             dweight[k, f] += total(images)
 
 
-def _pitch(row: int, dtype: np.dtype) -> int:
+def pitch(row: int, dtype: np.dtype) -> int:
     """Elements from row to row, so that rows under one tap lie in different sets of the first-level cache."""
     page, shift = (size // dtype.itemsize for size in (4096, _SHIFT_BYTES))
     apart = row % page
@@ -282,15 +275,15 @@ def _tables(
     pool: tuple[int, int] = (1, 1),
 ) -> Tables:
     """The tables of a correlation with `block` images at a time, of whose outputs windows are pooled."""
-    pitch = _pitch(columns.window * channels * block, dtype)
-    many = _WINDOW_BYTES // (pitch * dtype.itemsize)
+    row_pitch = pitch(columns.window * channels * block, dtype)
+    many = _WINDOW_BYTES // (row_pitch * dtype.itemsize)
     many = min(max(1, (many - rows.extent) // rows.step + 1), rows.outputs)
     # A batch in one block of images is cut by rows, for the threads.
     tasks = max(1, _TASKS // -(-images // block))
     many = min(many, max(-(-rows.outputs // tasks), -(-2 * rows.extent // rows.step)))
     blocks = -(-rows.outputs // many)
     many = _padded(-(-rows.outputs // blocks), pool[0])
-    taps = np.add.outer(np.array(rows.taps) * pitch, np.array(columns.taps) * channels * block)
+    taps = np.add.outer(np.array(rows.taps) * row_pitch, np.array(columns.taps) * channels * block)
     return Tables(
         Grid(
             image_h=image[0],
@@ -303,7 +296,7 @@ def _tables(
             origin_w=columns.origin,
             extent=rows.extent,
             window_w=columns.window,
-            pitch=pitch,
+            pitch=row_pitch,
             rows=many,
             blocks=-(-rows.outputs // many),
             filters=filters,
@@ -456,13 +449,23 @@ def _is_narrow(layer: Layer, filters: int, images: int, dtype: np.dtype) -> bool
     return layer.groups == 1 and filters < lanes and images >= lanes
 
 
+def _direct_cycles(layer: Layer, dtype: np.dtype) -> float:
+    return _DIRECT_CYCLES * layer.multiply_adds / layer.filters * -(-layer.filters // simd.lanes(dtype))
+
+
+def forward_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
+    """What the forward pass of all images costs, here or by `Layer.run`."""
+    cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
+    return images * min(cycles, _direct_cycles(layer, dtype))
+
+
 @lru_cache(maxsize=512)
 def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the forward pass is faster here than by `Layer.run`."""
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
     cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
-    return cycles < _DIRECT_CYCLES * layer.multiply_adds / layer.filters
+    return cycles < _direct_cycles(layer, dtype)
 
 
 @lru_cache(maxsize=512)

@@ -120,19 +120,19 @@ def _store_integers(emit, value, bits, pointer, mask):
 
 
 @intrinsic
-def scatter_images(typing_context, y, y0, image, first, images, count, result, r0):
-    """y[y0 + (first + i) * image + k] = result[r0 + k * L + i] for a vector of images i.
+def scatter_images(typing_context, y, y0, image, first, images, count, result, r0, block):
+    """y[y0 + (first + i) * image + k] = result[r0 + k * block + i] for a vector of images i.
 
-    L is the number of a block's images. Elements from `count` on and images from `images` on are left alone.
-    If y is of integers, the numbers in `result` are whole and not negative.
+    `block` is the number of a block's images. Elements from `count` on and images from `images` on are left
+    alone. If y is of integers, the numbers in `result` are whole and not negative.
     """
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, result.dtype)
-        y0, image, first, images, count, r0 = (arguments[i] for i in (1, 2, 3, 4, 5, 7))
+        y0, image, first, images, count, r0, block = (arguments[i] for i in (1, 2, 3, 4, 5, 7, 8))
         begin = emit.at(memory(context, builder, y, arguments[0]), y0)
         source = emit.at(memory(context, builder, result, arguments[6]), r0)
-        offsets = [ir.Constant(_I64, k * VECTORS * emit.lanes) for k in range(emit.lanes)]
+        offsets = [builder.mul(block, ir.Constant(_I64, k)) for k in range(emit.lanes)]
         rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
         for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
             number = builder.add(first, ir.Constant(_I64, i))
@@ -143,7 +143,7 @@ def scatter_images(typing_context, y, y0, image, first, images, count, result, r
                 emit.store(rows[i], place, mask)
         return context.get_dummy_value()
 
-    return types.void(y, y0, image, first, images, count, result, r0), codegen
+    return types.void(y, y0, image, first, images, count, result, r0, block), codegen
 
 
 @intrinsic(prefer_literal=True)

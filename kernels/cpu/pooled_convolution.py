@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct, image_lanes, simd, sparse, winograd, winograd_weights
+from . import direct, image_lanes, simd, sparse, winograd, winograd_lanes, winograd_weights
 from .columns import conv2d_backward_bias
 from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
@@ -138,6 +138,9 @@ def conv2d_pool_forward(
         where = np.empty(0, np.uint8) if argmax is None else argmax
         if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
             winograd.forward(layer, x, weight, bias, y, e, where)
+            return y, argmax
+        if winograd_lanes.suits_forward(layer, x.shape[0], x.dtype, e):
+            winograd_lanes.forward(layer, x, weight, bias, y, e, where)
             return y, argmax
         if image_lanes.suits_forward(layer, x.shape[0], x.dtype):
             image_lanes.forward(layer, x, weight, bias, y, e, where)

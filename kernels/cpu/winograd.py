@@ -59,10 +59,11 @@ _enabled = True
 
 
 def set_winograd(enabled: bool) -> None:
-    """Use Winograd's algorithm for float32 convolutions with 3x3 filters where it is faster, or never.
+    """Use Winograd's algorithm for float32 convolutions where it is faster, or never.
 
-    It is on from the start. Results differ from direct convolution's by up to 2e-5 of the largest of them,
-    and a NaN or an infinity spreads to the whole tiles of 4x4 outputs that it has a part in.
+    It takes filters of 3x3, and of up to 8x8 where there are few. It is on from the start. Results differ
+    from direct convolution's by up to 2e-5 of the largest of them, and a NaN or an infinity spreads to the
+    whole tiles of 4x4 outputs that it has a part in.
     """
     global _enabled
     if not isinstance(enabled, (bool, np.bool_)):

@@ -1,0 +1,331 @@
+"""Winograd's algorithm for few filters: the images of a batch lie in the lanes of vectors.
+
+The output is cut into tiles of 4x4 pixels. Filters of up to 4x4 take 7x7 products for a tile, channel and
+filter, those of 5x5 take 8x8; larger ones, of up to 8x8, are cut into four of 4x4, whose inputs are the
+tile's own window and those of the tiles beside and below it, so that each window is transformed once (see
+`winograd_points`). That is a third of the multiplications of 3x3 filters, a sixth of those of 5x5 and a
+quarter of those of 7x7.
+
+A thread transposes the rows under some rows of tiles to vectors of images, as `image_lanes` does, and then
+transforms, multiplies and transforms back one tile at a time, in the first- and second-level caches. For
+standard normal images and weights the largest error is below 2e-5 of the largest output. A NaN or an infinity
+in an image makes NaN of all its outputs whose tile has it in a window.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..jit import entry, keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from . import image_lanes, simd, winograd
+from .direct import Layer
+from .epilogue import NO_EPILOGUE, Epilogue
+from .image_lanes import empty_row, fill_window, pitch, pool_outputs
+from .simd import VECTOR_BITS
+from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
+from .workspace import scratch
+
+# The sizes of transforms that are compiled.
+SMALL, LARGE = 7, 8
+# Sides of the filters that are transformed as they are, by `SMALL` and by `LARGE`, and the most that are cut.
+_SMALL_TAPS, _LARGE_TAPS, _MOST_TAPS = 4, 5, 8
+_FEWEST_TAPS = 3
+# A window of a band of tiles should leave half of the second-level cache.
+_WINDOW_BYTES = 256 * 1024
+# Tasks that a batch is cut into at least, if its images have enough rows of tiles.
+_TASKS = 16
+# Multiply-adds that take about as long as moving one byte: the unit of part_count.
+_MULTIPLY_ADDS_PER_BYTE = 10
+# Measured cycles of a product of vectors, and of an element of a vector of 7 or 8 that is transformed.
+_PRODUCT_CYCLES = 1.5
+_TRANSFORM_CYCLES = 6.0
+_NOWHERE = np.empty(0, np.uint8)
+
+
+class Tiling(NamedTuple):
+    """The integers that the compiled driver reads; what `image_lanes.Grid` has too means the same."""
+
+    image_h: int
+    image_w: int
+    channels: int
+    height: int
+    width: int
+    origin_h: int
+    origin_w: int
+    window_w: int
+    pitch: int
+    filters: int
+    pool_h: int
+    pool_w: int
+    out_image: int
+    out_first: int
+    out_row: int
+    out_column: int
+    size: int  # of a tile's transform
+    cuts: int  # filters that a filter is cut into along an axis
+    tiles_h: int
+    tiles_w: int
+    rows: int  # rows of tiles of a band
+    bands: int  # of an image
+
+
+@kernel
+def _transform_row(window, w0, g, columns, spectrum):
+    """Transforms of the windows of a row of tiles, and of the cuts beside the last: by tile and column."""
+    lanes = VECTOR_BITS // (8 * window.itemsize)
+    vectors = g.size * lanes
+    step = g.channels * vectors
+    for e in range(g.window_w * g.channels):
+        if g.size == SMALL:
+            transform(SMALL, INPUT, window, w0 + e * lanes, g.pitch, columns, e * vectors, lanes)
+        else:
+            transform(LARGE, INPUT, window, w0 + e * lanes, g.pitch, columns, e * vectors, lanes)
+    for tile in range(g.tiles_w + g.cuts - 1):
+        source, target = tile * TILE * step, tile * g.size * step
+        for e in range(0, step, lanes):
+            if g.size == SMALL:
+                transform(SMALL, INPUT, columns, source + e, step, spectrum, target + e, step)
+            else:
+                transform(LARGE, INPUT, columns, source + e, step, spectrum, target + e, step)
+
+
+@kernel
+def _multiply_tile(spectrum, v0, taps, weights, start, g, sums):
+    """Products of a tile, transformed along columns: sums[filter, row of the tile, column]."""
+    lanes = VECTOR_BITS // (8 * spectrum.itemsize)
+    depth = taps.size * g.size
+    padded = start.size // 2
+    u0 = 0
+    for q in range(g.size):
+        v = v0 + q * g.channels * g.size * lanes
+        s0 = padded if q == ONE else 0
+        for f in range(0, padded, FILTERS):
+            t0 = (f * TILE * g.size + q) * lanes
+            if g.size == SMALL:
+                tile_products(SMALL, spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
+            else:
+                tile_products(LARGE, spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
+            u0 += depth * FILTERS
+
+
+@kernel
+def _finish_tile(sums, g, outputs, s0, line):
+    """The tile's outputs, by row, column and filter; rows are `line` elements apart."""
+    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    vectors = g.size * lanes
+    step = g.filters * lanes
+    for f in range(g.filters):
+        for m in range(TILE):
+            source, target = (f * TILE + m) * vectors, s0 + m * line + f * lanes
+            if g.size == SMALL:
+                transform(SMALL, OUTPUT, sums, source, lanes, outputs, target, step)
+            else:
+                transform(LARGE, OUTPUT, sums, source, lanes, outputs, target, step)
+
+
+@kernel
+def _write_rows(y, n0, images, g, tile_row, result):
+    """Write the rows of results that a row of tiles gives to `y`."""
+    lanes = VECTOR_BITS // (8 * result.itemsize)
+    many = TILE // g.pool_h
+    line = result.size // many
+    for m in range(many):
+        i = tile_row * many + m
+        if i < g.height // g.pool_h:
+            empty_row(y, n0, images, g, i, result[m * line :], lanes)
+
+
+@parallel
+def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argmax, memory):
+    keep_out_of_line()
+    windows, columns, spectra, products, outputs, results, places = memory
+    window, column, spectrum, sums = windows[part], columns[part], spectra[part], products[part]
+    output, result, place = outputs[part], results[part], places[part]
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    many, tile_w = TILE // g.pool_h, TILE // g.pool_w * g.filters * lanes
+    line = result.size // many
+    slot = spectrum.size // g.cuts
+    tile = g.size * g.size * g.channels * lanes
+    lo, hi = span(part, parts, (images + lanes - 1) // lanes * g.bands)
+    for task in range(lo, hi):
+        n0 = task // g.bands * lanes
+        first = task % g.bands * g.rows
+        end = min(first + g.rows, g.tiles_h)
+        rows = (end - first + g.cuts - 2) * TILE + g.size
+        fill_window(x, n0, images, lanes, g, g.origin_h + first * TILE, rows, window)
+        ready = first
+        for t in range(first, end):
+            while ready < t + g.cuts:
+                w0 = (ready - first) * TILE * g.pitch
+                _transform_row(window, w0, g, column, spectrum[ready % g.cuts * slot :])
+                ready += 1
+            turned = taps[t % g.cuts]
+            for j in range(g.tiles_w):
+                _multiply_tile(spectrum, j * tile, turned, weights, start, g, sums)
+                if e.pool_h:
+                    _finish_tile(sums, g, output, 0, TILE * g.filters * lanes)
+                    for i in range(many):
+                        for k in range(TILE // g.pool_w):
+                            s = (i * g.pool_h * TILE + k * g.pool_w) * g.filters * lanes
+                            r = i * line + j * tile_w + k * g.filters * lanes
+                            pool_outputs(output[s:], pool, e, result, place, r, lanes)
+                else:
+                    _finish_tile(sums, g, result, j * tile_w, line)
+            _write_rows(y, n0, images, g, t, result)
+            if e.keeps:
+                _write_rows(argmax, n0, images, g, t, place)
+
+
+@entry
+def _transform_weights(weight, g, matrix, transformed):
+    """(kH, kW, C, F) as columns, groups of filters, cuts, channels and rows of the transform, and filters."""
+    kernel_h, kernel_w, channels, filters = weight.shape
+    size, side = matrix.shape
+    for f in range(filters):
+        target = f // FILTERS * (g.cuts * g.cuts * channels * size * FILTERS) + f % FILTERS
+        column = (filters + FILTERS - 1) // FILTERS * (g.cuts * g.cuts * channels * size * FILTERS)
+        for k in range(g.cuts * g.cuts * channels):
+            cut, c = k // channels, k % channels
+            h0, w0 = cut // g.cuts * side, cut % g.cuts * side
+            for i in range(size):
+                for q in range(size):
+                    total = 0.0
+                    for a in range(min(side, kernel_h - h0)):
+                        for b in range(min(side, kernel_w - w0)):
+                            total += matrix[i, a] * matrix[q, b] * weight[h0 + a, w0 + b, c, f]
+                    transformed[q * column + target + (k * size + i) * FILTERS] = total
+
+
+def _cut(taps: int) -> tuple[int, int]:
+    """The size of transform of filters with so many rows and columns, and how many each is cut into."""
+    if taps <= _SMALL_TAPS:
+        return SMALL, 1
+    return (LARGE, 1) if taps <= _LARGE_TAPS else (SMALL, 2)
+
+
+@lru_cache(maxsize=512)
+def _tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Tiling, np.ndarray]:
+    """A pass's sizes, and where a product's inputs lie, for each order of the rows of spectra in scratch."""
+    lanes = simd.lanes(dtype)
+    size, cuts = _cut(max(layer.rows.kernel, layer.columns.kernel))
+    pool_h, pool_w = (e.pool_h, e.pool_w) if e.pool_h else (1, 1)
+    height, width = (e.out_h * pool_h, e.out_w * pool_w) if e.pool_h else layer.out_image
+    tiles_h, tiles_w = -(-height // TILE), -(-width // TILE)
+    window_w = (tiles_w + cuts - 2) * TILE + size
+    row = pitch(window_w * layer.channels * lanes, dtype)
+    most = (_WINDOW_BYTES // (row * dtype.itemsize) - size) // TILE + 2 - cuts
+    bands = max(-(-tiles_h // max(most, 1)), -(-_TASKS // -(-images // lanes)))
+    rows = -(-tiles_h // min(bands, tiles_h))
+    out_w = width // pool_w
+    tiling = Tiling(
+        image_h=layer.image[0],
+        image_w=layer.image[1],
+        channels=layer.channels,
+        height=height,
+        width=width,
+        origin_h=-layer.rows.padding[0],
+        origin_w=-layer.columns.padding[0],
+        window_w=window_w,
+        pitch=row,
+        filters=layer.filters,
+        pool_h=pool_h,
+        pool_w=pool_w,
+        out_image=height // pool_h * out_w * layer.filters,
+        out_first=0,
+        out_row=out_w * layer.filters,
+        out_column=layer.filters,
+        size=size,
+        cuts=cuts,
+        tiles_h=tiles_h,
+        tiles_w=tiles_w,
+        rows=rows,
+        bands=-(-tiles_h // rows),
+    )
+    channel = size * lanes
+    tile = channel * size * layer.channels
+    slots = np.arange(cuts) * ((tiles_w + cuts - 1) * tile)
+    right = np.add.outer(np.arange(cuts) * tile, np.arange(layer.channels) * channel).ravel()
+    return tiling, np.stack([np.add.outer(np.roll(slots, -turn), right).ravel() for turn in range(cuts)])
+
+
+def _padded_filters(filters: int) -> int:
+    return -(-filters // FILTERS) * FILTERS
+
+
+def _memory(parts: int, g: Tiling, e: Epilogue, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Scratch for each part, in the order in which `_convolve` takes it."""
+    lanes = simd.lanes(dtype)
+    filters = _padded_filters(g.filters)
+    # Vectors are moved by the whole, so that something lies beyond each end.
+    line = (g.tiles_w * (TILE // g.pool_w) * g.filters + lanes) * lanes
+    results = TILE // g.pool_h * line
+    sizes = {
+        "windows": ((g.rows + g.cuts - 2) * TILE + g.size) * g.pitch + lanes * lanes,
+        "columns": g.window_w * g.channels * g.size * lanes,
+        "spectra": g.cuts * (g.tiles_w + g.cuts - 1) * g.size * g.size * g.channels * lanes,
+        "products": filters * TILE * g.size * lanes,
+        "rows": TILE * TILE * g.filters * lanes if e.pool_h else 1,
+        "results": results,
+        "places": results if e.keeps else 1,
+    }
+    return tuple(scratch(use, parts * size, dtype).reshape(parts, size) for use, size in sizes.items())
+
+
+def forward(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = _NOWHERE,
+) -> None:
+    """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
+    images, lanes = len(x), simd.lanes(x.dtype)
+    g, taps = _tiling(layer, images, x.dtype, e)
+    padded = _padded_filters(g.filters)
+    weights = scratch("weights", padded * taps.shape[1] * g.size * g.size, x.dtype)
+    weights.fill(0)
+    _transform_weights(weight, g, matrices(g.size)[2], weights)
+    # What is added to the products at the point 1 of the rows: nothing, and the bias.
+    start = scratch("start", 2 * padded, x.dtype)
+    start.fill(0)
+    if bias is not None:
+        start[padded : padded + g.filters] = bias
+    parts = part_count(-(-images // lanes) * g.bands, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+    pixel = g.filters * lanes
+    pool = np.add.outer(np.arange(g.pool_h) * (TILE * pixel), np.arange(g.pool_w) * pixel).ravel()
+    memory = _memory(parts, g, e, x.dtype)
+    flat = (y.reshape(-1), g, e, pool, argmax.reshape(-1), memory)
+    _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
+
+
+@lru_cache(maxsize=512)
+def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
+    sides = layer.rows, layer.columns
+    kernels = [side.kernel for side in sides]
+    if layer.groups > 1 or any(side.stride > 1 or side.dilation > 1 for side in sides):
+        return False
+    if min(kernels) < _FEWEST_TAPS or max(kernels) > _MOST_TAPS or not layer.multiply_adds:
+        return False
+    if e.pool_h and (TILE % e.pool_h or TILE % e.pool_w):
+        return False
+    g, taps = _tiling(layer, images, dtype, e)
+    elements = g.size * g.size
+    products = _PRODUCT_CYCLES * elements * taps.shape[1] * _padded_filters(g.filters)
+    windows = g.channels * (1 + (g.cuts - 1) / g.rows)
+    tile = products + _TRANSFORM_CYCLES * elements * (windows + g.filters)
+    lanes = simd.lanes(dtype)
+    return g.tiles_h * g.tiles_w * tile * -(-images // lanes) < image_lanes.forward_cycles(
+        layer, images, dtype
+    )
+
+
+def suits_forward(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
+    """Whether the forward pass may be done here, and is faster than with all multiplications."""
+    narrow = layer.filters < simd.lanes(dtype) <= images
+    return narrow and winograd.get_winograd() and dtype == np.float32 and _pays(layer, images, dtype, e)

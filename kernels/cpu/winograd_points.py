@@ -1,0 +1,208 @@
+"""Winograd's transforms for any number of interpolation points, as vector instructions.
+
+A tile of 4 outputs in a row of filters of r taps is
+
+    y = A^T [ (G g) * (B^T d) ]
+
+of n = r + 3 inputs d and the filter g, * being elementwise, by the construction of Toom and Cook: the
+products are values of a product of polynomials at n - 1 points and at infinity (Winograd, "Arithmetic
+Complexity of Computations", 1980; Lavin & Gray, 2015, section 4). Vectors hold images; see `winograd_lanes`.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .loops import memory, sum_loop
+from .simd import TILE_ROWS
+from .tile import Emitter
+
+# Outputs of a tile along each axis.
+TILE = 4
+# Small powers of two, lest numbers of very different size be added; and 1 second, see `tile_products`.
+_POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
+# The transforms: of inputs, B^T; of products, A^T; and of gradients of outputs, A.
+INPUT, OUTPUT, GRADIENT = 0, 1, 2
+# Filters of which one tile holds a column of products, in registers.
+FILTERS = 1 if TILE_ROWS < 8 else 2
+# The point 1, at which a polynomial's value is the sum of its coefficients.
+ONE = 1
+
+_I64 = ir.IntType(64)
+# Numba gives its own flags to instructions that have none: LLVM would then reorder these sums.
+_FLAGS = ("nsz",)
+
+
+def _polynomial(roots: list[Fraction]) -> list[Fraction]:
+    """Coefficients of the product of x - root, from that of 1 on."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        coefficients = [a - root * b for a, b in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+    return coefficients
+
+
+@lru_cache(maxsize=16)
+def matrices(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """B^T (size, size), A^T (4, size) and G (size, size - 3), float64; the last row is that of infinity."""
+    points = _POINTS[: size - 1]
+    taps = size + 1 - TILE
+    b, a, g = (np.zeros(shape) for shape in ((size, size), (TILE, size), (size, taps)))
+    for j, point in enumerate(points):
+        others = [other for other in points if other != point]
+        b[j, : size - 1] = [float(coefficient) for coefficient in _polynomial(others)]
+        a[:, j] = [float(point**i) for i in range(TILE)]
+        scale = math.prod(point - other for other in others)
+        g[j] = [float(point**i / scale) for i in range(taps)]
+    b[-1] = [float(coefficient) for coefficient in _polynomial(list(points))]
+    a[-1, -1] = g[-1, -1] = 1
+    return b, a, g
+
+
+class _Transformer(Emitter):
+    """Products of constant matrices with lists of vectors."""
+
+    def sum(self, factors, values):
+        """The sum of factors times values, or None if all factors are zero."""
+        total = None
+        # A factor of one takes no multiplication, if it comes first.
+        terms = sorted(zip(factors, values, strict=True), key=lambda term: term[0] != 1)
+        for factor, value in terms:
+            if factor == 0:
+                continue
+            constant = ir.Constant(self.vector, [factor] * self.lanes)
+            if total is None:
+                total = value if factor == 1 else self.builder.fmul(constant, value, flags=_FLAGS)
+            elif factor == 1:
+                total = self.add(total, value)
+            elif factor == -1:
+                total = self.builder.fsub(total, value, flags=_FLAGS)
+            else:
+                total = self.multiply_add(constant, value, total)
+        return total
+
+    def add(self, a, b):
+        return self.builder.fadd(a, b, flags=_FLAGS)
+
+    def subtract(self, a, b):
+        return self.builder.fsub(a, b, flags=_FLAGS)
+
+    def rows(self, matrix, values):
+        """matrix @ values, rows of opposite points sharing what they have in common."""
+        results: list = [None] * len(matrix)
+        pairs = list(_opposites(len(matrix)))
+        for j, k in pairs:
+            same = self.sum((matrix[j] + matrix[k]) / 2, values)
+            other = self.sum((matrix[j] - matrix[k]) / 2, values)
+            results[j], results[k] = self.add(same, other), self.subtract(same, other)
+        return [
+            self.sum(row, values) if result is None else result
+            for row, result in zip(matrix, results, strict=True)
+        ]
+
+    def columns(self, matrix, values):
+        """matrix @ values, values of opposite points being added and subtracted first."""
+        values, matrix = list(values), matrix.copy()
+        for j, k in _opposites(matrix.shape[1]):
+            same, other = (matrix[:, j] + matrix[:, k]) / 2, (matrix[:, j] - matrix[:, k]) / 2
+            matrix[:, j], matrix[:, k] = same, other
+            values[j], values[k] = self.add(values[j], values[k]), self.subtract(values[j], values[k])
+        return [self.sum(row, values) for row in matrix]
+
+    def transformed(self, kind, size, values):
+        b, a, _ = matrices(size)
+        if kind == INPUT:
+            return self.rows(b, values)
+        return self.columns(a, values) if kind == OUTPUT else self.rows(a.T, values)
+
+
+def _opposites(size):
+    """Numbers of those points p and -p that are both there."""
+    points = _POINTS[: size - 1]
+    for j, point in enumerate(points):
+        if point > 0 and -point in points:
+            yield j, points.index(-point)
+
+
+def _literals(*values):
+    return all(isinstance(value, types.IntegerLiteral) for value in values)
+
+
+@intrinsic(prefer_literal=True)
+def transform(typing_context, size, kind, source, s0, source_step, target, t0, target_step):
+    """target[t0 + i * target_step] = (matrix @ source[s0 + k * source_step])[i], of vectors.
+
+    The literals are the number of points and the matrix: `INPUT`, `OUTPUT` or `GRADIENT`.
+    """
+    if not _literals(size, kind):
+        return None
+    points, which = size.literal_value, kind.literal_value
+    signature = types.void(size, kind, source, s0, source_step, target, t0, target_step)
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Transformer(context, builder, source.dtype)
+        begin = emit.at(memory(context, builder, source, arguments[2]), arguments[3])
+        end = emit.at(memory(context, builder, target, arguments[5]), arguments[6])
+        count = TILE if which == GRADIENT else points
+        places = [emit.at(begin, builder.mul(arguments[4], ir.Constant(_I64, k))) for k in range(count)]
+        results = emit.transformed(which, points, [emit.load(place) for place in places])
+        for i, result in enumerate(results):
+            emit.store(result, emit.at(end, builder.mul(arguments[7], ir.Constant(_I64, i))))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_products(typing_context, size, inputs, v0, taps, weights, u0, start, s0, sums, t0):
+    """A^T times a column of products: sums[t0 + (f * 4 + m) * size], vectors, for `FILTERS` filters f.
+
+    The products' element i is the sum over k of inputs[v0 + taps[k] + i] * weights[u0 + (k * size + i) *
+    FILTERS + f], with start[s0 + f] added at the point 1: what is added there for the point 1 of the
+    other axis too, is added to all outputs of the tile. The literal is the number of points.
+    """
+    if not _literals(size):
+        return None
+    points = size.literal_value
+    signature = types.void(size, inputs, v0, taps, weights, u0, start, s0, sums, t0)
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Transformer(context, builder, inputs.dtype)
+        images, table, factors, begin, target = (
+            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
+        )
+        images, factors = emit.at(images, arguments[2]), emit.at(factors, arguments[5])
+        begin, target = emit.at(begin, arguments[7]), emit.at(target, arguments[9])
+        depth = context.make_array(taps)(context, builder, arguments[3]).nitems
+        column = points * FILTERS
+
+        def step(k, totals):
+            place = emit.at(images, builder.load(emit.at(table, k)))
+            row = emit.at(factors, builder.mul(k, ir.Constant(_I64, column)))
+            new: list = []
+            for i in range(points):
+                value = emit.load(emit.at(place, ir.Constant(_I64, i * emit.lanes)))
+                for f in range(FILTERS):
+                    weight = builder.load(emit.at(row, ir.Constant(_I64, i * FILTERS + f)))
+                    new.append(emit.multiply_add(emit.broadcast(weight), value, totals[len(new)]))
+            return new
+
+        totals = [ir.Constant(emit.vector, None)] * column
+        for f in range(FILTERS):
+            bias = builder.load(emit.at(begin, ir.Constant(_I64, f)))
+            totals[ONE * FILTERS + f] = emit.broadcast(bias)
+        totals = sum_loop(emit, ir.Constant(_I64, 0), depth, totals, step)
+        for f in range(FILTERS):
+            for m, value in enumerate(emit.transformed(OUTPUT, points, totals[f::FILTERS])):
+                offset = (f * TILE + m) * points * emit.lanes
+                emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
+        return context.get_dummy_value()
+
+    return signature, codegen
