@@ -19,7 +19,7 @@ from .image_tiles import gather_images
 from .runs import add_runs
 from .simd import TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
-from .vectors import all_lanes, first_lanes, load, multiply_add, pointer, store, total, zeros
+from .vectors import all_lanes, first_lanes, load, multiply_add, pointer, prefetch, store, total, zeros
 from .winograd_transforms import transpose_square
 from .workspace import clear, copy, scratch
 
@@ -34,8 +34,10 @@ _FEW_ROWS = 4
 _MOST_ELEMENTS = (1 << 31) - 1
 # Columns that one task of a product of few rows sums.
 _CHUNK = 64
-# With so many rows of A, packing B costs more than reading it where it lies.
+# With so many rows of A, or so many numbers from B's first row to that which is as many rows on, packing B
+# costs more than reading it where it lies.
 _UNPACKED_ROWS = 16
+_UNPACKED = 12 * 1024
 _MULTIPLY_ADDS_PER_BYTE = 10
 # Multiply-adds of a product that takes less time than preparing a larger one does, and the most of k.
 _SMALL_PRODUCT = 400_000
@@ -116,6 +118,15 @@ def _pack_rows(a, p, a0, depth, rows, block):
             copy(a, a0 + k * p.a_k, block, k * p.block_rows, rows)
 
 
+@kernel
+def _fetch_rows(b, b0, ldb, rows, columns):
+    """Have a cache fetch `columns` elements of so many rows, which need not exist: what is read next."""
+    values, line = pointer(b), 64 // b.itemsize
+    for k in range(rows):
+        for c in range(0, columns, line):
+            prefetch(values, b0 + k * ldb + c)
+
+
 @parallel
 def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, blocks_of_a):
     keep_out_of_line()
@@ -125,7 +136,7 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
     width = depth_size // col.size
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
-    in_place = p.b_column == 1 and p.rows <= _UNPACKED_ROWS
+    in_place = p.b_column == 1 and (p.rows <= _UNPACKED_ROWS or p.rows * p.b_k <= _UNPACKED)
     item, end = span(part, parts, panels * blocks)
     while item < end:
         block = item // panels
@@ -142,11 +153,13 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
                 many = min(p.columns - first, width)
                 c0 = block * p.block_rows * p.columns + first
                 source, b0, ldb = b, k0 * p.b_k + first, p.b_k
+                group = 0 if in_place else (panel - panel0) % _PANELS
+                more = 1 if in_place else min(_PANELS, panel1 - panel)
+                many_packed = min(more * width, p.columns - first)
+                if group == 0 and p.b_column == 1:
+                    _fetch_rows(b, b0 + depth * p.b_k, p.b_k, depth, many_packed)
                 if not in_place or many < width:
-                    group = 0 if in_place else (panel - panel0) % _PANELS
                     if group == 0:
-                        more = 1 if in_place else min(_PANELS, panel1 - panel)
-                        many_packed = min(more * width, p.columns - first)
                         _pack_panels(b, p, k0, depth, first, many_packed, width, packed)
                     source, b0, ldb = packed, group * depth_size, width
                 if k0 == 0 and p.accumulate == 0:
