@@ -1,9 +1,9 @@
 """Convolution: forward, and backward to the input and to the weights.
 
-The functions check their arguments and choose the way by the layer's sizes: `direct` convolves by the
-definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3, `depthwise`,
-`image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or
-to repay packing.
+The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
+convolve by the definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3,
+`depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill
+vectors or to repay packing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .. import checks
 from . import (
     depthwise,
     direct,
+    direct_weights,
     few_channels,
     few_pixels,
     image_lanes,
@@ -66,7 +67,11 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return image_lanes.add_weight_gradient
     if winograd.suits(layer, images, dtype):
         return winograd_weights.add_weight_gradient
-    return few_pixels.add_weight_gradient if few_pixels.suits(layer, images) else direct.add_weight_gradient
+    return (
+        few_pixels.add_weight_gradient
+        if few_pixels.suits(layer, images)
+        else direct_weights.add_weight_gradient
+    )
 
 
 def conv2d_forward(

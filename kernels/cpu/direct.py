@@ -1,4 +1,4 @@
-"""Direct convolution on the register tile: the drivers of all three passes.
+"""Direct convolution on the register tile: forward, and backward to the input.
 
 No im2col matrix is built. A thread copies the padded window of one block of output rows to scratch, then runs
 the tile over it with offset tables (see `geometry`). The sums are those of Dumoulin & Visin, "A guide to
@@ -17,20 +17,15 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import geometry, simd
-from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, unpool_panel, window_taps
+from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
-from .simd import VECTOR_BITS
-from .tile import add_panel_ahead, add_rows, overwrite_panel_ahead, padded_rows
+from .simd import TILE_ROWS, VECTOR_BITS
+from .tile import overwrite_ranges
 from .workspace import clear, copy, scratch
 
-# Gradients of the weights are summed in this many pieces of the batch, whatever the number of threads,
-# or in fewer where the pieces would take more memory than the second number says.
-_PIECES = 16
-_FEWEST_PIECES = 4
-_PIECES_BYTES = 1 << 25
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
-_MULTIPLY_ADDS_PER_BYTE = 10
-_NOWHERE = np.empty(0, np.uint8)
+MULTIPLY_ADDS_PER_BYTE = 10
+NOWHERE = np.empty(0, np.uint8)
 
 
 @kernel
@@ -54,7 +49,7 @@ def fill_window(x, n, b, h0, rows, window):
 
 
 @kernel
-def _share(values, first, size, part, parts):
+def share(values, first, size, part, parts):
     """Of `size` values from `first` on, those that a cache fetches in one of `parts` equal times."""
     lo, hi = span(part, parts, size)
     first = max(first, 0)
@@ -79,31 +74,37 @@ def _following(n, first, b):
 
 
 @kernel
-def _read_gradients(dout, argmax, n, first, rows, column, many, b, e, pool, spare, width, bias, s0):
-    """Where a panel of a block's gradients lies, and its row length: in dout, or in `spare`."""
-    filters = dout.shape[1]
-    flat = dout.reshape(dout.size)
-    if e.pool_h > 0:
-        p0 = (n * e.out_h + first // e.pool_h) * e.out_w * filters + column
-        unpool_panel(flat, argmax, p0, rows // e.pool_h, e, pool, spare, width, bias, s0, many)
-        return spare, 0, width
-    count = rows * b.width
-    begin = (n * b.height + first) * b.width * filters + column
-    if begin + (count - 1) * filters + width <= dout.size:
-        return flat, begin, filters
-    # Whole vectors would read past the end of dout.
-    for k in range(count):
-        copy(flat, begin + k * filters, spare, k * width, many)
-    return spare, 0, width
+def set_rectangle(ranges, tile, top, bottom, left, right, width):
+    """Let a tile sum over a rectangle alone of what lies in rows of `width`."""
+    entry = ranges[4 * tile : 4 * tile + 4]
+    rows, columns = max(bottom - top, 0), max(right - left, 0)
+    entry[0] = top * width + left
+    entry[1] = rows * width if columns == width else columns
+    entry[2] = width
+    entry[3] = 1 if columns == width else rows
+
+
+@kernel
+def _tap_ranges(of, first, r0, r1, ranges):
+    """The taps that each tile of the block from grid row `first` on needs; nothing if all need all."""
+    if of.tiles.size == 0:
+        return ranges[:0]
+    tiles = of.tiles[r0 // TILE_ROWS : r1 // TILE_ROWS]
+    for t in range(len(tiles)):
+        top, bottom = of.reach[first + tiles[t, 0]], of.reach[first + tiles[t, 1]]
+        begin, end = min(top[0], bottom[0]), max(top[1], bottom[1])
+        set_rectangle(ranges, t, begin, end, tiles[t, 2], tiles[t, 3], of.blocks.line)
+    return ranges
 
 
 @parallel
 def _correlate(
-    part, parts, x, images, packed, start, y, b, pixels, taps, spread, columns, windows, e, pool, argmax, zs
+    part, parts, x, images, packed, start, y, of, columns, windows, all_ranges, e, pool, argmax, zs
 ):
     keep_out_of_line()
     groups, panels, depth, width = packed.shape
     weights = packed.reshape(packed.size)
+    b = of.blocks
     window = windows[part]
     z = zs[part]
     image_out = y.size // images
@@ -118,8 +119,9 @@ def _correlate(
         n = block // b.blocks
         first = (block - n * b.blocks) * b.rows
         is_last = first + b.rows >= b.height
-        r0, r1 = (b.tail, pixels.size) if is_last else (0, b.tail)
+        r0, r1 = (b.tail, of.pixels.size) if is_last else (0, b.tail)
         a, a0 = _read_block(x, n, first, b, window)
+        ranges = _tap_ranges(of, first, r0, r1, all_ranges[part])
         following = _following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels
         if e.pool_h > 0:
@@ -136,14 +138,15 @@ def _correlate(
             # In scratch whole vectors are stored, which needs no mask.
             stored = (many + lanes - 1) // lanes * lanes if e.pool_h > 0 else many
             target, t0 = (z, 0) if e.pool_h > 0 else (y, place)
-            overwrite_panel_ahead(
+            overwrite_ranges(
                 a,
                 a0 + g * (b.channels // groups),
-                pixels,
-                taps,
+                of.pixels,
+                of.taps,
                 r0,
                 r1,
                 depth,
+                ranges,
                 weights,
                 panel * depth * width,
                 width,
@@ -151,9 +154,9 @@ def _correlate(
                 panel * width,
                 target,
                 t0,
-                spread,
+                of.spread,
                 stored,
-                _share(x, following, fresh, panel - panel0, panel1 - panel0),
+                share(x, following, fresh, panel - panel0, panel1 - panel0),
             )
             finish_panel(z, width, pooled, e, pool, y, place, argmax, many)
 
@@ -179,113 +182,6 @@ def _pack(part, parts, weight, positions, transposed, columns, packed):
                 else:
                     copy(weight[positions[t], i], g * filters + p * width, target, 0, many)
                 clear(target, many, width - many)
-
-
-@parallel
-def _weight(
-    part,
-    parts,
-    x,
-    images,
-    dout,
-    b,
-    pixels,
-    taps,
-    places,
-    columns,
-    partial,
-    windows,
-    spares,
-    e,
-    pool,
-    argmax,
-    biases,
-):
-    keep_out_of_line()
-    pieces, groups, panels, depth, width = partial.shape
-    window = windows[part]
-    spare = spares[part]
-    filters = groups * columns
-    gradients = dout.reshape(dout.size)
-    lo, hi = span(part, parts, pieces)
-    for piece in range(lo, hi):
-        sums = partial[piece].reshape(groups * panels * depth * width)
-        clear(sums, 0, sums.size)
-        bias = biases[piece]
-        clear(bias, 0, bias.size)
-        task0, task1 = span(piece, pieces, images * b.blocks)
-        for task in range(task0, task1):
-            n = task // b.blocks
-            first = (task - n * b.blocks) * b.rows
-            is_last = first + b.rows >= b.height
-            grid_rows = b.height - first if is_last else b.rows
-            count = grid_rows * b.width
-            window_pixels = pixels[b.tail :] if is_last else pixels[: b.tail]
-            a, a0 = _read_block(x, n, first, b, window)
-            following = _following(n, first, b)
-            fresh = grid_rows * b.step * b.image_w * b.channels
-            of_dout = (n * b.height + first + grid_rows) * b.width * filters
-            for g in range(groups):
-                for p in range(panels):
-                    # The next block's inputs are fetched at every other panel, its gradients at the rest.
-                    turn, turns = (g * panels + p) // 2, groups * panels
-                    if (g * panels + p) % 2 == 0:
-                        ahead = _share(x, following, fresh, turn, (turns + 1) // 2)
-                    else:
-                        ahead = _share(gradients, of_dout, count * filters, turn, turns // 2)
-                    many = min(columns - p * width, width)
-                    source, b0, ldb = _read_gradients(
-                        dout,
-                        argmax,
-                        n,
-                        first,
-                        grid_rows,
-                        g * columns + p * width,
-                        many,
-                        b,
-                        e,
-                        pool,
-                        spare,
-                        width,
-                        bias,
-                        (g * panels + p) * width,
-                    )
-                    add_panel_ahead(
-                        a,
-                        a0 + g * (b.channels // groups),
-                        taps,
-                        window_pixels,
-                        0,
-                        taps.size,
-                        count,
-                        source,
-                        b0,
-                        ldb,
-                        sums,
-                        (g * panels + p) * depth * width,
-                        places,
-                        many,
-                        ahead,
-                    )
-
-
-@parallel
-def _reduce(part, parts, partial, columns, dweight):
-    keep_out_of_line()
-    pieces, groups, panels, depth, width = partial.shape
-    lo, hi = span(part, parts, depth)
-    for k in range(lo, hi):
-        for g in range(groups):
-            for p in range(panels):
-                many = min(columns - p * width, width)
-                target = dweight[k, g * columns + p * width :]
-                total = partial[0, g, p, k]
-                for piece in range(1, pieces):
-                    more = partial[piece, g, p, k]
-                    for j in range(many):
-                        total[j] += more[j]
-                for j in range(many):
-                    target[j] += total[j]
 
 
 class _Side(NamedTuple):
@@ -399,7 +295,7 @@ class Layer:
         bias: np.ndarray | None,
         y: np.ndarray,
         e: Epilogue = NO_EPILOGUE,
-        argmax: np.ndarray = _NOWHERE,
+        argmax: np.ndarray = NOWHERE,
     ) -> None:
         """Correlate `x` with the weights at `positions`, plus `bias`, into `y`, through the epilogue `e`."""
         columns = (self.channels if transposed else self.filters) // self.groups
@@ -411,11 +307,12 @@ class Layer:
         b = table.blocks
         images = x.shape[0]
         items = images * b.blocks * packed.shape[0] * packed.shape[1]
-        parts = part_count(items, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
+        parts = part_count(items, images * self.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
         windows = _windows(parts, b, x.dtype)
         width = packed.shape[3]
         block = b.rows * b.width * width if e.pool_h else 1
         zs = scratch("rows", parts * block, x.dtype).reshape(parts, block)
+        ranges = scratch("ranges", parts * table.tiles.size, np.intp).reshape(parts, -1)
         _correlate(
             parts,
             x.reshape(-1),
@@ -423,66 +320,15 @@ class Layer:
             packed,
             start,
             y.reshape(-1),
-            b,
-            table.pixels,
-            table.taps,
-            table.spread,
+            table,
             columns,
             windows,
+            ranges,
             e,
             self._window_taps(e, width),
             argmax.reshape(-1),
             zs,
         )
-
-    def add_weight_gradient(
-        self,
-        dout: np.ndarray,
-        x: np.ndarray,
-        dweight: np.ndarray,
-        e: Epilogue = NO_EPILOGUE,
-        argmax: np.ndarray = _NOWHERE,
-        dbias: np.ndarray | None = None,
-    ) -> None:
-        """Add the weights' gradient to `dweight` and, of what `e` pooled, the bias's to `dbias`."""
-        width = simd.panel_width(dout.dtype)
-        table = self.pooled_tables(e, width) if e.pool_h else self.forward_tables
-        b = table.blocks
-        images = x.shape[0]
-        columns = self.filters // self.groups
-        panels = -(-columns // width)
-        depth = table.taps.size
-        piece = self.groups * panels * depth * width
-        most = max(_FEWEST_PIECES, min(_PIECES, _PIECES_BYTES // (piece * dout.itemsize)))
-        pieces = min(images * b.blocks, most)
-        partial = scratch("partial", pieces * piece, dout.dtype)
-        partial = partial.reshape(pieces, self.groups, panels, depth, width)
-        biases = scratch("biases", pieces * self.groups * panels * width, dout.dtype).reshape(pieces, -1)
-        parts = part_count(pieces, images * self.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-        spares = scratch("spares", parts * b.tail * width, dout.dtype).reshape(parts, -1)
-        _weight(
-            parts,
-            x.reshape(-1),
-            images,
-            dout.reshape(-1, self.filters),
-            b,
-            table.pixels,
-            padded_rows(table.taps, add_rows(depth)),
-            padded_rows(np.arange(depth) * width, add_rows(depth)),
-            columns,
-            partial,
-            _windows(parts, b, x.dtype),
-            spares,
-            e,
-            self._window_taps(e, width),
-            argmax.reshape(-1),
-            biases,
-        )
-        parts = part_count(depth, partial.nbytes)
-        _reduce(parts, partial, columns, dweight.reshape(depth, self.filters))
-        if dbias is not None:
-            for bias in biases:
-                dbias += bias.reshape(self.groups, -1)[:, :columns].ravel()
 
     def _packed(self, weight, positions, transposed, columns):
         width = simd.panel_width(weight.dtype)
@@ -542,7 +388,7 @@ _known_layer = lru_cache(maxsize=512, typed=True)(_checked_layer)
 
 
 @lru_cache(maxsize=512)
-def _column_of_pixels(layer: Layer, images: int) -> Layer:
+def column_of_pixels(layer: Layer, images: int) -> Layer:
     """The layer on one tall image, if each output has only the input at its place: no row ends a block."""
     pixels = images * layer.image[0] * layer.image[1]
     sides = [_Side(size, 1, 1, (0, 0), 1) for size in (pixels, 1)]
@@ -553,26 +399,19 @@ def _column_of_pixels(layer: Layer, images: int) -> Layer:
 
 def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     """Overwrite `y` with the convolution of `x`."""
-    layer = _column_of_pixels(layer, x.shape[0])
+    layer = column_of_pixels(layer, x.shape[0])
     x = x.reshape(-1, *layer.image, layer.channels)
     layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
-    layer = _column_of_pixels(layer, dout.shape[0])
+    layer = column_of_pixels(layer, dout.shape[0])
     dout = dout.reshape(-1, *layer.out_image, layer.filters)
     if layer.rows.skips or layer.columns.skips:
         dx.fill(0)
     for table, positions in layer.input_tables:
         layer.run(dout, table, weight, positions, True, None, dx)
-
-
-def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
-    """Add the gradient of the weights to `dweight`."""
-    layer = _column_of_pixels(layer, x.shape[0])
-    x = x.reshape(-1, *layer.image, layer.channels)
-    layer.add_weight_gradient(dout, x, dweight)
 
 
 def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:

@@ -15,8 +15,21 @@ def memory(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return context.make_array(kind)(context, builder, array).data
 
 
-def sum_loop(emit: Any, first: Any, last: Any, start: Sequence[Any], step: Callable) -> list[Any]:
-    """The loop of k from `first` to `last` over ``sums = step(k, sums)``; returns the final sums."""
+def _not_unrolled(module: Any) -> Any:
+    """The attribute of a loop that LLVM shall not unroll: it would read two k at once, and spill."""
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = ir.MDValue(module, [], name=str(len(module.metadata)))
+    loop.operands = (loop, disable)
+    return loop
+
+
+def sum_loop(
+    emit: Any, first: Any, last: Any, start: Sequence[Any], step: Callable, unrolls: bool = True
+) -> list[Any]:
+    """The loop of k from `first` to `last` over ``values = step(k, values)``; returns the final values.
+
+    These are sums, and pointers that move on with k. `step` may itself be a loop.
+    """
     builder = emit.builder
     entry = builder.block
     loop = builder.append_basic_block("sum.k")
@@ -25,19 +38,22 @@ def sum_loop(emit: Any, first: Any, last: Any, start: Sequence[Any], step: Calla
 
     builder.position_at_end(loop)
     k = builder.phi(_I64)
-    sums = [builder.phi(emit.vector) for _ in start]
-    new = step(k, sums)
+    values = [builder.phi(value.type) for value in start]
+    new = step(k, values)
+    done = builder.block
     next_k = builder.add(k, ir.Constant(_I64, 1))
     k.add_incoming(first, entry)
-    k.add_incoming(next_k, loop)
-    for phi, begin, value in zip(sums, start, new, strict=True):
+    k.add_incoming(next_k, done)
+    for phi, begin, value in zip(values, start, new, strict=True):
         phi.add_incoming(begin, entry)
-        phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", next_k, last), loop, end)
+        phi.add_incoming(value, done)
+    branch = builder.cbranch(builder.icmp_signed("<", next_k, last), loop, end)
+    if not unrolls:
+        branch.set_metadata("llvm.loop", _not_unrolled(builder.module))
 
     builder.position_at_end(end)
-    results = [builder.phi(emit.vector) for _ in start]
+    results = [builder.phi(value.type) for value in start]
     for phi, begin, value in zip(results, start, new, strict=True):
         phi.add_incoming(begin, entry)
-        phi.add_incoming(value, loop)
+        phi.add_incoming(value, done)
     return results

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from . import direct, image_lanes, simd, sparse, winograd, winograd_lanes, winograd_weights
+from . import (
+    direct,
+    direct_weights,
+    image_lanes,
+    simd,
+    sparse,
+    winograd,
+    winograd_lanes,
+    winograd_weights,
+)
 from .columns import conv2d_backward_bias
 from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
@@ -255,5 +264,5 @@ def conv2d_pool_backward_weight(
         winograd_weights.add_weight_gradient(layer, dense, x, dweight)
         conv2d_backward_bias(dense, out=dbias, accumulate=True)
     else:
-        layer.add_weight_gradient(dout, x, dweight, e, argmax, dbias)
+        direct_weights.add_weight_gradient(layer, dout, x, dweight, e, argmax, dbias)
     return dweight, dbias

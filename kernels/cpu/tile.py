@@ -5,8 +5,10 @@ Everything with a multiply-add in it is
     C[c0 + crow[m] + n] (+)= sum over k of A[a0 + row[m] + col[k]] * B[b0 + k * ldb + n]
 
 for a panel of columns n. The tables `row`, `col` and `crow` say what the operation is; they are built once a
-shape, in elements. The tile emits LLVM vector code for a literal number of rows and vectors, keeps
-that piece of C in registers over the whole sum, and reads each element of A as a broadcast.
+shape, in elements. A tile may leave out what is known to be zero: it sums over `runs` runs of `length`
+consecutive k, the first run from k = `first` on, each `pitch` after the one before. The tile emits LLVM
+vector code for a literal number of rows and vectors, keeps that piece of C in registers over the whole sum,
+and reads each element of A as a broadcast.
 
 Contract of the tables: `row` and `crow` are used in multiples of `TILE_ROWS` entries; the last valid entry is
 repeated to fill up. Repeated rows compute and store the same value twice, which is why a tile that adds to C
@@ -22,6 +24,7 @@ from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line, kernel
 from . import simd
+from .loops import sum_loop
 
 TILE_ROWS = simd.TILE_ROWS
 # The taps of 3 x 3 fill these; with 2 vectors they are as much as 32 registers hold.
@@ -101,57 +104,37 @@ class Emitter:
         return self.builder.icmp_signed("<", first, limit)
 
 
-def _not_unrolled(module):
-    """The attribute of a loop that LLVM shall not unroll: it would read two k at once, and spill."""
-    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
-    loop = ir.MDValue(module, [], name=str(len(module.metadata)))
-    loop.operands = (loop, disable)
-    return loop
-
-
-def _products(emit, a_rows, col, depth, b, ldb, start, vectors, ahead, step):
-    """The loop over k: the accumulators of all rows and vectors, begun at `start`.
+def _products(emit, a_rows, col, terms, b, ldb, start, vectors, ahead, step):
+    """The sums over k of all rows and vectors, begun at `start`; `terms` are first, length, pitch and runs.
 
     At each k the cache is told to fetch what lies `step` elements further on from `ahead`.
     """
     builder = emit.builder
-    rows = len(a_rows)
-    entry = builder.block
-    loop = builder.append_basic_block("tile.k")
-    end = builder.append_basic_block("tile.end")
-    some = builder.icmp_signed(">", depth, ir.Constant(_I64, 0))
-    builder.cbranch(some, loop, end)
+    first, length, pitch, runs = terms
+    zero = ir.Constant(_I64, 0)
 
-    builder.position_at_end(loop)
-    k = builder.phi(_I64)
-    row_of_b = builder.phi(b.type)
-    sums = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
-    offset = builder.load(emit.at(col, k))
-    panel = [emit.load(emit.at(row_of_b, ir.Constant(_I64, v * emit.lanes))) for v in range(vectors)]
-    emit.prefetch(emit.at(ahead, builder.mul(k, step)), to_write=False)
-    new = []
-    for m in range(rows):
-        element = emit.broadcast(builder.load(emit.at(a_rows[m], offset)))
-        new.append([emit.multiply_add(element, panel[v], sums[m][v]) for v in range(vectors)])
-    next_k = builder.add(k, ir.Constant(_I64, 1))
-    k.add_incoming(ir.Constant(_I64, 0), entry)
-    k.add_incoming(next_k, loop)
-    row_of_b.add_incoming(b, entry)
-    row_of_b.add_incoming(emit.at(row_of_b, ldb), loop)
-    for m in range(rows):
-        for v in range(vectors):
-            sums[m][v].add_incoming(start[v], entry)
-            sums[m][v].add_incoming(new[m][v], loop)
-    branch = builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, end)
-    branch.set_metadata("llvm.loop", _not_unrolled(builder.module))
+    def add_run(run, values):
+        begin = builder.add(first, builder.mul(run, pitch))
+        run_col = emit.at(col, begin)
 
-    builder.position_at_end(end)
-    results = [[builder.phi(emit.vector) for _ in range(vectors)] for _ in range(rows)]
-    for m in range(rows):
-        for v in range(vectors):
-            results[m][v].add_incoming(start[v], entry)
-            results[m][v].add_incoming(new[m][v], loop)
-    return results
+        def add_term(k, values):
+            row_of_b, fetch, *sums = values
+            offset = builder.load(emit.at(run_col, k))
+            panel = [emit.load(emit.at(row_of_b, ir.Constant(_I64, v * emit.lanes))) for v in range(vectors)]
+            emit.prefetch(fetch, to_write=False)
+            new = []
+            for m, a_row in enumerate(a_rows):
+                element = emit.broadcast(builder.load(emit.at(a_row, offset)))
+                row_sums = sums[m * vectors : (m + 1) * vectors]
+                new += [emit.multiply_add(element, b, c) for b, c in zip(panel, row_sums, strict=True)]
+            return [emit.at(row_of_b, ldb), emit.at(fetch, step), *new]
+
+        fetch, *sums = values
+        row_of_b = emit.at(b, builder.mul(begin, ldb))
+        return sum_loop(emit, zero, length, [row_of_b, fetch, *sums], add_term, unrolls=False)[1:]
+
+    sums = sum_loop(emit, zero, runs, [ahead, *start * len(a_rows)], add_run, unrolls=False)[1:]
+    return [sums[m * vectors : (m + 1) * vectors] for m in range(len(a_rows))]
 
 
 def _write(emit, sums, places, masks, adds):
@@ -193,7 +176,8 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
             data(kind, value) if isinstance(kind, types.Array) else value
             for kind, value in zip(operands.types, cgutils.unpack_tuple(builder, arguments[4]), strict=True)
         ]
-        a, a0, row, col, depth, b, b0, ldb, start, s0, c, c0, crow, columns = values
+        a, a0, row, col, terms, b, b0, ldb, start, s0, c, c0, crow, columns = values
+        terms = cgutils.unpack_tuple(builder, terms)
         r0, ahead0, step = arguments[5], arguments[7], arguments[8]
         a_base, c_base = emit.at(a, a0), emit.at(c, c0)
         numbers = [ir.Constant(_I64, m) for m in range(tile_rows)]
@@ -207,7 +191,7 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
         to_fetch = emit.at(data(ahead, arguments[6]), ahead0)
-        sums = _products(emit, a_rows, col, depth, emit.at(b, b0), ldb, begin, tile_vectors, to_fetch, step)
+        sums = _products(emit, a_rows, col, terms, emit.at(b, b0), ldb, begin, tile_vectors, to_fetch, step)
         # Only the last vector of a ragged panel is cut: the panel functions below see to it.
         masks = [None] * (tile_vectors - 1) + [emit.mask(columns, tile_vectors - 1) if is_ragged else None]
         _write(emit, sums, places, masks, adds)
@@ -224,13 +208,28 @@ def _fetched(ahead, rows, tile_rows, depth):
 
 
 @kernel
-def overwrite_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns, ahead):
-    """`overwrite_panel`, and meanwhile a cache fetches `ahead`: what the caller reads next."""
+def _terms(ranges, tile, depth):
+    """What a tile sums over: all k, or those of its entry in `ranges`."""
+    if ranges.size == 0:
+        return 0, depth, 0, 1
+    entry = ranges[4 * tile : 4 * tile + 4]
+    return entry[0], entry[1], entry[2], entry[3]
+
+
+@kernel
+def overwrite_ranges(
+    a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, start, s0, c, c0, crow, columns, ahead
+):
+    """`overwrite_panel`, each tile over its range of k alone; a cache fetches `ahead`: what is read next.
+
+    `ranges` has first, length, pitch and runs for each tile from r0 on, or nothing if all sum over all k.
+    """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * a.itemsize)
     share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
-    operands = a, a0, row, col, depth, b, b0, ldb, start, s0, c, c0, crow, columns
     for r in range(r0, r1, TILE_ROWS):
+        terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
+        operands = a, a0, row, col, terms, b, b0, ldb, start, s0, c, c0, crow, columns
         if columns == TILE_VECTORS * lanes:
             _tile(TILE_ROWS, 2, 0, 0, operands, r, ahead, (r - r0) * share, step)
         elif columns > lanes:
@@ -242,18 +241,21 @@ def overwrite_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0,
 @kernel
 def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns):
     """C = start + A B for the rows r0 to r1 of the tables and one panel of at most 2 vectors of columns."""
-    overwrite_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0, crow, columns, b[:0])
+    overwrite_ranges(
+        a, a0, row, col, r0, r1, depth, col[:0], b, b0, ldb, start, s0, c, c0, crow, columns, b[:0]
+    )
 
 
 @kernel
-def add_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns, ahead):
-    """`add_panel`, and meanwhile a cache fetches `ahead`: what the caller reads next."""
+def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead):
+    """`add_panel`, each tile over its range of k alone; see `overwrite_ranges`."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * a.itemsize)
-    operands = a, a0, row, col, depth, b, b0, ldb, b, 0, c, c0, crow, columns
     if (r1 - r0) % TILE_ROWS != 0:
         share, step = _fetched(ahead, r1 - r0, TALL_ROWS, depth)
         for r in range(r0, r1, TALL_ROWS):
+            terms = _terms(ranges, (r - r0) // TALL_ROWS, depth)
+            operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
             if columns == TILE_VECTORS * lanes:
                 _tile(TALL_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
             elif columns > lanes:
@@ -263,6 +265,8 @@ def add_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, col
         return
     share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
     for r in range(r0, r1, TILE_ROWS):
+        terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
+        operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
         if columns == TILE_VECTORS * lanes:
             _tile(TILE_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
         elif columns > lanes:
@@ -277,7 +281,7 @@ def add_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns):
 
     There are a multiple of `TILE_ROWS` of them, or of `TALL_ROWS`.
     """
-    add_panel_ahead(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns, b[:0])
+    add_ranges(a, a0, row, col, r0, r1, depth, col[:0], b, b0, ldb, c, c0, crow, columns, b[:0])
 
 
 def add_rows(entries: int) -> int:

@@ -1,0 +1,311 @@
+"""Direct convolution backward to the weights, on the register tile.
+
+The gradient is a product of a matrix of taps by pixels with one of pixels by filters (see `tile`). Its rows
+are cut into units, whose sums stay in the second-level cache while all images pass by, and the images into
+pieces, whose sums are added up in the end. Both are cut by the sizes alone, so that the number of threads
+changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from . import geometry, simd
+from .direct import (
+    MULTIPLY_ADDS_PER_BYTE,
+    NOWHERE,
+    Layer,
+    column_of_pixels,
+    fill_window,
+    set_rectangle,
+    share,
+)
+from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
+from .geometry import Gradient
+from .tile import add_ranges
+from .workspace import clear, copy, scratch
+
+# Units times pieces of the batch are between these two, whatever the number of threads.
+_FEWEST_ITEMS = 4
+_MOST_ITEMS = 16
+# A piece's sums are written and read again: that is little beside summing so many pixels.
+_PIXELS_A_PIECE = 2048
+# Sums of a unit, which should stay in the second-level cache beside its inputs.
+_UNIT_BYTES = 768 * 1024
+# Gradients are copied to where they lie next to each other if they meet so many taps.
+_MOST_READ_IN_PLACE = 96
+
+
+class Cut(NamedTuple):
+    """A layer's rows of the gradient in units of the same size: a slice of one group, or whole groups."""
+
+    units: int
+    slices: int  # of each group
+    groups: int  # in a unit
+    channels: int  # of each of these
+    pieces: int  # of the batch
+
+
+@kernel
+def _fill_slice(x, n, of, c0, h0, rows, window):
+    """`fill_window`, of the channels from `c0` on that are in the window."""
+    b = of.blocks
+    row = b.window_w * b.channels
+    left = min(max(-b.origin_w, 0), b.window_w)
+    first = max(b.origin_w, 0)
+    copied = max(min(b.image_w - first, b.window_w - left), 0)
+    begin, end = left * b.channels, (left + copied) * b.channels
+    for r in range(rows):
+        h = h0 + r
+        if h < 0 or h >= b.image_h:
+            clear(window, r * row, row)
+            continue
+        source = ((n * b.image_h + h) * b.image_w + first) * of.channels + c0
+        clear(window, r * row, begin)
+        for w in range(copied):
+            copy(x, source + w * of.channels, window, r * row + begin + w * b.channels, b.channels)
+        clear(window, r * row + end, row - end)
+
+
+@kernel
+def _read_inputs(x, n, first, of, c0, window):
+    """Where a unit's inputs of the block from grid row `first` on lie: in the image, or in `window`."""
+    b = of.blocks
+    h0 = b.origin_h + first * b.step
+    if b.in_place:
+        return x, ((n * b.image_h + h0) * b.image_w + b.origin_w) * of.channels + c0
+    rows = b.window_h - max(first + b.rows - b.height, 0) * b.step
+    if b.channels == of.channels:
+        fill_window(x, n, b, h0, rows, window)
+    else:
+        _fill_slice(x, n, of, c0, h0, rows, window)
+    return window, 0
+
+
+@kernel
+def _read_gradients(dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, s0):
+    """Where a panel of a block's gradients lies, and its row length: in dout, or in `spare`."""
+    b = of.blocks
+    filters = dout.shape[1]
+    flat = dout.reshape(dout.size)
+    if e.pool_h > 0:
+        p0 = (n * e.out_h + first // e.pool_h) * e.out_w * filters + column
+        unpool_panel(flat, argmax, p0, rows // e.pool_h, e, pool, spare, width, bias, s0, many)
+        return spare, 0, width
+    count = rows * b.width
+    begin = (n * b.height + first) * b.width * filters + column
+    # Whole vectors would read past the end of dout.
+    fits = begin + (count - 1) * filters + width <= dout.size
+    if fits and (filters == width or of.taps.size <= _MOST_READ_IN_PLACE):
+        return flat, begin, filters
+    for k in range(count):
+        copy(flat, begin + k * filters, spare, k * width, many)
+    return spare, 0, width
+
+
+@kernel
+def _pixel_ranges(of, first, rows, ranges):
+    """The pixels of the block from grid row `first` on that meet each tile's taps; nothing if all do."""
+    if of.tiles.size == 0:
+        return ranges[:0]
+    for t in range(len(of.tiles)):
+        tile = of.tiles[t]
+        top, bottom = max(tile[0] - first, 0), min(tile[1] - first, rows)
+        set_rectangle(ranges, t, top, bottom, tile[2], tile[3], of.blocks.width)
+    return ranges
+
+
+@parallel
+def _add_products(
+    part,
+    parts,
+    x,
+    images,
+    dout,
+    of,
+    cut,
+    columns,
+    partial,
+    windows,
+    all_ranges,
+    spares,
+    e,
+    pool,
+    argmax,
+    biases,
+):
+    keep_out_of_line()
+    panels, depth, width = partial.shape[2] // cut.groups, partial.shape[3], partial.shape[4]
+    b = of.blocks
+    window, spare = windows[part], spares[part]
+    filters = dout.shape[1]
+    inputs = 0 if cut.units > 1 else x.size
+    gradients = dout.reshape(dout.size)
+    lo, hi = span(part, parts, cut.pieces * cut.units)
+    for item in range(lo, hi):
+        piece = item // cut.units
+        unit = item - piece * cut.units
+        sums = partial[piece, unit].reshape(cut.groups * panels * depth * width)
+        clear(sums, 0, sums.size)
+        bias = biases[piece, unit]
+        clear(bias, 0, bias.size)
+        group0 = unit // cut.slices * cut.groups
+        task0, task1 = span(piece, cut.pieces, images * b.blocks)
+        for task in range(task0, task1):
+            n = task // b.blocks
+            first = (task - n * b.blocks) * b.rows
+            rows = min(b.rows, b.height - first)
+            a, a0 = _read_inputs(x, n, first, of, unit * cut.groups * cut.channels, window)
+            ranges = _pixel_ranges(of, first, rows, all_ranges[part])
+            following = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
+            fresh = min(rows * b.step * b.image_w * of.channels, inputs)
+            of_dout = (n * b.height + first + rows) * b.width * filters
+            for p in range(cut.groups * panels):
+                # The next block's inputs are fetched at every other panel, its gradients at the rest.
+                if p % 2 == 0:
+                    ahead = share(x, following, fresh, p // 2, (cut.groups * panels + 1) // 2)
+                else:
+                    ahead = share(
+                        gradients, of_dout, rows * b.width * filters, p // 2, cut.groups * panels // 2
+                    )
+                g = p // panels
+                column = (p - g * panels) * width
+                many = min(columns - column, width)
+                column += (group0 + g) * columns
+                source, b0, ldb = _read_gradients(
+                    dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, p * width
+                )
+                add_ranges(
+                    a,
+                    a0 + g * cut.channels,
+                    of.taps,
+                    of.pixels,
+                    0,
+                    of.taps.size,
+                    rows * b.width,
+                    ranges,
+                    source,
+                    b0,
+                    ldb,
+                    sums,
+                    p * depth * width,
+                    of.places,
+                    many,
+                    ahead,
+                )
+
+
+@parallel
+def _reduce(part, parts, partial, cut, columns, dweight):
+    """Add all pieces to dweight (kH * kW * C / groups, F)."""
+    keep_out_of_line()
+    width = partial.shape[4]
+    panels = partial.shape[2] // cut.groups
+    inner = cut.slices * cut.channels
+    lo, hi = span(part, parts, len(dweight))
+    for k in range(lo, hi):
+        tap = k // inner
+        s = (k - tap * inner) // cut.channels
+        row = tap * cut.channels + k - tap * inner - s * cut.channels
+        for u in range(s, cut.units, cut.slices):
+            for p in range(cut.groups * panels):
+                g = p // panels
+                column = (p - g * panels) * width
+                many = min(columns - column, width)
+                target = dweight[k, (u // cut.slices * cut.groups + g) * columns + column :]
+                total = partial[0, u, p, row]
+                for piece in range(1, cut.pieces):
+                    more = partial[piece, u, p, row]
+                    for j in range(many):
+                        total[j] += more[j]
+                for j in range(many):
+                    target[j] += total[j]
+
+
+def _cut(layer: Layer, pixels: int, width: int, itemsize: int) -> Cut:
+    """The units and pieces of a gradient that is summed over `pixels`, in panels of `width` columns."""
+    inner = layer.channels // layer.groups
+    columns = -(-(layer.filters // layer.groups) // width) * width
+    group_bytes = layer.rows.kernel * layer.columns.kernel * inner * columns * itemsize
+    slices, groups = 1, layer.groups
+    if group_bytes * layer.groups > _UNIT_BYTES:
+        groups = 1
+        whole = [s for s in range(1, inner + 1) if inner % s == 0 and inner // s % simd.TILE_ROWS == 0]
+        slices = next((s for s in whole if group_bytes // s <= _UNIT_BYTES), (whole or [1])[-1])
+    units = layer.groups // groups * slices
+    items = min(max(pixels // _PIXELS_A_PIECE * units, _FEWEST_ITEMS), _MOST_ITEMS)
+    return Cut(units, slices, groups, inner // slices, -(-items // units))
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    layer: Layer, e: Epilogue, images: int, width: int, itemsize: int
+) -> tuple[Gradient, Cut, np.ndarray]:
+    """A gradient's tables and cut, and the offsets of what `e` pools."""
+    rows, columns, multiple = layer.rows.forward(), layer.columns.forward(), 1
+    if e.pool_h:
+        rows = rows._replace(outputs=e.out_h * e.pool_h)
+        columns = columns._replace(outputs=e.out_w * e.pool_w)
+        multiple = e.pool_h
+    cut = _cut(layer, images * rows.outputs * columns.outputs, width, itemsize)
+    of = geometry.gradient(
+        rows, columns, layer.image, layer.channels, cut.channels, cut.groups, width, multiple
+    )
+    return of, cut._replace(pieces=min(cut.pieces, images * of.blocks.blocks)), window_taps(e, width)
+
+
+def add_weight_gradient(
+    layer: Layer,
+    dout: np.ndarray,
+    x: np.ndarray,
+    dweight: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
+    dbias: np.ndarray | None = None,
+) -> None:
+    """Add the weights' gradient to `dweight` and, of what `e` pooled, the bias's to `dbias`."""
+    if not e.pool_h:
+        layer = column_of_pixels(layer, x.shape[0])
+        x = x.reshape(-1, *layer.image, layer.channels)
+    images, dtype = x.shape[0], dout.dtype
+    width = simd.panel_width(dtype)
+    of, cut, taps = _plan(layer, e, images, width, dtype.itemsize)
+    columns = layer.filters // layer.groups
+    panels = cut.groups * -(-columns // width)
+    depth = layer.rows.kernel * layer.columns.kernel * cut.channels
+    shape = cut.pieces, cut.units, panels
+    partial = scratch("partial", prod(shape) * depth * width, dtype).reshape(*shape, depth, width)
+    biases = scratch("biases", prod(shape) * width, dtype).reshape(*shape[:2], -1)
+    work = images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE
+    parts = part_count(cut.pieces * cut.units, work)
+    b = of.blocks
+    window = 1 if b.in_place else b.window_h * b.window_w * b.channels
+    _add_products(
+        parts,
+        x.reshape(-1),
+        images,
+        dout.reshape(-1, layer.filters),
+        of,
+        cut,
+        columns,
+        partial,
+        scratch("windows", parts * window, dtype).reshape(parts, -1),
+        scratch("ranges", parts * of.tiles.size, np.intp).reshape(parts, -1),
+        scratch("spares", parts * b.rows * b.width * width, dtype).reshape(parts, -1),
+        e,
+        taps,
+        argmax.reshape(-1),
+        biases,
+    )
+    flat = dweight.reshape(-1, layer.filters)
+    _reduce(part_count(len(flat), partial.nbytes), partial, cut, columns, flat)
+    if dbias is not None:
+        # The slices of a group have each summed up the same.
+        for bias in biases[:, :: cut.slices].reshape(cut.pieces, layer.groups, -1):
+            dbias += bias[:, :columns].ravel()
