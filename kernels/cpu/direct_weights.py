@@ -38,6 +38,8 @@ _MOST_ITEMS = 16
 _PIXELS_A_PIECE = 2048
 # Sums of a unit, which should stay in the second-level cache beside its inputs.
 _UNIT_BYTES = 768 * 1024
+# Slices of a group have a multiple of so many channels: they are copied from pixel to pixel.
+_SLICE = 8
 # Gradients are copied to where they lie next to each other if they meet so many taps.
 _MOST_READ_IN_PLACE = 96
 
@@ -236,7 +238,7 @@ def _cut(layer: Layer, pixels: int, width: int, itemsize: int) -> Cut:
     slices, groups = 1, layer.groups
     if group_bytes * layer.groups > _UNIT_BYTES:
         groups = 1
-        whole = [s for s in range(1, inner + 1) if inner % s == 0 and inner // s % simd.TILE_ROWS == 0]
+        whole = [s for s in range(1, inner + 1) if inner % s == 0 and inner // s % _SLICE == 0]
         slices = next((s for s in whole if group_bytes // s <= _UNIT_BYTES), (whole or [1])[-1])
     units = layer.groups // groups * slices
     items = min(max(pixels // _PIXELS_A_PIECE * units, _FEWEST_ITEMS), _MOST_ITEMS)
