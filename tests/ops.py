@@ -112,13 +112,7 @@ def _last_axis(name: str) -> Callable[[Arguments], int]:
 OPERATIONS = [
     Operation("im2col", calls.im2col, calls.COLUMNS),
     Operation("col2im", calls.col2im, calls.COLUMNS, terms=_kernel_area),
-    Operation(
-        "conv2d_forward",
-        calls.conv2d_forward,
-        calls.CONVOLUTIONS,
-        meets_padding=("weight",),
-        terms=_taps,
-    ),
+    Operation("conv2d_forward", calls.conv2d_forward, calls.CONVOLUTIONS, terms=_taps),
     Operation(
         "conv2d_backward_input",
         calls.conv2d_backward_input,
@@ -126,21 +120,9 @@ OPERATIONS = [
         meets_padding=("weight",),
         terms=lambda arguments: prod(arguments["weight"].shape[:2]) * arguments["weight"].shape[3],
     ),
-    Operation(
-        "conv2d_backward_weight",
-        calls.conv2d_backward_weight,
-        calls.CONVOLUTIONS,
-        meets_padding=("dout",),
-        terms=_pixels,
-    ),
+    Operation("conv2d_backward_weight", calls.conv2d_backward_weight, calls.CONVOLUTIONS, terms=_pixels),
     Operation("conv2d_backward_bias", calls.dout, calls.CHANNELS, any_shape=("dout",), terms=_rows("dout")),
-    Operation(
-        "conv2d_pool_forward",
-        calls.conv2d_pool_forward,
-        calls.POOLED_CONVOLUTIONS,
-        meets_padding=("weight",),
-        terms=_taps,
-    ),
+    Operation("conv2d_pool_forward", calls.conv2d_pool_forward, calls.POOLED_CONVOLUTIONS, terms=_taps),
     Operation(
         "conv2d_pool_backward_input",
         calls.conv2d_pool_backward_input,
@@ -152,7 +134,7 @@ OPERATIONS = [
         "conv2d_pool_backward_weight",
         calls.conv2d_pool_backward_weight,
         calls.POOLED_CONVOLUTIONS,
-        meets_padding=("x", "dout"),
+        meets_padding=("x",),
         terms=_pixels,
     ),
     Operation("linear_forward", calls.linear_forward, calls.LINEAR, terms=_last_axis("x")),

@@ -71,6 +71,8 @@ def test_nan_spreads_as_in_the_reference(operation, dtype, without_winograd):
             # The parameters of an augmentation may not be NaN.
             if name in (*operation.meets_padding, "params") or array.dtype.kind != "f" or not array.size:
                 continue
+            if name == MEETS_NO_PADDING.get(operation.name):
+                continue
             poisoned = array.copy()
             poisoned.reshape(-1)[array.size // 2] = np.nan
             call = {**arguments, name: poisoned}

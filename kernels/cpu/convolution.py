@@ -2,8 +2,8 @@
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
 convolve by the definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3,
-`depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill
-vectors or to repay packing.
+`depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to
+fill vectors or to repay packing.
 """
 
 from __future__ import annotations

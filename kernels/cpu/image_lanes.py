@@ -484,7 +484,7 @@ def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
 
 @lru_cache(maxsize=512)
 def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
-    """Whether the gradient to the weights is faster here than by `Layer.add_weight_gradient`."""
+    """Whether the gradient to the weights is faster here than by `direct_weights`."""
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
     of = _forward_tables(layer, images, 1, dtype)
