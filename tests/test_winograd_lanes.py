@@ -5,7 +5,7 @@ import pytest
 
 import fastcnn
 from fastcnn.kernels import cpu, reference, threads
-from fastcnn.kernels.cpu import direct, pooled_convolution, winograd_lanes
+from fastcnn.kernels.cpu import direct, pooled_convolution, winograd_lanes, winograd_lanes_weights
 from fastcnn.kernels.cpu.epilogue import DEAD
 from fastcnn.kernels.cpu.winograd_points import TILE, matrices
 
@@ -115,6 +115,32 @@ def test_pooled(case, pool_size):
         assert (dead | (taken[..., 0] >= largest - 2 * tolerance)).all()
 
 
+@every_case
+def test_gradient_to_the_weights_is_added(case, team):
+    layer, x, weight, _, padding = arguments(case)
+    dout = np.random.default_rng(6).standard_normal((len(x), *layer.out_image, layer.filters), np.float32)
+    exact = dout.astype(np.float64), x.astype(np.float64)
+    expected = reference.conv2d_backward_weight(*exact, weight.shape[:2], padding=padding)
+    results = []
+    for count in (1, 2):
+        team(count)
+        dweight = np.ones_like(weight)
+        winograd_lanes_weights.add_weight_gradient(layer, dout, x, dweight)
+        assert error(dweight - 1, expected) < BOUND
+        results.append(dweight.tobytes())
+    assert results[0] == results[1]
+
+
+def test_nan_in_an_image_reaches_the_gradients_of_its_channel():
+    layer, x, weight, _, _ = arguments("7 x 7")
+    dout = np.ones((len(x), *layer.out_image, layer.filters), np.float32)
+    x[3, 9, 9, 1] = np.nan
+    dweight = np.zeros_like(weight)
+    winograd_lanes_weights.add_weight_gradient(layer, dout, x, dweight)
+    assert np.isnan(dweight[:, :, 1]).all()
+    assert np.isfinite(np.delete(dweight, 1, axis=2)).all()
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
     layer, x, weight, bias, _ = arguments("7 x 7")
@@ -141,8 +167,11 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     e = pooled_convolution._epilogue(layer, 2, True, False)
     pooled = np.empty((len(x), e.out_h, e.out_w, e.filters), np.float32)
     winograd_lanes.forward(layer, x, weight, bias, pooled, e)
+    dweight = np.zeros_like(weight)
+    winograd_lanes_weights.add_weight_gradient(layer, y, x, dweight)
     for enabled in (True, False):
         switch(enabled)
+        assert np.array_equal(cpu.conv2d_backward_weight(y, x, 5), dweight) is enabled
         assert np.array_equal(cpu.conv2d_forward(x, weight, bias), y) is enabled
         assert np.array_equal(cpu.conv2d_pool_forward(x, weight, bias, 2)[0], pooled) is enabled
 
@@ -164,11 +193,14 @@ def test_not_used_where_it_is_no_use(case):
     shape, filters, kernel, stride, dilation, groups = UNFIT[case]
     layer = direct.layer(shape, kernel, None, filters, stride, 0, dilation, groups)
     assert not winograd_lanes.suits_forward(layer, shape[0], np.dtype(np.float32))
+    assert not winograd_lanes_weights.suits(layer, shape[0], np.dtype(np.float32))
 
 
 def test_used_where_images_fill_vectors_in_float32_alone():
     layer = direct.layer((64, 20, 20, 3), 5, 3, 10, 1, 0, 1, 1)
     assert winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32))
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float64))
+    assert winograd_lanes_weights.suits(layer, 64, np.dtype(np.float32))
+    assert not winograd_lanes_weights.suits(layer, 64, np.dtype(np.float64))
     thirds = pooled_convolution._epilogue(layer, 3, True, True)
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32), thirds)

@@ -24,6 +24,7 @@ from . import (
     image_lanes,
     winograd,
     winograd_lanes,
+    winograd_lanes_weights,
     winograd_weights,
 )
 
@@ -63,6 +64,8 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
 def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.add_weight_gradient
+    if winograd_lanes_weights.suits(layer, images, dtype):
+        return winograd_lanes_weights.add_weight_gradient
     if image_lanes.suits_weight(layer, images, dtype):
         return image_lanes.add_weight_gradient
     if winograd.suits(layer, images, dtype):

@@ -196,11 +196,11 @@ def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
         d = d0 + f * lanes
         for k in range(0, of.taps.size, TAPS):
             if filters == TAP_FILTERS[0]:
-                taps_tile(TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+                taps_tile(TAPS, TAP_FILTERS[0], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
             elif filters == TAP_FILTERS[-1]:
-                taps_tile(TAP_FILTERS[-1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+                taps_tile(TAPS, TAP_FILTERS[-1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
             else:
-                taps_tile(TAP_FILTERS[1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
+                taps_tile(TAPS, TAP_FILTERS[1], window, w0, pixels, of.taps, k, gradient, d, step, sums, s)
             s += TAPS * filters * lanes
 
 
@@ -482,17 +482,31 @@ def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return sum(_correlation_cycles(of, images, dtype) for of, _ in phases) < others
 
 
+def _weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
+    of = _forward_tables(layer, images, 1, dtype)
+    pixels, taps = of.grid.height * of.grid.width, of.taps.size
+    filters = _padded(layer.filters, _tile_size(layer.filters, TAP_FILTERS))
+    sums = _WEIGHT_CYCLES * pixels * _padded(taps, TAPS) * filters
+    return _cycles(of, images, simd.lanes(dtype), sums, dtype)
+
+
+def _direct_weight_cycles(layer: Layer, dtype: np.dtype) -> float:
+    pixels = layer.out_image[0] * layer.out_image[1]
+    taps = layer.multiply_adds // (pixels * layer.filters)
+    return _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS) * -(-layer.filters // simd.lanes(dtype))
+
+
+def weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
+    """What the gradient to the weights of all images costs, here or by `Layer.add_weight_gradient`."""
+    return images * min(_weight_cycles(layer, images, dtype), _direct_weight_cycles(layer, dtype))
+
+
 @lru_cache(maxsize=512)
 def suits_weight(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient to the weights is faster here than by `direct_weights`."""
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
-    of = _forward_tables(layer, images, 1, dtype)
-    pixels, taps = of.grid.height * of.grid.width, of.taps.size
-    filters = _padded(layer.filters, _tile_size(layer.filters, TAP_FILTERS))
-    sums = _WEIGHT_CYCLES * pixels * _padded(taps, TAPS) * filters
-    cycles = _cycles(of, images, simd.lanes(dtype), sums, dtype)
-    return cycles < _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS)
+    return _weight_cycles(layer, images, dtype) < _direct_weight_cycles(layer, dtype)
 
 
 def forward(

@@ -194,28 +194,28 @@ def filters_tile(typing_context, filters, window, w0, taps, weights, v0, start, 
 
 
 @intrinsic(prefer_literal=True)
-def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
+def taps_tile(typing_context, high, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0):
     """sums[s0 + k, f] += sum over pixels p of window[w0 + pixel + tap k] * dout[d0 + p * step + f].
 
-    All of them are vectors of images. The literal is the number of `filters`; there are `TAPS` taps from k0
-    on, the last of which stands for all beyond it.
+    All of them are vectors of images. The literals are the numbers of taps, from k0 on, and of `filters`; the
+    last tap stands for all beyond it.
     """
-    if not isinstance(filters, types.IntegerLiteral):
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (high, filters)):
         return None
-    many = filters.literal_value
-    signature = types.void(filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0)
+    tall, many = high.literal_value, filters.literal_value
+    signature = types.void(high, filters, window, w0, pixels, taps, k0, dout, d0, step, sums, s0)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, window.dtype)
         images, pixel_table, tap_table, gradient, target = (
-            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 9)
+            memory(context, builder, signature.args[i], arguments[i]) for i in (2, 4, 5, 7, 10)
         )
-        w0, k0, d0, step, s0 = (arguments[i] for i in (2, 5, 7, 8, 10))
-        count = context.make_array(pixels)(context, builder, arguments[3]).nitems
+        w0, k0, d0, step, s0 = (arguments[i] for i in (3, 6, 8, 9, 11))
+        count = context.make_array(pixels)(context, builder, arguments[4]).nitems
         last = builder.sub(
-            context.make_array(taps)(context, builder, arguments[4]).nitems, ir.Constant(_I64, 1)
+            context.make_array(taps)(context, builder, arguments[5]).nitems, ir.Constant(_I64, 1)
         )
-        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(TAPS)]
+        ks = [builder.add(k0, ir.Constant(_I64, t)) for t in range(tall)]
         ks = [builder.select(builder.icmp_signed("<", k, last), k, last) for k in ks]
         inputs = [emit.at(images, w0, builder.load(emit.at(tap_table, k))) for k in ks]
 
@@ -230,7 +230,7 @@ def taps_tile(typing_context, filters, window, w0, pixels, taps, k0, dout, d0, s
             return [emit.multiply_add(*pair, total) for pair, total in zip(products, totals, strict=True)]
 
         zero = ir.Constant(emit.vector, None)
-        totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (TAPS * many), add_pixel)
+        totals = sum_loop(emit, ir.Constant(_I64, 0), count, [zero] * (tall * many), add_pixel)
         for i, total in enumerate(totals):
             place = emit.at(target, s0, ir.Constant(_I64, i * emit.lanes))
             emit.store(builder.fadd(emit.load(place), total, flags=("nsz",)), place)

@@ -74,7 +74,7 @@ class Tiling(NamedTuple):
 
 
 @kernel
-def _transform_row(window, w0, g, columns, spectrum):
+def transform_row(window, w0, g, columns, spectrum):
     """Transforms of the windows of a row of tiles, and of the cuts beside the last: by tile and column."""
     lanes = VECTOR_BITS // (8 * window.itemsize)
     vectors = g.size * lanes
@@ -161,7 +161,7 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
         for t in range(first, end):
             while ready < t + g.cuts:
                 w0 = (ready - first) * TILE * g.pitch
-                _transform_row(window, w0, g, column, spectrum[ready % g.cuts * slot :])
+                transform_row(window, w0, g, column, spectrum[ready % g.cuts * slot :])
                 ready += 1
             turned = taps[t % g.cuts]
             for j in range(g.tiles_w):
@@ -208,7 +208,7 @@ def _cut(taps: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=512)
-def _tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Tiling, np.ndarray]:
+def tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Tiling, np.ndarray]:
     """A pass's sizes, and where a product's inputs lie, for each order of the rows of spectra in scratch."""
     lanes = simd.lanes(dtype)
     size, cuts = _cut(max(layer.rows.kernel, layer.columns.kernel))
@@ -221,7 +221,7 @@ def _tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Ti
     bands = max(-(-tiles_h // max(most, 1)), -(-_TASKS // -(-images // lanes)))
     rows = -(-tiles_h // min(bands, tiles_h))
     out_w = width // pool_w
-    tiling = Tiling(
+    g = Tiling(
         image_h=layer.image[0],
         image_w=layer.image[1],
         channels=layer.channels,
@@ -249,7 +249,7 @@ def _tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Ti
     tile = channel * size * layer.channels
     slots = np.arange(cuts) * ((tiles_w + cuts - 1) * tile)
     right = np.add.outer(np.arange(cuts) * tile, np.arange(layer.channels) * channel).ravel()
-    return tiling, np.stack([np.add.outer(np.roll(slots, -turn), right).ravel() for turn in range(cuts)])
+    return g, np.stack([np.add.outer(np.roll(slots, -turn), right).ravel() for turn in range(cuts)])
 
 
 def _padded_filters(filters: int) -> int:
@@ -286,7 +286,7 @@ def forward(
 ) -> None:
     """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
     images, lanes = len(x), simd.lanes(x.dtype)
-    g, taps = _tiling(layer, images, x.dtype, e)
+    g, taps = tiling(layer, images, x.dtype, e)
     padded = _padded_filters(g.filters)
     weights = scratch("weights", padded * taps.shape[1] * g.size * g.size, x.dtype)
     weights.fill(0)
@@ -304,17 +304,22 @@ def forward(
     _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
 
 
-@lru_cache(maxsize=512)
-def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
+def fits(layer: Layer) -> bool:
+    """Whether the layer's passes can be done by tiles."""
     sides = layer.rows, layer.columns
     kernels = [side.kernel for side in sides]
     if layer.groups > 1 or any(side.stride > 1 or side.dilation > 1 for side in sides):
         return False
-    if min(kernels) < _FEWEST_TAPS or max(kernels) > _MOST_TAPS or not layer.multiply_adds:
+    return min(kernels) >= _FEWEST_TAPS and max(kernels) <= _MOST_TAPS and layer.multiply_adds > 0
+
+
+@lru_cache(maxsize=512)
+def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
+    if not fits(layer):
         return False
     if e.pool_h and (TILE % e.pool_h or TILE % e.pool_w):
         return False
-    g, taps = _tiling(layer, images, dtype, e)
+    g, taps = tiling(layer, images, dtype, e)
     elements = g.size * g.size
     products = _PRODUCT_CYCLES * elements * taps.shape[1] * _padded_filters(g.filters)
     windows = g.channels * (1 + (g.cuts - 1) / g.rows)
