@@ -15,47 +15,55 @@ try:
 except ImportError as error:
     raise ImportError("fastcnn.kernels.cuda needs numba-cuda: pip install 'fastcnn[cuda]'") from error
 
-from .activation import leaky_relu_backward, leaky_relu_forward, relu_backward, relu_forward
+from .activation import (
+    leaky_relu_backward,
+    leaky_relu_forward,
+    prelu_backward,
+    prelu_forward,
+    relu_backward,
+    relu_forward,
+)
 from .arrays import DeviceArray, as_device, empty, from_numpy, zeros
+from .batch import augment_batch, gather_batch
+from .dropout import dropout_backward, dropout_forward
 from .jit import synchronize
-from .normalization import (
-    batch_norm_backward,
-    batch_norm_forward,
-    batch_norm_pool_backward,
-    batch_norm_pool_forward,
+from .loss import (
+    log_softmax,
+    log_softmax_backward,
+    soft_cross_entropy,
+    soft_cross_entropy_backward,
+    softmax,
+    softmax_backward,
+    softmax_cross_entropy,
+    softmax_cross_entropy_backward,
 )
-from .pooling import (
-    adaptive_avg_pool2d_backward,
-    adaptive_avg_pool2d_forward,
-    avg_pool2d_backward,
-    avg_pool2d_forward,
-    global_avg_pool2d_backward,
-    global_avg_pool2d_forward,
-    max_pool2d_backward,
-    max_pool2d_forward,
-)
+from .optimizer import adam_update, sgd_update
 
 __all__ = [
     "DeviceArray",
-    "adaptive_avg_pool2d_backward",
-    "adaptive_avg_pool2d_forward",
+    "adam_update",
     "as_device",
-    "avg_pool2d_backward",
-    "avg_pool2d_forward",
-    "batch_norm_backward",
-    "batch_norm_forward",
-    "batch_norm_pool_backward",
-    "batch_norm_pool_forward",
+    "augment_batch",
+    "dropout_backward",
+    "dropout_forward",
     "empty",
     "from_numpy",
-    "global_avg_pool2d_backward",
-    "global_avg_pool2d_forward",
+    "gather_batch",
     "leaky_relu_backward",
     "leaky_relu_forward",
-    "max_pool2d_backward",
-    "max_pool2d_forward",
+    "log_softmax",
+    "log_softmax_backward",
+    "prelu_backward",
+    "prelu_forward",
     "relu_backward",
     "relu_forward",
+    "sgd_update",
+    "soft_cross_entropy",
+    "soft_cross_entropy_backward",
+    "softmax",
+    "softmax_backward",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_backward",
     "synchronize",
     "zeros",
 ]

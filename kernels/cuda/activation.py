@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from numba import cuda, float64
+
 from ..cpu import activation as cpu
 from . import checks
-from .arrays import DeviceArray
+from .arrays import DeviceArray, blocks
 from .elementwise import binary, run, unary
+from .jit import THREADS, kernel
+from .reductions import LANES, ROWS, fold, slabs
 from .twin import twin_of
 
 
@@ -61,3 +65,75 @@ def leaky_relu_backward(dout: Any, x: Any, negative_slope: float = 0.01, *, out:
     return run(
         _leaky_relu_backward, checks.output("out", out, dout.shape, dout.dtype), dout, x, negative_slope
     )
+
+
+def _slopes(x: DeviceArray, weight: Any) -> DeviceArray:
+    weight = checks.floating("weight", weight, 1, x.dtype)
+    if not x.ndim:
+        raise ValueError("x: expected (..., C), got a scalar")
+    if weight.shape not in ((1,), x.shape[-1:]):
+        raise ValueError(
+            f"weight: shape {weight.shape} is neither (1,) nor {x.shape[-1:]}, the channels of x"
+        )
+    return weight
+
+
+@kernel("T[::1], T[::1], T[::1]")
+def _prelu(y, x, slopes):
+    for i in range(cuda.grid(1), y.size, cuda.gridsize(1)):
+        value = x[i]
+        y[i] = value if value > 0 else slopes[i % slopes.size] * value
+
+
+@twin_of(cpu.prelu_forward)
+def prelu_forward(x: Any, weight: Any, *, out: Any = None) -> DeviceArray:
+    x = checks.floating("x", x)
+    weight = _slopes(x, weight)
+    y = checks.output("out", out, x.shape, x.dtype)
+    if x.size:
+        _prelu.launch(blocks(x.size), THREADS, y.reshape(-1), x.reshape(-1), weight)
+    return y
+
+
+@kernel("T[::1], T[::1], T[::1], T[::1], float64[:, ::1]")
+def _prelu_backward(dout, x, slopes, dx, sums):
+    """dx, and the sums of slopes' gradients of one piece (`Slabs`)."""
+    partial = cuda.shared.array((ROWS, LANES), float64)
+    pieces, width = sums.shape
+    lane, row = cuda.threadIdx.x, cuda.threadIdx.y
+    column, piece = cuda.blockIdx.x * LANES + lane, cuda.blockIdx.y
+    total = 0.0
+    if column < width:
+        slope = slopes[column % slopes.size]
+        for i in range((piece + row * pieces) * width + column, x.size, ROWS * pieces * width):
+            gradient, value = dout[i], x[i]
+            if value > 0:
+                dx[i] = gradient
+            else:
+                dx[i] = slope * gradient
+                total += gradient * value
+    partial[row, lane] = total
+    cuda.syncthreads()
+    if row == 0 and column < width:
+        for k in range(1, ROWS):
+            total += partial[k, lane]
+        sums[piece, column] = total
+
+
+@twin_of(cpu.prelu_backward)
+def prelu_backward(
+    dout: Any, x: Any, weight: Any, *, out: Any = None, out_dweight: Any = None, accumulate: bool = False
+) -> tuple[DeviceArray, DeviceArray]:
+    dout, x = _alike(dout, "x", x)
+    weight = _slopes(x, weight)
+    dx = checks.output("out", out, dout.shape, dout.dtype)
+    dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
+    added = accumulate and out_dweight is not None
+    if x.size:
+        plan = slabs(x.size, weight.size)
+        flat = (array.reshape(-1) for array in (dout, x))
+        _prelu_backward.launch(plan.grid, (LANES, ROWS), *flat, weight, dx.reshape(-1), plan.sums)
+        fold(plan, dweight, added)
+    elif not added:
+        dweight.fill(0)
+    return dx, dweight

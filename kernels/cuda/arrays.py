@@ -218,8 +218,7 @@ class DeviceArray:
             raise ValueError(f"out: {out.dtype} {out.shape} is not {self.dtype} {self.shape}")
         if self.size:
             host = out if out.flags.c_contiguous else np.empty(self.shape, self.dtype)
-            contiguous(self).native.copy_to_host(host, stream=stream())
-            stream().synchronize()
+            _to_host(contiguous(self), host)
             if host is not out:
                 out[...] = host
         return out
@@ -262,13 +261,30 @@ def _numba_array(array: DeviceArray) -> Any:
     return cuda.from_cuda_array_interface(interface, owner=array.owner, sync=False)
 
 
-def _simulated(array: DeviceArray) -> Any:
-    from numba.cuda.cudadrv.devicearray import FakeCUDAArray
-
+def _simulated(array: DeviceArray) -> np.ndarray:
+    """The array's memory, which is the host's."""
     if not array.size:
-        return FakeCUDAArray(np.empty(array.shape, array.dtype))
+        return np.empty(array.shape, array.dtype)
     memory = memoryview((ctypes.c_char * array.nbytes).from_address(array.pointer))
-    return FakeCUDAArray(np.ndarray(array.shape, array.dtype, memory))
+    return np.ndarray(array.shape, array.dtype, memory)
+
+
+def _to_host(array: DeviceArray, host: np.ndarray) -> None:
+    """Copy to a C-contiguous array of the host, and wait for it."""
+    if SIMULATED:
+        host[...] = array.native
+    else:
+        array.native.copy_to_host(host, stream=stream())
+        stream().synchronize()
+
+
+def _to_device(host: np.ndarray, array: DeviceArray) -> None:
+    """Copy from a C-contiguous array of the host, which may change when this returns."""
+    if SIMULATED:
+        array.native[...] = host
+    else:
+        # The driver has read pageable memory by the time that this returns.
+        array.native.copy_to_device(host, stream=stream())
 
 
 def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
@@ -298,8 +314,7 @@ def from_numpy(array: np.ndarray) -> DeviceArray:
     array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
     result = empty(array.shape, array.dtype)
     if array.size:
-        # The driver has read pageable memory by the time that this returns.
-        result.reshape(-1).native.copy_to_device(array.reshape(-1), stream=stream())
+        _to_device(array, result)
     return result
 
 
@@ -422,3 +437,21 @@ def _copy(target: DeviceArray, source: DeviceArray) -> None:
 def contiguous(array: DeviceArray) -> DeviceArray:
     """`array` if it is C-contiguous, else a copy that is."""
     return array if array.is_contiguous else array.copy()
+
+
+_INTEGERS = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
+
+
+@kernel("int64[::1], T[::1]", floats=_INTEGERS)
+def _widen(target, source):
+    for i in range(cuda.grid(1), source.size, cuda.gridsize(1)):
+        target[i] = source[i]
+
+
+def to_int64(array: DeviceArray) -> DeviceArray:
+    """A C-contiguous array of integers as int64: itself, or a copy."""
+    if array.dtype == np.int64:
+        return array
+    result = empty(array.shape, np.int64)
+    _widen.launch(blocks(array.size), THREADS, result.reshape(-1), array.reshape(-1))
+    return result

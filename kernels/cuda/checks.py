@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..checks import FLOATS, integer, padding2d, pair, same_shape, shape4, window_output
-from .arrays import DeviceArray, as_device, contiguous, empty
+from .arrays import DeviceArray, as_device, contiguous, empty, to_int64
 
 __all__ = [
     "array",
     "floating",
     "integer",
+    "integers",
     "output",
     "padding2d",
     "pair",
@@ -55,6 +56,24 @@ def floating(name: str, value: Any, ndim: int | None = None, dtype: np.dtype | N
     if ndim is not None and result.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} axes, got shape {result.shape}")
     return contiguous(result)
+
+
+def integers(name: str, value: Any) -> DeviceArray:
+    """Integers of one axis as kernels take them: int64.
+
+    Raises
+    ------
+    TypeError
+        If `value` is no array of a device, or not of integers.
+    ValueError
+        If it has not 1 axis.
+    """
+    result = as_device(value, name)
+    if not np.issubdtype(result.dtype, np.integer):
+        raise TypeError(f"{name}: dtype {result.dtype} is no integer")
+    if result.ndim != 1:
+        raise ValueError(f"{name}: expected 1 axis, got shape {result.shape}")
+    return to_int64(contiguous(result))
 
 
 def output(name: str, out: Any, shape: Sequence[int], dtype: Any) -> DeviceArray:

@@ -26,6 +26,9 @@ from .. import jit as _cpu
 
 SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
 
+if SIMULATED:
+    from .simulator import Simulated
+
 FLOATS = ("float32", "float64")
 _DTYPE = re.compile(r"\bT\b")
 
@@ -77,34 +80,9 @@ def synchronize() -> None:
 def device_function(function: Callable) -> Any:
     """Compile a function that kernels call, always inlined."""
     if SIMULATED:
-        _NAMESPACES.append(function.__globals__)
+        Simulated.namespaces.append(function.__globals__)
         return function
     return cuda.jit(device=True, forceinline=True)(function)
-
-
-# Of the simulator: the modules whose name `cuda` stands for the running kernel's threads and shared memory.
-_NAMESPACES: list[dict[str, Any]] = []
-
-
-def _simulated(function: Callable) -> Callable[..., None]:
-    """A kernel for the simulator, whose own way with functions of other modules is not safe for threads."""
-    from numba.cuda.simulator.kernel import _get_kernel_context
-
-    def run(*arguments: Any) -> None:
-        for namespace in _NAMESPACES:
-            namespace["cuda"] = _get_kernel_context()
-        function(*arguments)
-
-    simulated = cuda.jit(run)
-
-    def launch(grid: Dim, block: Dim, *arguments: Any) -> None:
-        try:
-            simulated[grid, block](*arguments)
-        finally:
-            for namespace in _NAMESPACES:
-                namespace["cuda"] = cuda
-
-    return launch
 
 
 def _argument_types(signature: str) -> tuple[Any, ...]:
@@ -202,8 +180,7 @@ class Kernel:
         if len(self._by_key) != len(self.signatures):
             raise ValueError(f"{name}: two signatures have the same arrays")
         if SIMULATED:
-            _NAMESPACES.append(function.__globals__)
-            self.simulated = _simulated(function)
+            self.simulated = Simulated(function)
         self._array_positions = [k for k, is_array in enumerate(self.signatures[0].arrays) if is_array]
 
     def __getitem__(self, configuration: tuple[Dim, Dim]) -> Callable[..., None]:
