@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]
 _WHOLE = "whole network"
 # More processes than this gain little: the longest job decides, and each takes some 300 MB.
 _MOST_PROCESSES = 4
-# Elements of an input that keeps every thread busy, so that the parallel kernels are compiled too.
+# Elements of a large input: other kernels may serve it than serve a small one.
 _LARGE = 1 << 18
 # What a process returns that the system killed, as it does when memory runs out.
 _KILLED = -9
