@@ -155,6 +155,8 @@ class _LinkedLowering(NativeLowering):
     _name = "fastcnn_linked_lowering"
 
     def run_pass(self, state: Any) -> bool:
+        # Kernels own no arrays, so that counting references to them would be work for nothing.
+        state.targetctx = state.targetctx.subtarget(enable_nrt=False)
         library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         state.library = library
         state.flags.no_compile = True
@@ -193,10 +195,14 @@ def kernel(func: Callable, out_of_line: bool = False) -> Any:
     It is optimised and turned into machine code once, as a part of each `entry` that it belongs to, and not
     once more by itself: that halves the time of a cold start. With `out_of_line` it is never inlined.
     """
-    compiler = _OutOfLineCompiler if out_of_line else _LinkedCompiler
-    dispatcher = numba.njit(
-        pipeline_class=compiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS
-    )(func)
+    options: dict[str, Any] = {
+        "pipeline_class": _OutOfLineCompiler if out_of_line else _LinkedCompiler,
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+        # Only for type inference, which else forbids to return a view; see `_LinkedLowering`.
+        "_nrt": True,
+    }
+    dispatcher = numba.njit(**OPTIONS, **options)(func)
 
     def add_overload(result: Any) -> None:
         dispatcher.overloads[tuple(result.signature.args)] = result
@@ -216,7 +222,7 @@ def entry(func: Callable, name: str = "") -> Any:
 
     It is cached as `name`, its own by default, which must be its own among all entries.
     """
-    dispatcher = numba.njit(**OPTIONS)(func)
+    dispatcher = numba.njit(_nrt=False, **OPTIONS)(func)
     dispatcher._cache = KernelCache(func, name or f"{func.__module__}.{func.__qualname__}")
     return dispatcher
 
