@@ -262,6 +262,8 @@ def _units(model: Any) -> Iterator[Any]:
             for first, last, run in fusion.fuse(layers, lambda layer: False):
                 if isinstance(run, fusion.Later):
                     yield from (run.run, run.activation)
+                elif isinstance(run, fusion.ConvNorm):
+                    yield from (run.conv, run.norm)
                 elif run is not None:
                     yield run
                 if run is not None:

@@ -69,8 +69,22 @@ BLOCKS = {
     "leaky": (lambda: [nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.MaxPool2d(2)], ["Later"]),
     "norm relu pool": (
         lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)],
-        ["-", "NormPool"],
+        ["ConvNorm"],
     ),
+    "conv norm relu": (
+        lambda: [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU()],
+        ["ConvNorm"],
+    ),
+    "conv norm pool": (lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2)], ["ConvNorm"]),
+    "conv untracked norm": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()],
+        ["ConvNorm"],
+    ),
+    "conv norm leaky pool": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.MaxPool2d(2)],
+        ["-", "Later"],
+    ),
+    "conv norm": (lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)], ["-", "-"]),
     "norm leaky pool": (lambda: [nn.BatchNorm2d(3), nn.LeakyReLU(), nn.MaxPool2d(2)], ["Later"]),
     "norm relu": (lambda: [nn.BatchNorm2d(3, affine=False), nn.ReLU()], ["NormPool"]),
     "norm pool": (lambda: [nn.BatchNorm2d(3, momentum=None), nn.MaxPool2d(2)], ["NormPool"]),
@@ -97,6 +111,75 @@ def test_a_model_does_what_its_layers_do(name):
     shape = (3, 32, 32)
     net = models.create(name, shape, 10, seed=1).double()
     check(net, np.random.default_rng(0).standard_normal((3, *shape)))
+
+
+def normalised(**conv):
+    """Conv2d, BatchNorm2d, ReLU and MaxPool2d that have seen some images, to be evaluated."""
+    rng = np.random.default_rng(2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, **conv), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    for array in (net[1].weight.data, net[1].bias.data, net[1].running_mean):
+        array[...] = rng.standard_normal(8)
+    net[1].running_var[...] = rng.uniform(0.1, 3, 8)
+    return net
+
+
+@fastcnn.no_grad()
+def evaluated(net, x):
+    """With runs and without."""
+    fused = net(x)
+    fastcnn.set_fusion(False)
+    plain = net(x)
+    fastcnn.set_fusion(True)
+    return fused, plain
+
+
+@pytest.mark.parametrize("conv", [{}, {"bias": False}, {"stride": 2, "padding": 1}])
+@pytest.mark.parametrize("images", [1, 40])
+def test_statistics_that_are_folded_into_the_weights(conv, images):
+    net = normalised(**conv)
+    x = np.random.default_rng(0).standard_normal((images, 3, 12, 14)).astype(np.float32)
+    fused, plain = evaluated(net, x)
+    np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)
+    net[1].running_var[3] = np.nan
+    net[0].weight.data[5] = np.nan
+    x[0, :, :6] = np.nan
+    fused, plain = evaluated(net, x)
+    np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)
+    assert np.isnan(fused[:, 3]).all()
+
+
+def test_when_statistics_are_folded():
+    net = normalised()
+    (*_, run), *_ = net._runs(list(net))
+    x = np.zeros((1, 3, 12, 14), np.float32)
+    assert not run._folds(x), "gradients"
+    with fastcnn.no_grad():
+        assert run._folds(x)
+        assert not run._folds(x[:, :, :4, :4]), "fewer pixels than weights"
+        assert not run._folds(x[0])
+        net[1].train()
+        assert not run._folds(x)
+        net[1].eval()
+        net[1].eps = 0
+        assert not run._folds(x)
+
+
+def test_errors_of_layers_that_are_folded():
+    net = normalised()
+    x = np.zeros((1, 3, 12, 14), np.float32)
+    wrong = {
+        "channels, the layer takes 3": x[:, :2],
+        "expected 4 axes": x[0],
+        "float64 differs": x.astype(np.float64),
+        "expected a NumPy array": x.tolist(),
+        "kernel_size": x[:, :, :2],
+    }
+    for message, input in wrong.items():
+        with fastcnn.no_grad(), pytest.raises((TypeError, ValueError), match=message):
+            net(input)
+    net[1].running_mean = net[1].running_mean.astype(np.float64)
+    with fastcnn.no_grad(), pytest.raises(TypeError, match="float64"):
+        net(x)
 
 
 @pytest.mark.parametrize("slope", [0.0, -0.5, np.nan])

@@ -7,6 +7,8 @@ the result.
 - Conv2d, ReLU and MaxPool2d: the convolution is pooled while it is in the cache, and the gradient of what was
   not the largest of its window is not multiplied
 - BatchNorm2d, ReLU and MaxPool2d
+- Conv2d before these: without gradients, what the running statistics do to each channel is done to the
+  weights instead, where these are fewer than the pixels
 - LeakyReLU or PReLU before MaxPool2d, with a slope above zero, come behind it: where their input grows, so
   does their output, and the largest pixel of a window stays the largest
 
@@ -15,6 +17,7 @@ Only layers of exactly these classes fuse, and only windows that neither overlap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -66,9 +69,12 @@ class ConvPool:
         self._geometry = (conv.stride, conv._pads, conv.dilation, conv.groups)
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def forward(self, input: np.ndarray) -> tuple[np.ndarray, Any]:
-        """The result, and what backward needs."""
+    def forward(
+        self, input: np.ndarray, weights: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, Any]:
+        """The result, and what backward needs; with other `weights` and biases than the layer's if given."""
         conv = self.conv
+        bias = None if conv.bias is None else conv.bias.memory
         x = images(input, conv.weight.dtype, conv.in_channels)
         shape = self._shapes.get(x.shape)
         if shape is None:
@@ -80,8 +86,7 @@ class ConvPool:
         argmax = _buffers.empty(y.shape, np.uint8) if keeps else None
         cpu.conv2d_pool_forward(
             x,
-            conv.weight.memory,
-            None if conv.bias is None else conv.bias.memory,
+            *(weights or (conv.weight.memory, bias)),
             self.pool_size,
             self.relu,
             *self._geometry,
@@ -179,6 +184,55 @@ class NormPool:
         return shown(dx, True) if input_grad else None
 
 
+class ConvNorm:
+    """Conv2d, then what NormPool does.
+
+    Without gradients and with running statistics, y = (x * w + b - mean) * scale + shift is the convolution
+    x * (w scale) with the bias (b - mean) * scale + shift.
+    """
+
+    def __init__(self, conv: Conv2d, norm: NormPool):
+        self.conv, self.norm = conv, norm
+        self.folded = ConvPool(conv, norm.relu, norm.pool)
+
+    def forward(self, input: np.ndarray) -> tuple[np.ndarray, Any]:
+        """The result, and what backward needs."""
+        if self._folds(input):
+            return self.folded.forward(input, self._weights())
+        return self.norm.forward(self.conv(input))
+
+    def _folds(self, input: Any) -> bool:
+        conv, norm = self.conv, self.norm.norm
+        if is_grad_enabled() or norm.training or not norm.track_running_stats or not norm.eps > 0:
+            return False
+        # What is wrong with an input is the layers' to say.
+        if type(input) is not np.ndarray or input.ndim != 4 or norm.running_mean.dtype != conv.weight.dtype:
+            return False
+        if norm.num_features != conv.out_channels or input.shape[1] != conv.in_channels:
+            return False
+        pixels = len(input) * math.prod(conv.output_shape(input.shape[1:])[1:])
+        return conv.weight.size <= pixels * conv.out_channels
+
+    def _weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The convolution's weights and biases, normalised as its results would be."""
+        conv, norm = self.conv, self.norm.norm
+        mean, var = norm.running_mean, norm.running_var
+        scale, shift = (
+            None if parameter is None else parameter.memory for parameter in (norm.weight, norm.bias)
+        )
+        zeros = np.zeros_like(mean)
+        weight = _buffers.empty(conv.weight.memory.shape, mean.dtype)
+        cpu.batch_norm_forward(conv.weight.memory, scale, None, zeros, var, False, eps=norm.eps, out=weight)
+        bias = (zeros if conv.bias is None else conv.bias.memory)[np.newaxis]
+        bias, _, _ = cpu.batch_norm_forward(bias, scale, shift, mean, var, False, eps=norm.eps)
+        return weight, bias[0]
+
+    def backward(self, dout: np.ndarray, kept: list[Any], input_grad: bool) -> np.ndarray | None:
+        """Add to the parameters' gradients, return the input's; what forward returned comes from `kept`."""
+        grad: Any = self.norm.backward(dout, kept, True)
+        return self.conv.backward(grad, input_grad=input_grad)
+
+
 class Later:
     """A fused run with a pool, then an activation that stood before the pool.
 
@@ -213,7 +267,10 @@ class Later:
         return grad
 
 
-Run = ConvPool | NormPool | Later
+Run = ConvPool | NormPool | ConvNorm | Later
+
+# The layers of the longest run.
+_LONGEST = 4
 
 
 def pooled(shape: tuple[int, int, int], pool: MaxPool2d | None) -> tuple[int, int, int]:
@@ -232,7 +289,7 @@ def fuse(layers: Sequence[Module], shared: Callable[[Module], bool]) -> list[tup
         count, run = 1, None
         if not shared(layers[first]):
             open_end = next((i for i in range(first, len(layers)) if shared(layers[i])), len(layers))
-            count, run = _run(layers[first : min(open_end, first + 3)])
+            count, run = _run(layers[first : min(open_end, first + _LONGEST)])
         plan.append((first, first + count, run))
         first += count
     return plan
@@ -243,13 +300,16 @@ def _run(layers: Sequence[Any]) -> tuple[int, Run | None]:
     head, *rest = layers
     if not (_is(head, Conv2d) and head.padding_mode == "zeros") and not _is(head, BatchNorm2d):
         return 1, None
+    if isinstance(head, Conv2d) and rest and _is(rest[0], BatchNorm2d):
+        count, run = _run(rest)
+        return (count + 1, ConvNorm(head, run)) if isinstance(run, NormPool) else (1, None)
     make: Any = ConvPool if isinstance(head, Conv2d) else NormPool
     kinds = [_kind(layer) for layer in rest]
     if kinds[:2] in (["relu", "pool"], ["pool", "relu"]):
         pool = rest[kinds.index("pool")]
         return 3, make(head, True, pool)
     if kinds[:2] == ["slope", "pool"]:
-        return 3, Later(make(head, False, rest[1]), rest[0], layers)
+        return 3, Later(make(head, False, rest[1]), rest[0], layers[:3])
     if kinds[:1] == ["relu"]:
         return 2, make(head, True, None)
     if kinds[:1] == ["pool"]:
