@@ -16,17 +16,29 @@ from ..cpu.dropout import RANDOM_BITS, seed64
 from . import checks
 from .arrays import DeviceArray
 from .elementwise import CHUNK, chunks
-from .jit import THREADS, kernel
+from .jit import THREADS, device_function, kernel
 from .random import random_bits
 from .twin import twin_of
 
 
+@device_function
+def _kept(value, i, threshold, scale, zero, seed):
+    return zero if random_bits(seed + np.uint64(i)) < threshold else value * scale
+
+
 @kernel("T[::1], uint64, T, T, uint64, T[::1]")
 def _dropout(x, threshold, scale, zero, seed, y):
-    start = cuda.blockIdx.x * CHUNK + cuda.threadIdx.x
-    for i in range(start, min(start + CHUNK, y.size), THREADS):
-        dropped = random_bits(seed + np.uint64(i)) < threshold
-        y[i] = zero if dropped else x[i] * scale
+    i = cuda.blockIdx.x * CHUNK + cuda.threadIdx.x
+    j, k, m = i + THREADS, i + 2 * THREADS, i + 3 * THREADS
+    if m < y.size:
+        a, b, c, d = x[i], x[j], x[k], x[m]
+        y[i] = _kept(a, i, threshold, scale, zero, seed)
+        y[j] = _kept(b, j, threshold, scale, zero, seed)
+        y[k] = _kept(c, k, threshold, scale, zero, seed)
+        y[m] = _kept(d, m, threshold, scale, zero, seed)
+    else:
+        for n in range(i, y.size, THREADS):
+            y[n] = _kept(x[n], n, threshold, scale, zero, seed)
 
 
 def _run(name: str, x: Any, p: float, seed: int, out: Any) -> DeviceArray:

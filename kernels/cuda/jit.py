@@ -11,6 +11,7 @@ which CuPy and PyTorch work, and they for it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ class _Compiled:
     def _compile(self) -> Any:
         require_device()
         dispatcher = cuda.jit(**self._kernel.options)(self._kernel.function)
-        dispatcher._cache = _kernel_cache(self._kernel.function)
+        dispatcher._cache = _kernel_cache(self._kernel)
         dispatcher.compile(self.argument_types)
         # The only signature: launches need not look for it.
         dispatcher._specialized = True
@@ -147,7 +148,7 @@ class _Compiled:
         configured(*values)
 
 
-def _kernel_cache(function: Callable) -> Any:
+def _kernel_cache(kernel: Kernel) -> Any:
     """Numba's cache on disk, in the directory and under the version key of the CPU's kernels."""
     from numba.cuda.dispatcher import CUDACache, CUDACacheImpl
 
@@ -157,7 +158,16 @@ def _kernel_cache(function: Callable) -> Any:
     class KernelCache(CUDACache):
         _impl_class = Impl
 
-    return KernelCache(function)
+        def _index_key(self, signature: Any, codegen: Any) -> tuple:
+            # Not the function's closure, which Numba would add, and which differs from process to process.
+            return signature, codegen.magic_tuple(), kernel.name
+
+        def save_overload(self, signature: Any, data: Any) -> None:
+            # A directory that can't be written costs the speed of the next start and nothing else.
+            with contextlib.suppress(OSError):
+                super().save_overload(signature, data)
+
+    return KernelCache(kernel.function)
 
 
 class Kernel:
