@@ -18,6 +18,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.np import numpy_support
 from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
+from numba.cuda.types import Type
 
 Dims = tuple[int, int, int]
 
@@ -32,7 +33,7 @@ class _Shared:
         frame = sys._getframe(1)
         place = frame.f_code, frame.f_lasti
         if place not in self.arrays:
-            kind = dtype if isinstance(dtype, np.dtype | type) else numpy_support.as_dtype(dtype)
+            kind = numpy_support.as_dtype(dtype) if isinstance(dtype, Type) else np.dtype(dtype)
             self.arrays[place] = np.empty(shape, kind)
         return self.arrays[place]
 
