@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels import checks, cpu, reference, threads
 from fastcnn.kernels.cpu import direct, pooled_convolution, winograd_lanes, winograd_lanes_weights
 from fastcnn.kernels.cpu.epilogue import DEAD
 from fastcnn.kernels.cpu.winograd_points import TILE, matrices
@@ -58,7 +58,7 @@ def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("size", [winograd_lanes.SMALL, winograd_lanes.LARGE])
+@pytest.mark.parametrize("size", winograd_lanes.SIZES)
 def test_transforms_convolve(size):
     inputs, outputs, filters = matrices(size)
     rng = np.random.default_rng(0)
@@ -88,6 +88,18 @@ def windows(outputs, e):
     outputs = outputs[:, : e.out_h * e.pool_h, : e.out_w * e.pool_w]
     split = outputs.reshape(-1, e.out_h, e.pool_h, e.out_w, e.pool_w, e.filters).transpose(0, 1, 3, 5, 2, 4)
     return split.reshape(*split.shape[:4], -1)
+
+
+@every_case
+def test_gradient_to_the_input(case):
+    layer, x, weight, _, padding = arguments(case)
+    if np.any(np.max(checks.padding2d(padding), axis=1) >= weight.shape[:2]):
+        pytest.skip("pixels of the padding alone")
+    dout = np.random.default_rng(6).standard_normal((len(x), *layer.out_image, layer.filters), np.float32)
+    exact = dout.astype(np.float64), weight.astype(np.float64)
+    dx = np.full_like(x, np.nan)
+    winograd_lanes.backward_input(layer, dout, weight, dx)
+    assert error(dx, reference.conv2d_backward_input(*exact, x.shape, padding=padding)) < BOUND
 
 
 @pytest.mark.parametrize("pool_size", [1, 2, (1, 2), (2, 4)])
@@ -167,11 +179,13 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     e = pooled_convolution._epilogue(layer, 2, True, False)
     pooled = np.empty((len(x), e.out_h, e.out_w, e.filters), np.float32)
     winograd_lanes.forward(layer, x, weight, bias, pooled, e)
-    dweight = np.zeros_like(weight)
+    dweight, dx = np.zeros_like(weight), np.empty_like(x)
     winograd_lanes_weights.add_weight_gradient(layer, y, x, dweight)
+    winograd_lanes.backward_input(layer, y, weight, dx)
     for enabled in (True, False):
         switch(enabled)
         assert np.array_equal(cpu.conv2d_backward_weight(y, x, 5), dweight) is enabled
+        assert np.array_equal(cpu.conv2d_backward_input(y, weight, x.shape), dx) is enabled
         assert np.array_equal(cpu.conv2d_forward(x, weight, bias), y) is enabled
         assert np.array_equal(cpu.conv2d_pool_forward(x, weight, bias, 2)[0], pooled) is enabled
 
@@ -193,6 +207,7 @@ def test_not_used_where_it_is_no_use(case):
     shape, filters, kernel, stride, dilation, groups = UNFIT[case]
     layer = direct.layer(shape, kernel, None, filters, stride, 0, dilation, groups)
     assert not winograd_lanes.suits_forward(layer, shape[0], np.dtype(np.float32))
+    assert not winograd_lanes.suits_input(layer, shape[0], np.dtype(np.float32))
     assert not winograd_lanes_weights.suits(layer, shape[0], np.dtype(np.float32))
 
 

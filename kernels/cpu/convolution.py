@@ -51,6 +51,8 @@ def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: boo
 def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.backward_input
+    if winograd_lanes.suits_input(layer, images, dtype):
+        return winograd_lanes.backward_input
     if image_lanes.suits_input(layer, images, dtype):
         return image_lanes.backward_input
     if few_channels.suits(layer, dtype):

@@ -468,18 +468,31 @@ def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return cycles < _direct_cycles(layer, dtype)
 
 
+def _other_input_cycles(layer: Layer, dtype: np.dtype) -> float:
+    vectors = -(-layer.channels // simd.lanes(dtype))
+    cycles = (
+        _DIRECT_CYCLES
+        * vectors
+        * sum(table.blocks.height * table.blocks.width * table.taps.size for table, _ in layer.input_tables)
+    )
+    return min(cycles, few_channels.cycles(layer, dtype)) if few_channels.suits(layer, dtype) else cycles
+
+
+def _input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
+    return sum(_correlation_cycles(of, images, dtype) for of, _ in _input_tables(layer, images, dtype))
+
+
+def input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
+    """What the gradient to the input of all images costs, here, by `Layer.run` or by `few_channels`."""
+    return images * min(_input_cycles(layer, images, dtype), _other_input_cycles(layer, dtype))
+
+
 @lru_cache(maxsize=512)
 def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient to the input is faster here than by `Layer.run` or by `few_channels`."""
     if not _is_narrow(layer, layer.channels, images, dtype):
         return False
-    others = _DIRECT_CYCLES * sum(
-        table.blocks.height * table.blocks.width * table.taps.size for table, _ in layer.input_tables
-    )
-    if few_channels.suits(layer, dtype):
-        others = min(others, few_channels.cycles(layer, dtype))
-    phases = _input_tables(layer, images, dtype)
-    return sum(_correlation_cycles(of, images, dtype) for of, _ in phases) < others
+    return _input_cycles(layer, images, dtype) < _other_input_cycles(layer, dtype)
 
 
 def _weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:

@@ -73,6 +73,9 @@ def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tup
     if winograd.suits(layer, images, dtype):
         weight = "sparse" if sparse_weight and size < _WINOGRAD_WEIGHT else "winograd"
         return weight, "sparse" if sparse_input and size < _WINOGRAD_INPUT else "winograd"
+    if winograd_lanes.suits_input(layer, images, dtype):
+        # Its dense sums are over vectors of images, sparse ones over a pixel's few channels.
+        return "sparse" if sparse_weight else "direct", "winograd"
     return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "direct"
 
 

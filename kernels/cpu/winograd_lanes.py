@@ -1,9 +1,9 @@
 """Winograd's algorithm for few filters: the images of a batch lie in the lanes of vectors.
 
-The output is cut into tiles of 4x4 pixels. Filters of up to 4x4 take 7x7 products for a tile, channel and
-filter, those of 5x5 take 8x8; larger ones, of up to 8x8, are cut into four of 4x4, whose inputs are the
-tile's own window and those of the tiles beside and below it, so that each window is transformed once (see
-`winograd_points`). That is a third of the multiplications of 3x3 filters, a sixth of those of 5x5 and a
+The output is cut into tiles of 4x4 pixels. For a tile, channel and filter, 3x3 taps take 6x6 products, 4x4
+take 7x7 and 5x5 take 8x8; larger filters, of up to 8x8, are cut into four of 4x4, whose inputs are the tile's
+own window and those of the tiles beside and below it, so that each window is transformed once (see
+`winograd_points`). That is a quarter of the multiplications of 3x3 filters, a sixth of those of 5x5 and a
 quarter of those of 7x7.
 
 A thread transposes the rows under some rows of tiles to vectors of images, as `image_lanes` does, and then
@@ -21,19 +21,20 @@ import numpy as np
 
 from ..jit import entry, keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from . import image_lanes, simd, winograd
+from . import direct, image_lanes, simd, winograd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .image_lanes import empty_row, fill_window, pitch, pool_outputs
 from .simd import VECTOR_BITS
+from .vectors import keep_in_line
 from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
 from .workspace import scratch
 
-# The sizes of transforms that are compiled.
-SMALL, LARGE = 7, 8
-# Sides of the filters that are transformed as they are, by `SMALL` and by `LARGE`, and the most that are cut.
-_SMALL_TAPS, _LARGE_TAPS, _MOST_TAPS = 4, 5, 8
-_FEWEST_TAPS = 3
+# The sizes of transforms that are compiled, for filters whose sides are by 3 smaller; and with which of them
+# filters are done that are cut in two along each axis.
+SIZES = (6, 7, 8)
+_CUT = 7
+_FEWEST_TAPS, _MOST_TAPS = 3, 8
 # A window of a band of tiles should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
 # Tasks that a batch is cut into at least, if its images have enough rows of tiles.
@@ -74,23 +75,39 @@ class Tiling(NamedTuple):
 
 
 @kernel
+def _transform_inputs(size, source, s0, source_step, target, t0, target_step):
+    keep_in_line()
+    if size == SIZES[0]:
+        transform(SIZES[0], INPUT, source, s0, source_step, target, t0, target_step)
+    elif size == SIZES[1]:
+        transform(SIZES[1], INPUT, source, s0, source_step, target, t0, target_step)
+    else:
+        transform(SIZES[2], INPUT, source, s0, source_step, target, t0, target_step)
+
+
+@kernel
+def _transform_outputs(size, source, s0, source_step, target, t0, target_step):
+    keep_in_line()
+    if size == SIZES[0]:
+        transform(SIZES[0], OUTPUT, source, s0, source_step, target, t0, target_step)
+    elif size == SIZES[1]:
+        transform(SIZES[1], OUTPUT, source, s0, source_step, target, t0, target_step)
+    else:
+        transform(SIZES[2], OUTPUT, source, s0, source_step, target, t0, target_step)
+
+
+@kernel
 def transform_row(window, w0, g, columns, spectrum):
     """Transforms of the windows of a row of tiles, and of the cuts beside the last: by tile and column."""
     lanes = VECTOR_BITS // (8 * window.itemsize)
     vectors = g.size * lanes
     step = g.channels * vectors
     for e in range(g.window_w * g.channels):
-        if g.size == SMALL:
-            transform(SMALL, INPUT, window, w0 + e * lanes, g.pitch, columns, e * vectors, lanes)
-        else:
-            transform(LARGE, INPUT, window, w0 + e * lanes, g.pitch, columns, e * vectors, lanes)
+        _transform_inputs(g.size, window, w0 + e * lanes, g.pitch, columns, e * vectors, lanes)
     for tile in range(g.tiles_w + g.cuts - 1):
         source, target = tile * TILE * step, tile * g.size * step
         for e in range(0, step, lanes):
-            if g.size == SMALL:
-                transform(SMALL, INPUT, columns, source + e, step, spectrum, target + e, step)
-            else:
-                transform(LARGE, INPUT, columns, source + e, step, spectrum, target + e, step)
+            _transform_inputs(g.size, columns, source + e, step, spectrum, target + e, step)
 
 
 @kernel
@@ -105,10 +122,12 @@ def _multiply_tile(spectrum, v0, taps, weights, start, g, sums):
         s0 = padded if q == ONE else 0
         for f in range(0, padded, FILTERS):
             t0 = (f * TILE * g.size + q) * lanes
-            if g.size == SMALL:
-                tile_products(SMALL, spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
+            if g.size == SIZES[0]:
+                tile_products(SIZES[0], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
+            elif g.size == SIZES[1]:
+                tile_products(SIZES[1], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
             else:
-                tile_products(LARGE, spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
+                tile_products(SIZES[2], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
             u0 += depth * FILTERS
 
 
@@ -121,10 +140,7 @@ def _finish_tile(sums, g, outputs, s0, line):
     for f in range(g.filters):
         for m in range(TILE):
             source, target = (f * TILE + m) * vectors, s0 + m * line + f * lanes
-            if g.size == SMALL:
-                transform(SMALL, OUTPUT, sums, source, lanes, outputs, target, step)
-            else:
-                transform(LARGE, OUTPUT, sums, source, lanes, outputs, target, step)
+            _transform_outputs(g.size, sums, source, lanes, outputs, target, step)
 
 
 @kernel
@@ -202,9 +218,8 @@ def _transform_weights(weight, g, matrix, transformed):
 
 def _cut(taps: int) -> tuple[int, int]:
     """The size of transform of filters with so many rows and columns, and how many each is cut into."""
-    if taps <= _SMALL_TAPS:
-        return SMALL, 1
-    return (LARGE, 1) if taps <= _LARGE_TAPS else (SMALL, 2)
+    whole = max(taps + TILE - 1, SIZES[0])
+    return (whole, 1) if whole <= SIZES[-1] else (_CUT, 2)
 
 
 @lru_cache(maxsize=512)
@@ -304,6 +319,12 @@ def forward(
     _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
 
 
+def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
+    """Overwrite `dx` with the gradient to the input."""
+    turned = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
+    forward(_adjoint(layer), dout, turned, None, dx)
+
+
 def fits(layer: Layer) -> bool:
     """Whether the layer's passes can be done by tiles."""
     sides = layer.rows, layer.columns
@@ -313,24 +334,50 @@ def fits(layer: Layer) -> bool:
     return min(kernels) >= _FEWEST_TAPS and max(kernels) <= _MOST_TAPS and layer.multiply_adds > 0
 
 
-@lru_cache(maxsize=512)
-def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
-    if not fits(layer):
-        return False
-    if e.pool_h and (TILE % e.pool_h or TILE % e.pool_w):
-        return False
+def _cycles(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> float:
     g, taps = tiling(layer, images, dtype, e)
     elements = g.size * g.size
     products = _PRODUCT_CYCLES * elements * taps.shape[1] * _padded_filters(g.filters)
     windows = g.channels * (1 + (g.cuts - 1) / g.rows)
     tile = products + _TRANSFORM_CYCLES * elements * (windows + g.filters)
-    lanes = simd.lanes(dtype)
-    return g.tiles_h * g.tiles_w * tile * -(-images // lanes) < image_lanes.forward_cycles(
-        layer, images, dtype
+    return g.tiles_h * g.tiles_w * tile * -(-images // simd.lanes(dtype))
+
+
+@lru_cache(maxsize=512)
+def _forward_pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
+    if not fits(layer) or (e.pool_h and (TILE % e.pool_h or TILE % e.pool_w)):
+        return False
+    return _cycles(layer, images, dtype, e) < image_lanes.forward_cycles(layer, images, dtype)
+
+
+@lru_cache(maxsize=512)
+def _input_pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    sides = layer.rows, layer.columns
+    if not fits(layer) or any(max(side.padding) >= side.kernel for side in sides):
+        return False
+    return _cycles(_adjoint(layer), images, dtype) < image_lanes.input_cycles(layer, images, dtype)
+
+
+@lru_cache(maxsize=512)
+def _adjoint(layer: Layer) -> Layer:
+    """The layer whose forward pass, on dout and turned filters, is the gradient to the input of `layer`."""
+    kernel = layer.rows.kernel, layer.columns.kernel
+    padding = tuple(
+        tuple(side.kernel - 1 - zeros for zeros in side.padding) for side in (layer.rows, layer.columns)
     )
+    shape = (1, *layer.out_image, layer.filters)
+    return direct.layer(shape, kernel, None, layer.channels, 1, padding, 1, 1)
+
+
+def _is_allowed(filters: int, images: int, dtype: np.dtype) -> bool:
+    return filters < simd.lanes(dtype) <= images and winograd.get_winograd() and dtype == np.float32
 
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
     """Whether the forward pass may be done here, and is faster than with all multiplications."""
-    narrow = layer.filters < simd.lanes(dtype) <= images
-    return narrow and winograd.get_winograd() and dtype == np.float32 and _pays(layer, images, dtype, e)
+    return _is_allowed(layer.filters, images, dtype) and _forward_pays(layer, images, dtype, e)
+
+
+def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the gradient to the input may be computed here, and is sooner than elsewhere."""
+    return _is_allowed(layer.channels, images, dtype) and _input_pays(layer, images, dtype)
