@@ -25,8 +25,11 @@ from .activation import (
 )
 from .arrays import DeviceArray, as_device, empty, from_numpy, zeros
 from .batch import augment_batch, gather_batch
+from .columns import col2im, conv2d_backward_bias, im2col
+from .convolution import conv2d_backward_input, conv2d_backward_weight, conv2d_forward
 from .dropout import dropout_backward, dropout_forward
 from .jit import synchronize
+from .linear import linear_backward_input, linear_backward_weight, linear_forward
 from .loss import (
     log_softmax,
     log_softmax_backward,
@@ -44,6 +47,11 @@ from .normalization import (
     batch_norm_pool_forward,
 )
 from .optimizer import adam_update, sgd_update
+from .pooled_convolution import (
+    conv2d_pool_backward_input,
+    conv2d_pool_backward_weight,
+    conv2d_pool_forward,
+)
 from .pooling import (
     adaptive_avg_pool2d_backward,
     adaptive_avg_pool2d_forward,
@@ -68,6 +76,14 @@ __all__ = [
     "batch_norm_forward",
     "batch_norm_pool_backward",
     "batch_norm_pool_forward",
+    "col2im",
+    "conv2d_backward_bias",
+    "conv2d_backward_input",
+    "conv2d_backward_weight",
+    "conv2d_forward",
+    "conv2d_pool_backward_input",
+    "conv2d_pool_backward_weight",
+    "conv2d_pool_forward",
     "dropout_backward",
     "dropout_forward",
     "empty",
@@ -75,8 +91,12 @@ __all__ = [
     "gather_batch",
     "global_avg_pool2d_backward",
     "global_avg_pool2d_forward",
+    "im2col",
     "leaky_relu_backward",
     "leaky_relu_forward",
+    "linear_backward_input",
+    "linear_backward_weight",
+    "linear_forward",
     "log_softmax",
     "log_softmax_backward",
     "max_pool2d_backward",

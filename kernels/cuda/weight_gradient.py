@@ -1,0 +1,326 @@
+"""Gradient of a convolution's weights: one matrix product that sums over the pixels of all images.
+
+A row of the product is a tap (kh, kw) and a channel c, a column a filter, and the sum runs over pixels (n, i,
+j) of dout. There are many pixels and few weights, so blocks take parts of the sum, which `splits.add_parts`
+adds up.
+
+A thread's rows are fixed; what it reads next moves from pixel to pixel. With the gradient behind a
+max-pooling, dout is read from the pooled gradient where argmax says that a pixel was the largest of its
+window: the image of zeros between them is never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from ..cpu.direct import Layer
+from . import tile as tiles
+from .arrays import DeviceArray
+from .jit import FLOATS, Kernel, device_function, kernel
+from .splits import add_parts, grid, nothing, scratch
+from .taps import advanced, digits, following, narrow, quotient
+from .tile import SMALLEST, TILES, Tile
+from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, store4
+
+
+class Sizes(NamedTuple):
+    """What a launch computes."""
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    out_h: int
+    out_w: int
+    filters: int
+    depth: int  # channels of a group
+    columns: int  # and filters
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    dilation_h: int
+    dilation_w: int
+    top: int
+    left: int
+    span: int  # pixels in one block of the grid's z axis
+    accumulate: int
+    pool_h: int
+    pool_w: int
+
+
+@device_function
+def _fetch_one(x, pixel, row, g, channel):
+    """Element of x that the tap and channel `row`, (kh, kw, c), see from pixel (n, i, j) of dout."""
+    n, i, j = pixel
+    kh, kw, c = row
+    h = narrow(i * g.stride_h + kh * g.dilation_h - g.top)
+    w = narrow(j * g.stride_w + kw * g.dilation_w - g.left)
+    if kh < g.kernel_h and n < g.images and h >= 0 and h < g.height and w >= 0 and w < g.width:
+        return x[((n * g.height + h) * g.width + w) * g.channels + channel + c]
+    return x.dtype.type(0)
+
+
+@device_function
+def _fetch_scalars(x, pixel, row, g, channel):
+    """Four rows of the product's left factor, from `row` on."""
+    second = following(row, g.kernel_w, g.depth)
+    third = following(second, g.kernel_w, g.depth)
+    fourth = following(third, g.kernel_w, g.depth)
+    return (
+        _fetch_one(x, pixel, row, g, channel),
+        _fetch_one(x, pixel, second, g, channel),
+        _fetch_one(x, pixel, third, g, channel),
+        _fetch_one(x, pixel, fourth, g, channel),
+    )
+
+
+@device_function
+def _fetch_vector(x, pixel, row, g, channel):
+    """The same where the four are channels of one tap."""
+    n, i, j = pixel
+    kh, kw, c = row
+    h = narrow(i * g.stride_h + kh * g.dilation_h - g.top)
+    w = narrow(j * g.stride_w + kw * g.dilation_w - g.left)
+    if kh < g.kernel_h and n < g.images and h >= 0 and h < g.height and w >= 0 and w < g.width:
+        return load4(x, ((n * g.height + h) * g.width + w) * g.channels + channel + c)
+    zero = x.dtype.type(0)
+    return zero, zero, zero, zero
+
+
+def _quad(vector: bool) -> Callable:
+    """A device function that reads `many` neighbours, four at most, and zeros for the rest."""
+
+    @device_function
+    def read_vector(x, at, many):
+        if many > 0:
+            return load4(x, at)
+        zero = x.dtype.type(0)
+        return zero, zero, zero, zero
+
+    @device_function
+    def read_scalars(x, at, many):
+        zero = x.dtype.type(0)
+        return (
+            x[at] if many > 0 else zero,
+            x[at + 1] if many > 1 else zero,
+            x[at + 2] if many > 2 else zero,
+            x[at + 3] if many > 3 else zero,
+        )
+
+    return read_vector if vector else read_scalars
+
+
+def _dense_reader(vector: bool) -> Callable:
+    """A device function that reads four filters of pixel (n, i, j) of dout."""
+    read = _quad(vector)
+
+    @device_function
+    def fetch(dout, argmax, pixel, g, column, many):
+        n, i, j = pixel
+        if n >= g.images:
+            many = 0
+        return read(dout, ((n * g.out_h + i) * g.out_w + j) * g.filters + column, many)
+
+    return fetch
+
+
+def _pooled_reader(vector: bool) -> Callable:
+    """The same of the gradient before a max-pooling, of which dout is the gradient behind it."""
+    read = _quad(vector)
+
+    @device_function
+    def fetch(dout, argmax, pixel, g, column, many):
+        n, i, j = pixel
+        row, line = quotient(i, g.pool_h), quotient(j, g.pool_w)
+        rows, lines = quotient(g.out_h, g.pool_h), quotient(g.out_w, g.pool_w)
+        if n >= g.images or row >= rows or line >= lines:
+            many = 0
+        offset = (i - row * g.pool_h) * g.pool_w + j - line * g.pool_w
+        at = ((n * rows + row) * lines + line) * g.filters + column
+        first, second, third, fourth = read(dout, at, many)
+        zero = dout.dtype.type(0)
+        return (
+            first if many > 0 and argmax[at] == offset else zero,
+            second if many > 1 and argmax[at + 1] == offset else zero,
+            third if many > 2 and argmax[at + 2] == offset else zero,
+            fourth if many > 3 and argmax[at + 3] == offset else zero,
+        )
+
+    return fetch
+
+
+def _writer(vector: bool) -> Callable:
+    """A device function that writes a block of four rows and columns of sums, or adds them to the result."""
+
+    @device_function
+    def finish(block, row, column, dweight, offset, group, g):
+        rows = g.kernel_h * g.kernel_w * g.depth
+        many = g.columns - column
+        if many <= 0:
+            return
+        for r in range(LANES):
+            if row + r < rows:
+                at = offset + (row + r) * g.filters + group * g.columns + column
+                for lane in range(LANES):
+                    if vector or lane < many:
+                        value = block[r * LANES + lane]
+                        if g.accumulate:
+                            value += dweight[at + lane]
+                        dweight[at + lane] = value
+
+    return finish
+
+
+def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, ...]) -> Kernel:
+    """The kernel for one tile. With `vector`, sizes and addresses are multiples of four elements."""
+    fetch_rows = _fetch_vector if vector else _fetch_scalars
+    fetch_columns = (_pooled_reader if pooled else _dense_reader)(vector)
+    finish = tiles.in_blocks(tile, _writer(vector))
+    place, multiply = tiles.place(tile), tiles.multiply(tile)
+    rows_a, columns_b, depth_k = tile.rows, tile.columns, tile.depth
+    across_a, across_b = rows_a // LANES, columns_b // LANES
+    thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
+    size_a, size_b, size_sums = 2 * rows_a * depth_k, 2 * columns_b * depth_k, thread_rows * thread_columns
+
+    @kernel(
+        f"T[::1], T[::1], uint8[::1], T[::1], int64, UniTuple(int32, {len(Sizes._fields)})",
+        name=f"{tile.name}{', vector' if vector else ''}{', pooled' if pooled else ''}",
+        floats=floats,
+        launch_bounds=(tile.threads, tile.blocks),
+    )
+    def weight_gradient(x, dout, argmax, dweight, part, sizes):
+        a = cuda.shared.array(size_a, x.dtype, SHARED_ALIGNMENT)
+        b = cuda.shared.array(size_b, x.dtype, SHARED_ALIGNMENT)
+        left = cuda.local.array(thread_rows, x.dtype)
+        right = cuda.local.array(thread_columns, x.dtype)
+        sums = cuda.local.array(size_sums, x.dtype)
+        g = Sizes(*sizes)
+        thread = cuda.threadIdx.x
+        column_tiles = (g.columns + columns_b - 1) // columns_b
+        row_tile = quotient(cuda.blockIdx.x, column_tiles)
+        first_row = row_tile * rows_a
+        first_column = (cuda.blockIdx.x - row_tile * column_tiles) * columns_b
+        group = cuda.blockIdx.y
+
+        # What this thread reads: four rows, and four columns, of every depth_k-th pixel.
+        row = digits(first_row + thread % across_a * LANES, g.kernel_w, g.depth)
+        column = first_column + thread % across_b * LANES
+        many = g.columns - column if thread < across_b * depth_k else 0
+        start = cuda.blockIdx.z * g.span
+        pixel = digits(start + thread // across_a, g.out_h, g.out_w)
+        pixel_b = digits(start + thread // across_b, g.out_h, g.out_w)
+        step = digits(depth_k, g.out_h, g.out_w)
+        pixels = min(g.span, g.images * g.out_h * g.out_w - start)
+        slices = (pixels + depth_k - 1) // depth_k
+
+        for k in range(size_sums):
+            sums[k] = 0
+        down, across = place(thread)
+        for s in range(slices + 1):
+            if s < slices:
+                quad_a = fetch_rows(x, pixel, row, g, group * g.depth)
+                quad_b = fetch_columns(dout, argmax, pixel_b, g, group * g.columns + column, many)
+                pixel = advanced(pixel, step, g.out_h, g.out_w)
+                pixel_b = advanced(pixel_b, step, g.out_h, g.out_w)
+            if s > 0:
+                old = (s - 1) % 2
+                multiply(
+                    a,
+                    old * (rows_a * depth_k) + down,
+                    b,
+                    old * (columns_b * depth_k) + across,
+                    left,
+                    right,
+                    sums,
+                )
+            if s < slices:
+                buffer = s % 2
+                store4(a, buffer * (rows_a * depth_k) + thread * LANES, quad_a)
+                if thread < across_b * depth_k:
+                    store4(b, buffer * (columns_b * depth_k) + thread * LANES, quad_b)
+                cuda.syncthreads()
+        finish(sums, first_row + down, first_column + across, dweight, cuda.blockIdx.z * part, group, g)
+
+    return weight_gradient
+
+
+_FLOAT32 = FLOATS[:1]
+# What doesn't load vectors is a first layer, of few rows, or small, or of float64.
+_KERNELS = {
+    (tile, vector, pooled): _weight_gradient(tile, vector, pooled, _FLOAT32 if vector else FLOATS)
+    for pooled in (False, True)
+    for vector in (True, False)
+    for tile in (TILES[pooled:] if vector else (SMALLEST,))
+}
+
+
+class _Plan(NamedTuple):
+    """A launch, but for the arrays."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    sizes: Sizes
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    layer: Layer, images: int, dtype: np.dtype, aligned: bool, accumulate: bool, pool: tuple[int, int] | None
+) -> _Plan:
+    depth, columns = layer.channels // layer.groups, layer.filters // layer.groups
+    terms = layer.rows.kernel * layer.columns.kernel * depth
+    vector = aligned and dtype == np.float32 and depth % LANES == columns % LANES == 0
+    pixels = images * layer.out_image[0] * layer.out_image[1]
+    tiles_ = TILES[pool is not None :] if vector and terms > SMALLEST.rows else (SMALLEST,)
+    chosen = grid(terms, columns, layer.groups, pixels, tiles_)
+    sizes = Sizes(
+        images,
+        *layer.image,
+        layer.channels,
+        *layer.out_image,
+        layer.filters,
+        depth,
+        columns,
+        layer.rows.kernel,
+        layer.columns.kernel,
+        layer.rows.stride,
+        layer.columns.stride,
+        layer.rows.dilation,
+        layer.columns.dilation,
+        layer.rows.padding[0],
+        layer.columns.padding[0],
+        chosen.span,
+        int(accumulate and chosen.parts == 1),
+        *(pool or (1, 1)),
+    )
+    kernel_ = _KERNELS[chosen.tile, vector, pool is not None]
+    return _Plan(kernel_, (chosen.tiles, layer.groups, chosen.parts), chosen.tile.threads, sizes)
+
+
+def weight_gradient(
+    layer: Layer,
+    dout: DeviceArray,
+    x: DeviceArray,
+    dweight: DeviceArray,
+    accumulate: bool,
+    pool: tuple[int, int] | None = None,
+    argmax: DeviceArray | None = None,
+) -> None:
+    """Overwrite `dweight` with the gradient of the weights, or add it.
+
+    With `pool`, the size of a max-pooling's windows, `dout` is the gradient behind it, and `argmax` its own.
+    """
+    aligned = is_aligned(dout, x, dweight)
+    plan = _plan(layer, x.shape[0], x.dtype, aligned, accumulate, pool)
+    parts = plan.grid[2]
+    target = dweight.ravel() if parts == 1 else scratch(parts, dweight)
+    where = nothing(np.dtype(np.uint8)) if argmax is None else argmax.ravel()
+    plan.kernel[plan.grid, plan.threads](x.ravel(), dout.ravel(), where, target, dweight.size, plan.sizes)
+    if parts > 1:
+        add_parts(dweight, target, None, accumulate)
