@@ -24,8 +24,8 @@ from .arrays import DeviceArray
 from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
 from .taps import advanced, digits, following, forward_axis, input_axis, narrow, quotient
-from .tile import SMALLEST, TILES, Tile
-from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, store4
+from .tile import SCALAR_TILES, TILES, Tile
+from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, load8, store4
 
 # In place of an offset in a window: ReLU let nothing pass.
 DEAD = 255
@@ -82,7 +82,8 @@ def _seen(term, window, steps, taps, g):
 def _image_reader(vector: bool) -> tuple[Callable, Callable]:
     """Device functions for where image n begins, and that read four terms of a pixel's sum from there on.
 
-    The four begin at (kh, kw, c). They are zero outside the image and behind the last term.
+    The four, or eight if `vector`, begin at (kh, kw, c). They are zero outside the image and behind the last
+    term.
     """
 
     @device_function
@@ -110,9 +111,9 @@ def _image_reader(vector: bool) -> tuple[Callable, Callable]:
     def read_vector(x, argmax, start, term, window, steps, taps, depth, g):
         h, w, inside = _seen(term, window, steps, taps, g)
         if inside:
-            return load4(x, start + narrow(h * g.width + w) * g.channels + term[2])
+            return load8(x, start + narrow(h * g.width + w) * g.channels + term[2])
         zero = x.dtype.type(0)
-        return zero, zero, zero, zero
+        return zero, zero, zero, zero, zero, zero, zero, zero
 
     return origin, read_vector if vector else read_scalars
 
@@ -138,6 +139,17 @@ def _pooled_reader(vector: bool) -> tuple[Callable, Callable]:
         return start + (row * columns + column) * g.channels + term[2], offset
 
     @device_function
+    def chosen(x, argmax, at, offset):
+        first, second, third, fourth = load4(x, at)
+        zero = x.dtype.type(0)
+        return (
+            first if argmax[at] == offset else zero,
+            second if argmax[at + 1] == offset else zero,
+            third if argmax[at + 2] == offset else zero,
+            fourth if argmax[at + 3] == offset else zero,
+        )
+
+    @device_function
     def one(x, argmax, start, term, window, steps, taps, g):
         at, offset = place(start, term, window, steps, taps, g)
         return x[at] if at >= 0 and argmax[at] == offset else x.dtype.type(0)
@@ -157,34 +169,30 @@ def _pooled_reader(vector: bool) -> tuple[Callable, Callable]:
     @device_function
     def read_vector(x, argmax, start, term, window, steps, taps, depth, g):
         at, offset = place(start, term, window, steps, taps, g)
+        if at >= 0:
+            return chosen(x, argmax, at, offset) + chosen(x, argmax, at + LANES, offset)
         zero = x.dtype.type(0)
-        if at < 0:
-            return zero, zero, zero, zero
-        first, second, third, fourth = load4(x, at)
-        return (
-            first if argmax[at] == offset else zero,
-            second if argmax[at + 1] == offset else zero,
-            third if argmax[at + 2] == offset else zero,
-            fourth if argmax[at + 3] == offset else zero,
-        )
+        return zero, zero, zero, zero, zero, zero, zero, zero
 
     return origin, read_vector if vector else read_scalars
 
 
 def _weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
-    """Device functions that read a thread's four weights of a slice, and put them into the buffer.
+    """Device functions that read a thread's weights of a slice, and put them into the buffer.
 
-    The four are neighbouring columns of one term.
+    They are four neighbouring columns of one term, and of another where there are two for each thread.
     """
-    depth, pitch = tile.depth, tile.columns // LANES
+    pitch = tile.columns // LANES
+    quads = tile.depth * pitch
+    threads, is_twice = tile.threads, quads > tile.threads
 
     @device_function
-    def fetch(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
-        k = slice_start + thread // pitch
-        column = first_column + thread % pitch * LANES
+    def four(weight, thread, slice_start, end, outer, group, first_column, columns):
+        k = narrow(slice_start + thread // pitch)
+        column = narrow(first_column + thread % pitch * LANES)
         at = k * outer + group * columns + column
         zero = weight.dtype.type(0)
-        if thread >= depth * pitch or k >= end or column >= columns:
+        if thread >= quads or k >= end or column >= columns:
             return zero, zero, zero, zero
         if vector:
             return load4(weight, at)
@@ -196,52 +204,74 @@ def _weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
         )
 
     @device_function
-    def put(b, start, thread, values):
-        if thread < depth * pitch:
-            store4(b, start + thread * LANES, values)
-
-    return fetch, put
-
-
-def _transposed_weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
-    """The same for the gradient to the input: the four are neighbouring terms of one column."""
-    depth, width = tile.depth, tile.columns
-
-    @device_function
-    def one(weight, term, tap, inner, outer, group, column, columns):
-        kh = tap[0] + term[0] * tap[2]
-        kw = tap[1] + term[1] * tap[3]
-        return weight[((kh * tap[4] + kw) * columns + column) * outer + group * inner + term[2]]
-
-    @device_function
     def fetch(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
-        k = slice_start + thread // width * LANES
-        column = first_column + thread % width
-        zero = weight.dtype.type(0)
-        if thread >= depth // LANES * width or k >= end or column >= columns:
-            return zero, zero, zero, zero
-        if vector:
-            kh = tap[0] + term[0] * tap[2]
-            kw = tap[1] + term[1] * tap[3]
-            return load4(weight, ((kh * tap[4] + kw) * columns + column) * outer + group * inner + term[2])
-        second = following(term, tap[5], inner)
-        third = following(second, tap[5], inner)
-        fourth = following(third, tap[5], inner)
-        return (
-            one(weight, term, tap, inner, outer, group, column, columns),
-            one(weight, second, tap, inner, outer, group, column, columns) if k + 1 < end else zero,
-            one(weight, third, tap, inner, outer, group, column, columns) if k + 2 < end else zero,
-            one(weight, fourth, tap, inner, outer, group, column, columns) if k + 3 < end else zero,
+        return four(weight, thread, slice_start, end, outer, group, first_column, columns)
+
+    @device_function
+    def fetch_twice(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
+        return four(weight, thread, slice_start, end, outer, group, first_column, columns) + four(
+            weight, thread + threads, slice_start, end, outer, group, first_column, columns
         )
 
     @device_function
     def put(b, start, thread, values):
-        if thread < depth // LANES * width:
-            place = start + thread // width * (LANES * width) + thread % width
-            for lane in range(LANES):
+        if thread < quads:
+            store4(b, start + thread * LANES, values)
+
+    @device_function
+    def put_twice(b, start, thread, values):
+        store4(b, start + thread * LANES, values[:LANES])
+        store4(b, start + (thread + threads) * LANES, values[LANES:])
+
+    return (fetch_twice, put_twice) if is_twice else (fetch, put)
+
+
+def _transposed_weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
+    """The same for the gradient to the input: they are neighbouring terms of one column."""
+    run, width = tile.run, tile.columns
+    readers = tile.depth // run * width
+
+    @device_function
+    def place(term, tap, inner, outer, group, column, columns):
+        kh = tap[0] + term[0] * tap[2]
+        kw = tap[1] + term[1] * tap[3]
+        return ((kh * tap[4] + kw) * columns + column) * outer + group * inner + term[2]
+
+    @device_function
+    def fetch_vector(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
+        k = slice_start + thread // width * run
+        column = first_column + thread % width
+        if thread < readers and k < end and column < columns:
+            return load8(weight, place(term, tap, inner, outer, group, column, columns))
+        zero = weight.dtype.type(0)
+        return zero, zero, zero, zero, zero, zero, zero, zero
+
+    @device_function
+    def fetch_scalars(
+        weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns
+    ):
+        k = slice_start + thread // width * run
+        column = first_column + thread % width
+        left = end - k if thread < readers and column < columns else 0
+        zero = weight.dtype.type(0)
+        second = following(term, tap[5], inner)
+        third = following(second, tap[5], inner)
+        fourth = following(third, tap[5], inner)
+        return (
+            weight[place(term, tap, inner, outer, group, column, columns)] if left > 0 else zero,
+            weight[place(second, tap, inner, outer, group, column, columns)] if left > 1 else zero,
+            weight[place(third, tap, inner, outer, group, column, columns)] if left > 2 else zero,
+            weight[place(fourth, tap, inner, outer, group, column, columns)] if left > 3 else zero,
+        )
+
+    @device_function
+    def put(b, start, thread, values):
+        if thread < readers:
+            place = start + thread // width * (run * width) + thread % width
+            for lane in range(run):
                 b[place + lane * width] = values[lane]
 
-    return fetch, put
+    return fetch_vector if vector else fetch_scalars, put
 
 
 def _row_writer(vector: bool) -> Callable:
@@ -275,7 +305,7 @@ def _forward_writer(vector: bool) -> Callable:
             offset = r & (area - 1)
             for lane in range(LANES):
                 value = block[r * LANES + lane]
-                if offset == 0 or value > best[lane] or (value != value and best[lane] == best[lane]):
+                if offset == 0 or value > best[lane] or value != value:
                     best[lane] = value
                     where[lane] = offset
             if offset + 1 == area and row + r < rows:
@@ -341,7 +371,7 @@ def _input_writer(vector: bool) -> Callable:
 def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, floats: tuple[str, ...]) -> Kernel:
     """The kernel for one tile: forward, or `transposed`, which is backward to the input, perhaps from a pool.
 
-    With `vector`, channels and columns of a group are multiples of four, and so is where arrays begin.
+    With `vector`, channels of a group are multiples of eight, columns of four, and arrays are aligned.
     """
     reader = _transposed_weight_reader if transposed else _weight_reader
     fetch_weights, put_weights = reader(tile, vector)
@@ -349,8 +379,10 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
     axis = input_axis if transposed else forward_axis
     finish = tiles.in_blocks(tile, (_input_writer if transposed else _forward_writer)(vector))
     place, multiply = tiles.place(tile), tiles.multiply(tile)
-    rows_a, columns_b, depth_k = tile.rows, tile.columns, tile.depth
+    rows_a, columns_b, depth_k, run = tile.rows, tile.columns, tile.depth, tile.run
     thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
+    # With two vectors of weights under way, 64 sums in a thread take more registers than two blocks leave it.
+    blocks = 1 if tile is TILES[0] and not transposed else tile.blocks
     size_a, size_b, size_sums = 2 * rows_a * depth_k, 2 * columns_b * depth_k, thread_rows * thread_columns
 
     @kernel(
@@ -359,7 +391,7 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
             [("input" if transposed else "forward"), tile.name, *["vector"] * vector, *["pooled"] * pooled]
         ),
         floats=floats,
-        launch_bounds=(tile.threads, tile.blocks),
+        launch_bounds=(tile.threads, blocks),
     )
     def correlation(x, weight, bias, y, argmax, part, sizes):
         a = cuda.shared.array(size_a, x.dtype, SHARED_ALIGNMENT)
@@ -372,10 +404,10 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
 
         # The part of the result that this block computes: a tile of a group's product, of one phase of the
         # pixels.
-        column_tiles = (g.columns + columns_b - 1) // columns_b
+        column_tiles = quotient(g.columns + columns_b - 1, columns_b)
         row_tile = quotient(cuda.blockIdx.x, column_tiles)
-        first_row = row_tile * rows_a
-        first_column = (cuda.blockIdx.x - row_tile * column_tiles) * columns_b
+        first_row = narrow(row_tile * rows_a)
+        first_column = narrow((cuda.blockIdx.x - row_tile * column_tiles) * columns_b)
         phase_h, phase_w, group = digits(cuda.blockIdx.y, g.stride_w, quotient(g.filters, g.columns))
         count_h, step_h, origin_h, taps_h, tap_h, first_h, every_h = axis(
             phase_h, g.out_h, g.kernel_h, g.stride_h, g.dilation_h, g.top
@@ -385,28 +417,28 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
         )
         pool_h, pool_w = (narrow(1), narrow(1)) if transposed else (g.pool_h, g.pool_w)
         windows = g.images * quotient(count_h, pool_h) * quotient(count_w, pool_w)
-        rows = windows * (pool_h * pool_w)
+        rows = narrow(windows * (pool_h * pool_w))
         if first_row >= rows:
             return
 
         depth = max(g.depth, narrow(1))
 
         # Its terms, a slice at a time, and where this thread reads.
-        start = cuda.blockIdx.z * g.span
-        end = min(start + g.span, taps_h * taps_w * g.depth)
-        slices = (end - start + depth_k - 1) // depth_k
+        start = narrow(cuda.blockIdx.z * g.span)
+        end = narrow(min(start + g.span, taps_h * taps_w * g.depth))
+        slices = narrow((end - start + depth_k - 1) // depth_k)
         middle = max(taps_w, 1)
         step = digits(depth_k, middle, depth)
         row = thread % rows_a
-        term = digits(start + thread // rows_a * LANES, middle, depth)
-        weight_term = digits(start + thread // columns_b * LANES, middle, depth)
+        term = digits(start + thread // rows_a * run, middle, depth)
+        weight_term = digits(start + thread // columns_b * run, middle, depth)
         n, i, j = _pixel(first_row + row, count_h, count_w, pool_h, pool_w)
         window = narrow(i * step_h + origin_h), narrow(j * step_w + origin_w)
         base, steps = origin(n, group * g.depth, g), (tap_h, tap_w)
         taps = (taps_h if first_row + row < rows else narrow(0)), taps_w
         tap = first_h, first_w, every_h, every_w, g.kernel_w, taps_w
         outer = g.channels if transposed else g.filters
-        put_at = thread // rows_a * (LANES * rows_a) + row
+        put_at = thread // rows_a * (run * rows_a) + row
 
         for k in range(thread_rows * thread_columns):
             sums[k] = 0
@@ -429,9 +461,9 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
                 )
                 term = advanced(term, step, middle, depth)
                 weight_term = advanced(weight_term, step, middle, depth)
-                start += depth_k
+                start = narrow(start + depth_k)
             if s > 0:
-                old = (s - 1) % 2
+                old = narrow((s - 1) % 2)
                 multiply(
                     a,
                     old * (rows_a * depth_k) + top,
@@ -442,8 +474,8 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
                     sums,
                 )
             if s < slices:
-                buffer = s % 2
-                for lane in range(LANES):
+                buffer = narrow(s % 2)
+                for lane in range(run):
                     a[buffer * (rows_a * depth_k) + put_at + lane * rows_a] = pixels[lane]
                 put_weights(b, buffer * (columns_b * depth_k), thread, weights)
                 cuda.syncthreads()
@@ -468,10 +500,10 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
 _FLOAT32 = FLOATS[:1]
 # Tiles by whether they load vectors. Without, they serve the first layer, of an image's few channels, and
 # what is small or of float64.
-_SCALAR = {False: (TILES[1], SMALLEST), True: (SMALLEST,)}
+_SCALAR = {False: SCALAR_TILES, True: SCALAR_TILES[-1:]}
 _KERNELS = {
     (tile, vector, transposed, pooled): _correlation(
-        tile, vector, transposed, pooled, _FLOAT32 if vector or tile is not SMALLEST else FLOATS
+        tile, vector, transposed, pooled, FLOATS if tile is SCALAR_TILES[-1] else _FLOAT32
     )
     for transposed, pooled in ((False, False), (True, False), (True, True))
     for vector in (True, False)
@@ -540,9 +572,9 @@ def _plan(
 ) -> _Plan:
     sizes = _sizes(layer, images, transposed, biased, pool, 1)
     single = dtype == np.float32
-    vector = aligned and single and sizes.depth % LANES == sizes.columns % LANES == 0
+    vector = aligned and single and sizes.depth % TILES[0].run == sizes.columns % LANES == 0
     backward_pool = transposed and pool.pooled > 0
-    tiles_ = TILES[backward_pool:] if vector else _SCALAR[transposed] if single else (SMALLEST,)
+    tiles_ = TILES[backward_pool:] if vector else _SCALAR[transposed] if single else SCALAR_TILES[-1:]
     phases = sizes.stride_h * sizes.stride_w if transposed else 1
     if transposed:
         out_h, out_w = -(-sizes.out_h // sizes.stride_h), -(-sizes.out_w // sizes.stride_w)

@@ -64,7 +64,7 @@ def _pool_images(z, y, argmax, sizes):
         for offset in range(1, pool_h * pool_w):
             down = quotient(offset, pool_w)
             value = z[first + (down * width + offset - down * pool_w) * filters]
-            if value > best or (value != value and best == best):
+            if value > best or value != value:
                 best, where = value, offset
         if relu and not best > 0:
             where = DEAD

@@ -14,14 +14,12 @@ from numba import cuda
 
 from .arrays import DeviceArray, blocks, empty
 from .jit import SIMULATED, THREADS, kernel
-from .tile import SMALLEST, TILES, Tile
+from .tile import TILES, Tile
 
 # A part has so many slices at least: what it takes to start and to write a block should be little beside
 # them.
 _FEWEST_SLICES = 8
 _MOST_PARTS = 64
-# Blocks of the smallest tile that a multiprocessor holds.
-_RESIDENT = 8
 
 
 class Grid(NamedTuple):
@@ -44,12 +42,12 @@ def _tiles(tile: Tile, rows: int, columns: int) -> int:
 
 
 def _tile(tiles: tuple[Tile, ...], rows: int, columns: int, products: int) -> Tile:
-    """The widest tile that the columns fill, if there are enough blocks for all multiprocessors."""
-    for tile in tiles:
-        fits = tile.columns <= columns + tile.columns // 4 or tile is tiles[-1]
-        if fits and (_tiles(tile, rows, columns) * products >= multiprocessors() or tile is tiles[-1]):
+    """The widest tile that the columns fill, if it makes enough blocks; else the last."""
+    for tile in tiles[:-1]:
+        # At most a fifth of the columns may be beside the result.
+        if tile.columns * 4 <= columns * 5 and _tiles(tile, rows, columns) * products >= multiprocessors():
             return tile
-    return SMALLEST
+    return tiles[-1]
 
 
 def grid(
@@ -59,7 +57,7 @@ def grid(
     tile = _tile(tiles, rows, columns, products)
     count = _tiles(tile, rows, columns)
     slices = -(-terms // tile.depth)
-    wanted = _RESIDENT * multiprocessors() * SMALLEST.threads // tile.threads
+    wanted = tile.blocks * multiprocessors()
     parts = min(wanted // (count * products), slices // _FEWEST_SLICES, _MOST_PARTS) if splits else 1
     span = -(-slices // max(parts, 1)) * tile.depth
     return Grid(tile, count, max(-(-terms // max(span, 1)), 1), max(span, 1))

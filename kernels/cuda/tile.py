@@ -47,9 +47,17 @@ class Tile(NamedTuple):
         return self.rows // self.thread_rows * (self.columns // self.thread_columns)
 
     @property
+    def run(self) -> int:
+        """Neighbouring numbers of A that a thread reads for a slice."""
+        return self.rows * self.depth // self.threads
+
+    @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor is to hold at once: 16 warps, or 12 where a thread has few sums."""
-        return max(1, 512 // self.threads)
+        """Blocks that a multiprocessor is to hold: 16 warps, which leaves each thread 128 registers.
+
+        Where numbers are read one by one, float64 needs more, and so it is half as many.
+        """
+        return (512 if self.run > LANES else 256) // self.threads
 
     @property
     def across(self) -> int:
@@ -65,15 +73,16 @@ class Tile(NamedTuple):
         return f"{self.rows}x{self.columns}"
 
 
-# In each, a thread fetches four numbers of A for a slice, and not more of B. Few filters take narrow tiles,
-# and few pixels the smallest.
+# In these a thread reads eight neighbouring numbers of A for a slice, by vectors. Few filters take narrow
+# tiles, and few pixels the smallest.
 TILES = (
-    Tile(128, 128, 8, 8, 8),
-    Tile(128, 64, 8, 8, 4),
-    Tile(128, 32, 8, 4, 4),
-    Tile(32, 32, 8, 4, 4),
+    Tile(128, 128, 16, 8, 8),
+    Tile(128, 64, 16, 8, 4),
+    Tile(128, 32, 16, 4, 4),
+    Tile(32, 32, 16, 4, 4),
 )
-SMALLEST = TILES[-1]
+# And in these four, one by one, where rows of memory are no whole vectors.
+SCALAR_TILES = (Tile(128, 64, 8, 8, 4), Tile(32, 32, 8, 4, 4))
 
 
 def place(tile: Tile) -> Callable:

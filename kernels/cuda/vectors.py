@@ -6,7 +6,7 @@ Nothing is checked: the array must be C-contiguous, and element `index` aligned 
 from __future__ import annotations
 
 from .arrays import DeviceArray
-from .jit import SIMULATED
+from .jit import SIMULATED, device_function
 
 # Elements of a vector, and the bytes that its address is a multiple of.
 LANES = 4
@@ -71,3 +71,16 @@ else:
             return context.get_dummy_value()
 
         return types.void(array, types.intp, types.UniTuple(array.dtype, LANES)), codegen
+
+
+@device_function
+def load8(array, index):
+    """Twice as many."""
+    return load4(array, index) + load4(array, index + LANES)
+
+
+@device_function
+def store8(array, index, values):
+    """Overwrite as many with a tuple."""
+    store4(array, index, values[:LANES])
+    store4(array, index + LANES, values[LANES:])

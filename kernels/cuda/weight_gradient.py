@@ -24,8 +24,8 @@ from .arrays import DeviceArray
 from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
 from .taps import advanced, digits, following, narrow, quotient
-from .tile import SMALLEST, TILES, Tile
-from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, store4
+from .tile import SCALAR_TILES, TILES, Tile
+from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, load8, store4, store8
 
 
 class Sizes(NamedTuple):
@@ -82,68 +82,47 @@ def _fetch_scalars(x, pixel, row, g, channel):
 
 @device_function
 def _fetch_vector(x, pixel, row, g, channel):
-    """The same where the four are channels of one tap."""
+    """Eight rows, channels of one tap."""
     n, i, j = pixel
     kh, kw, c = row
     h = narrow(i * g.stride_h + kh * g.dilation_h - g.top)
     w = narrow(j * g.stride_w + kw * g.dilation_w - g.left)
     if kh < g.kernel_h and n < g.images and h >= 0 and h < g.height and w >= 0 and w < g.width:
-        return load4(x, ((n * g.height + h) * g.width + w) * g.channels + channel + c)
+        return load8(x, ((n * g.height + h) * g.width + w) * g.channels + channel + c)
     zero = x.dtype.type(0)
-    return zero, zero, zero, zero
+    return zero, zero, zero, zero, zero, zero, zero, zero
 
 
-def _quad(vector: bool) -> Callable:
-    """A device function that reads `many` neighbours, four at most, and zeros for the rest."""
+def _dense_reader(vector: bool) -> Callable:
+    """A device function that reads four neighbours of dout, or `many` and zeros."""
 
     @device_function
-    def read_vector(x, at, many):
+    def read_vector(dout, argmax, at, offset, many):
         if many > 0:
-            return load4(x, at)
-        zero = x.dtype.type(0)
+            return load4(dout, at)
+        zero = dout.dtype.type(0)
         return zero, zero, zero, zero
 
     @device_function
-    def read_scalars(x, at, many):
-        zero = x.dtype.type(0)
+    def read_scalars(dout, argmax, at, offset, many):
+        zero = dout.dtype.type(0)
         return (
-            x[at] if many > 0 else zero,
-            x[at + 1] if many > 1 else zero,
-            x[at + 2] if many > 2 else zero,
-            x[at + 3] if many > 3 else zero,
+            dout[at] if many > 0 else zero,
+            dout[at + 1] if many > 1 else zero,
+            dout[at + 2] if many > 2 else zero,
+            dout[at + 3] if many > 3 else zero,
         )
 
     return read_vector if vector else read_scalars
 
 
-def _dense_reader(vector: bool) -> Callable:
-    """A device function that reads four filters of pixel (n, i, j) of dout."""
-    read = _quad(vector)
+def _chosen_reader(vector: bool) -> Callable:
+    """The same, but zero where argmax is not `offset`."""
+    read = _dense_reader(vector)
 
     @device_function
-    def fetch(dout, argmax, pixel, g, column, many):
-        n, i, j = pixel
-        if n >= g.images:
-            many = 0
-        return read(dout, ((n * g.out_h + i) * g.out_w + j) * g.filters + column, many)
-
-    return fetch
-
-
-def _pooled_reader(vector: bool) -> Callable:
-    """The same of the gradient before a max-pooling, of which dout is the gradient behind it."""
-    read = _quad(vector)
-
-    @device_function
-    def fetch(dout, argmax, pixel, g, column, many):
-        n, i, j = pixel
-        row, line = quotient(i, g.pool_h), quotient(j, g.pool_w)
-        rows, lines = quotient(g.out_h, g.pool_h), quotient(g.out_w, g.pool_w)
-        if n >= g.images or row >= rows or line >= lines:
-            many = 0
-        offset = (i - row * g.pool_h) * g.pool_w + j - line * g.pool_w
-        at = ((n * rows + row) * lines + line) * g.filters + column
-        first, second, third, fourth = read(dout, at, many)
+    def chosen(dout, argmax, at, offset, many):
+        first, second, third, fourth = read(dout, argmax, at, offset, many)
         zero = dout.dtype.type(0)
         return (
             first if many > 0 and argmax[at] == offset else zero,
@@ -152,7 +131,46 @@ def _pooled_reader(vector: bool) -> Callable:
             fourth if many > 3 and argmax[at + 3] == offset else zero,
         )
 
-    return fetch
+    return chosen
+
+
+def _gradient_reader(vector: bool, pooled: bool) -> Callable:
+    """A device function that reads four filters, or eight if `vector`, of pixel (n, i, j) of dout.
+
+    If `pooled`, dout is the gradient behind a max-pooling.
+    """
+    read = (_chosen_reader if pooled else _dense_reader)(vector)
+
+    @device_function
+    def dense(pixel, g):
+        """The pixel's number, whether there is such a pixel, and nothing."""
+        n, i, j = pixel
+        return (n * g.out_h + i) * g.out_w + j, n < g.images, 0
+
+    @device_function
+    def behind(pixel, g):
+        """The number of the pixel's window, whether there is one, and the pixel's offset in it."""
+        n, i, j = pixel
+        row, column = quotient(i, g.pool_h), quotient(j, g.pool_w)
+        rows, columns = quotient(g.out_h, g.pool_h), quotient(g.out_w, g.pool_w)
+        offset = (i - row * g.pool_h) * g.pool_w + j - column * g.pool_w
+        return (n * rows + row) * columns + column, n < g.images and row < rows and column < columns, offset
+
+    find = behind if pooled else dense
+
+    @device_function
+    def fetch_four(dout, argmax, pixel, g, column, many):
+        number, is_there, offset = find(pixel, g)
+        return read(dout, argmax, number * g.filters + column, offset, many if is_there else 0)
+
+    @device_function
+    def fetch_eight(dout, argmax, pixel, g, column, many):
+        number, is_there, offset = find(pixel, g)
+        many = many if is_there else 0
+        at = number * g.filters + column
+        return read(dout, argmax, at, offset, many) + read(dout, argmax, at + LANES, offset, many - LANES)
+
+    return fetch_eight if vector else fetch_four
 
 
 def _writer(vector: bool) -> Callable:
@@ -178,13 +196,17 @@ def _writer(vector: bool) -> Callable:
 
 
 def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, ...]) -> Kernel:
-    """The kernel for one tile. With `vector`, sizes and addresses are multiples of four elements."""
+    """The kernel for one tile.
+
+    With `vector`, channels of a group are multiples of eight, filters of four, and arrays are aligned.
+    """
     fetch_rows = _fetch_vector if vector else _fetch_scalars
-    fetch_columns = (_pooled_reader if pooled else _dense_reader)(vector)
+    fetch_columns = _gradient_reader(vector, pooled)
     finish = tiles.in_blocks(tile, _writer(vector))
     place, multiply = tiles.place(tile), tiles.multiply(tile)
-    rows_a, columns_b, depth_k = tile.rows, tile.columns, tile.depth
-    across_a, across_b = rows_a // LANES, columns_b // LANES
+    rows_a, columns_b, depth_k, run = tile.rows, tile.columns, tile.depth, tile.run
+    across_a, across_b = rows_a // run, columns_b // run
+    put = store8 if vector else store4
     thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
     size_a, size_b, size_sums = 2 * rows_a * depth_k, 2 * columns_b * depth_k, thread_rows * thread_columns
 
@@ -208,9 +230,9 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
         first_column = (cuda.blockIdx.x - row_tile * column_tiles) * columns_b
         group = cuda.blockIdx.y
 
-        # What this thread reads: four rows, and four columns, of every depth_k-th pixel.
-        row = digits(first_row + thread % across_a * LANES, g.kernel_w, g.depth)
-        column = first_column + thread % across_b * LANES
+        # What this thread reads: neighbouring rows, and columns, of every depth_k-th pixel.
+        row = digits(first_row + thread % across_a * run, g.kernel_w, g.depth)
+        column = first_column + thread % across_b * run
         many = g.columns - column if thread < across_b * depth_k else 0
         start = cuda.blockIdx.z * g.span
         pixel = digits(start + thread // across_a, g.out_h, g.out_w)
@@ -224,8 +246,8 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
         down, across = place(thread)
         for s in range(slices + 1):
             if s < slices:
-                quad_a = fetch_rows(x, pixel, row, g, group * g.depth)
-                quad_b = fetch_columns(dout, argmax, pixel_b, g, group * g.columns + column, many)
+                from_x = fetch_rows(x, pixel, row, g, group * g.depth)
+                from_dout = fetch_columns(dout, argmax, pixel_b, g, group * g.columns + column, many)
                 pixel = advanced(pixel, step, g.out_h, g.out_w)
                 pixel_b = advanced(pixel_b, step, g.out_h, g.out_w)
             if s > 0:
@@ -241,9 +263,9 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
                 )
             if s < slices:
                 buffer = s % 2
-                store4(a, buffer * (rows_a * depth_k) + thread * LANES, quad_a)
+                put(a, buffer * (rows_a * depth_k) + thread * run, from_x)
                 if thread < across_b * depth_k:
-                    store4(b, buffer * (columns_b * depth_k) + thread * LANES, quad_b)
+                    put(b, buffer * (columns_b * depth_k) + thread * run, from_dout)
                 cuda.syncthreads()
         finish(sums, first_row + down, first_column + across, dweight, cuda.blockIdx.z * part, group, g)
 
@@ -256,7 +278,7 @@ _KERNELS = {
     (tile, vector, pooled): _weight_gradient(tile, vector, pooled, _FLOAT32 if vector else FLOATS)
     for pooled in (False, True)
     for vector in (True, False)
-    for tile in (TILES[pooled:] if vector else (SMALLEST,))
+    for tile in (TILES[pooled:] if vector else SCALAR_TILES[-1:])
 }
 
 
@@ -275,9 +297,11 @@ def _plan(
 ) -> _Plan:
     depth, columns = layer.channels // layer.groups, layer.filters // layer.groups
     terms = layer.rows.kernel * layer.columns.kernel * depth
-    vector = aligned and dtype == np.float32 and depth % LANES == columns % LANES == 0
+    vector = aligned and dtype == np.float32 and depth % TILES[0].run == columns % LANES == 0
     pixels = images * layer.out_image[0] * layer.out_image[1]
-    tiles_ = TILES[pool is not None :] if vector and terms > SMALLEST.rows else (SMALLEST,)
+    tiles_ = TILES[pool is not None :] if vector else SCALAR_TILES[-1:]
+    if terms <= tiles_[-1].rows:
+        tiles_ = tiles_[-1:]
     chosen = grid(terms, columns, layer.groups, pixels, tiles_)
     sizes = Sizes(
         images,

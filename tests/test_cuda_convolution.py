@@ -1,0 +1,149 @@
+"""Every tile of the convolutions' CUDA kernels, whole and in part, with the sum in one part and in several.
+
+The parity table's calls are too small for the larger tiles to be chosen.
+"""
+
+import importlib
+
+import cuda_device
+import numpy as np
+import pytest
+
+from fastcnn.kernels import reference
+
+cuda = cuda_device.module()
+correlation, splits, weight_gradient = (
+    importlib.import_module(f"fastcnn.kernels.cuda.{name}")
+    for name in ("correlation", "splits", "weight_gradient")
+)
+TILES = importlib.import_module("fastcnn.kernels.cuda.tile").TILES
+pytestmark = cuda_device.marks
+
+every_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+every_split = pytest.mark.parametrize("parts", [1, 2])
+
+# More pixels than half a tile's rows, and no multiple of anything.
+IMAGE = (7, 10)
+GEOMETRY = {"stride": 1, "padding": ((1, 0), (0, 1)), "dilation": 1}
+
+
+def columns(tile):
+    """Columns that end within a tile, mostly the second."""
+    return min(tile.columns + 8, 104)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Have a module's launches use a tile and cut their sums into so many parts."""
+
+    def force(module, tile, parts):
+        def grid(rows, columns, products, terms, tiles, splits=True):
+            slices = -(-terms // tile.depth)
+            span = -(-slices // parts) * tile.depth
+            count = -(-rows // tile.rows) * -(-columns // tile.columns)
+            return module_grid(tile, count, -(-terms // span), span)
+
+        module_grid = splits.Grid
+        monkeypatch.setattr(module, "grid", grid)
+        module._plan.cache_clear()
+
+    yield force
+    for module in (correlation, weight_gradient):
+        module._plan.cache_clear()
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(actual, expected, terms):
+    size = max(1.0, np.abs(expected).max())
+    tolerance = 8 * np.finfo(np.float32).eps * np.sqrt(terms) * size
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=tolerance)
+
+
+@every_split
+@every_tile
+def test_forward(tile, parts, force):
+    force(correlation, tile, parts)
+    filters = columns(tile)
+    x, weight, bias = normal(0, 1, *IMAGE, 8), normal(1, 2, 2, 8, filters), normal(2, filters)
+    y = cuda.conv2d_forward(*map(cuda.from_numpy, (x, weight, bias)), **GEOMETRY)
+    assert_close(y, reference.conv2d_forward(x, weight, bias, **GEOMETRY), 32)
+
+
+@every_split
+@every_tile
+def test_backward_input(tile, parts, force):
+    force(correlation, tile, parts)
+    shape = (1, *IMAGE, columns(tile))
+    dout, weight = normal(0, 1, *IMAGE, 8), normal(1, 2, 2, shape[3], 8)
+    dx = cuda.conv2d_backward_input(*map(cuda.from_numpy, (dout, weight)), shape, **GEOMETRY)
+    assert_close(dx, reference.conv2d_backward_input(dout, weight, shape, **GEOMETRY), 32)
+
+
+@every_split
+@every_tile
+def test_backward_weight(tile, parts, force):
+    force(weight_gradient, tile, parts)
+    filters = columns(tile)
+    x, dout = normal(0, 1, 5, 4, 24), normal(1, 1, 5, 4, filters)
+    dweight = cuda.conv2d_backward_weight(*map(cuda.from_numpy, (dout, x)), 2, **GEOMETRY)
+    assert_close(dweight, reference.conv2d_backward_weight(dout, x, 2, **GEOMETRY), 20)
+
+
+@every_tile
+@pytest.mark.parametrize("pool", [(2, 2), (1, 2), (4, 1), (1, 1)], ids=str)
+def test_pooled_forward(tile, pool, force):
+    if pool != (2, 2) and tile is not TILES[-1]:
+        pytest.skip("windows don't depend on the tile")
+    force(correlation, tile, 1)
+    filters = columns(tile)
+    x, weight, bias = normal(0, 1, *IMAGE, 8), normal(1, 2, 2, 8, filters), normal(2, filters)
+    x[0, 3, 3, 0] = np.nan
+    for relu in (True, False):
+        y, argmax = cuda.conv2d_pool_forward(*map(cuda.from_numpy, (x, weight, bias)), pool, relu, **GEOMETRY)
+        expected, where = reference.conv2d_pool_forward(x, weight, bias, pool, relu, **GEOMETRY)
+        tolerance = 64 * np.finfo(np.float32).eps
+        np.testing.assert_allclose(y.numpy(), expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_array_equal(argmax.numpy(), where)
+
+
+@every_tile
+def test_pooled_backward(tile, force):
+    if tile is TILES[0]:
+        pytest.skip("no kernels of this tile read through argmax")
+    force(correlation, tile, 1)
+    force(weight_gradient, tile, 1)
+    # Eleven columns are five windows and one column that is in none.
+    shape = (1, 4, 11, 8)
+    x, weight = normal(0, *shape), normal(1, 2, 2, 8, columns(tile))
+    y, argmax = reference.conv2d_pool_forward(x, weight, None, 2, True, **GEOMETRY)
+    dout = normal(2, *y.shape)
+    on_device = map(cuda.from_numpy, (dout, argmax, weight))
+    dx = cuda.conv2d_pool_backward_input(*on_device, shape, 2, **GEOMETRY)
+    expected = reference.conv2d_pool_backward_input(dout, argmax, weight, shape, 2, **GEOMETRY)
+    assert_close(dx, expected, 4 * weight.shape[3])
+    gradients = cuda.conv2d_pool_backward_weight(*map(cuda.from_numpy, (dout, argmax, x)), 2, 2, **GEOMETRY)
+    expected = reference.conv2d_pool_backward_weight(dout, argmax, x, 2, 2, **GEOMETRY)
+    for actual, correct in zip(gradients, expected, strict=True):
+        assert_close(actual, correct, 60)
+
+
+def test_a_tile_is_chosen_that_fills_the_device(monkeypatch):
+    monkeypatch.setattr(splits, "multiprocessors", lambda: 132)
+    large = splits.grid(rows=100_000, columns=128, products=1, terms=1152)
+    assert (large.tile.name, large.parts) == ("128x128", 1)
+    assert splits.grid(100_000, 64, 1, 576).tile.name == "128x64"
+    assert splits.grid(100_000, 32, 1, 288).tile.name == "128x32"
+    small = splits.grid(rows=512, columns=128, products=1, terms=1152)
+    assert small.tile.name == "32x32"
+    assert 132 <= small.tiles * small.parts <= 16 * 132
+    assert small.parts * small.span >= 1152 > (small.parts - 1) * small.span
+
+
+def test_arrays_that_are_not_aligned_are_read_by_scalars():
+    x, weight = normal(0, 1, 3, 4, 8), normal(1, 2, 2, 8, 4)
+    memory = cuda.from_numpy(np.concatenate([np.zeros(1, np.float32), x.reshape(-1)]))
+    y = cuda.conv2d_forward(memory[1:].reshape(x.shape), cuda.from_numpy(weight))
+    assert_close(y, reference.conv2d_forward(x, weight), 32)
