@@ -26,12 +26,12 @@ test-widths: .venv/.installed-test
 
 # The CUDA kernels without a GPU: their results on Numba's simulator, and what the compiler makes of each.
 test-cuda: .venv/.installed-cuda
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py tests/test_cuda_convolution.py
 	$(BIN)/python -m pytest tests/test_cuda_ptx.py
 
 # And on the GPU of this machine.
 test-gpu: .venv/.installed-cuda
-	FASTCNN_TEST_GPU=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py
+	FASTCNN_TEST_GPU=1 $(BIN)/python -m pytest tests/test_cuda_parity.py tests/test_cuda_arrays.py tests/test_cuda_convolution.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ class _Shared:
     def __init__(self) -> None:
         self.arrays: dict[tuple, np.ndarray] = {}
 
-    def array(self, shape: Any, dtype: Any) -> np.ndarray:
+    def array(self, shape: Any, dtype: Any, alignment: int | None = None) -> np.ndarray:
         frame = sys._getframe(1)
         place = frame.f_code, frame.f_lasti
         if place not in self.arrays:

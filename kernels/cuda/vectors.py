@@ -11,8 +11,6 @@ from .jit import SIMULATED, device_function
 # Elements of a vector, and the bytes that its address is a multiple of.
 LANES = 4
 ALIGNMENT = 16
-# For `cuda.shared.array`; the simulator takes none.
-SHARED_ALIGNMENT = None if SIMULATED else ALIGNMENT
 
 
 def is_aligned(*arrays: DeviceArray) -> bool:

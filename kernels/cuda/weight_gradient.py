@@ -25,7 +25,7 @@ from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
 from .taps import advanced, digits, following, narrow, quotient
 from .tile import SCALAR_TILES, TILES, Tile
-from .vectors import LANES, SHARED_ALIGNMENT, is_aligned, load4, load8, store4, store8
+from .vectors import ALIGNMENT, LANES, is_aligned, load4, load8, store4, store8
 
 
 class Sizes(NamedTuple):
@@ -217,8 +217,8 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
         launch_bounds=(tile.threads, tile.blocks),
     )
     def weight_gradient(x, dout, argmax, dweight, part, sizes):
-        a = cuda.shared.array(size_a, x.dtype, SHARED_ALIGNMENT)
-        b = cuda.shared.array(size_b, x.dtype, SHARED_ALIGNMENT)
+        a = cuda.shared.array(size_a, x.dtype, ALIGNMENT)
+        b = cuda.shared.array(size_b, x.dtype, ALIGNMENT)
         left = cuda.local.array(thread_rows, x.dtype)
         right = cuda.local.array(thread_columns, x.dtype)
         sums = cuda.local.array(size_sums, x.dtype)
