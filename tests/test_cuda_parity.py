@@ -216,3 +216,40 @@ def test_extreme_values_as_in_the_reference(row, dtype):
         pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
         for ours, theirs in pairs:
             np.testing.assert_allclose(ours.numpy(), theirs, rtol=8 * np.finfo(dtype).eps, err_msg=name)
+
+
+@every_operation
+def test_repetition_does_not_change_a_bit(operation):
+    for case, arguments, _ in calls(operation, operation.dtypes[0]):
+        expected = cuda_device.run(operation, arguments)
+        assert_same_bits(cuda_device.run(operation, arguments), expected, case)
+
+
+@pytest.mark.parametrize("name", ["sgd_update", "adam_update"])
+def test_zero_grad_clears_the_gradient_in_the_same_pass(name):
+    operation = next(operation for operation in ON_DEVICE if operation.name == name)
+    for case, arguments, _ in calls(operation, np.float32):
+        expected = cuda_device.run(operation, arguments)
+        on_device = cuda_device.moved(arguments)
+        assert_same_bits(cuda_device.run(operation, on_device, zero_grad=True), expected, case)
+        assert not on_device["grad"].numpy().any()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.uint64])
+def test_labels_and_indices_of_any_integers(dtype):
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    target = np.array([2, 0, 1, 1, 2])
+    expected, _ = reference.softmax_cross_entropy(x, target)
+    losses, _ = cuda.softmax_cross_entropy(cuda.from_numpy(x), cuda.from_numpy(target.astype(dtype)))
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+def test_an_unusable_row_of_parameters_is_nan():
+    operation = next(operation for operation in ON_DEVICE if operation.name == "augment_batch")
+    arguments = operation.call("colour", np.uint8)
+    arguments["params"][1, 4] = np.nan
+    arguments["params"][2, 1] = 1e10
+    arguments["index"][3] = 99
+    (images,) = cuda_device.run(operation, arguments)
+    assert [np.isnan(image).all() for image in images] == [False, True, True, True, False, False, False]
+    assert not np.isnan(images[[0, 4, 5, 6]]).any()

@@ -1,9 +1,11 @@
 """Every CUDA kernel compiles for compute capability 8.0 and 9.0, and none spills registers, says ptxas."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,3 +86,36 @@ def test_compiles_without_spills(kernel, argument_types, capability, tmp_path, m
     assert not used["stack"]
     assert used["shared"] <= SHARED_BYTES
     assert used["registers"] * kernel.threads <= REGISTERS_PER_BLOCK
+
+
+# No device here: what asks for one is told that it is of capability 9.0.
+FIND_OR_COMPILE = """
+from types import SimpleNamespace
+from numba import cuda
+from numba.cuda import codegen, dispatcher
+device = SimpleNamespace(compute_capability=(9, 0))
+dispatcher.get_current_device = lambda: device
+codegen.devices.get_context = lambda *_: SimpleNamespace(device=device)
+from fastcnn.kernels.cuda import activation, jit
+for kernel in (activation._relu, activation._leaky_relu):
+    for compiled in kernel.signatures:
+        cache = jit._kernel_cache(kernel)
+        target = cuda.jit(kernel.function).targetctx
+        found = cache.load_overload(compiled.argument_types, target)
+        print(found is not None)
+        if found is None:
+            options = cuda.jit(**kernel.options)(kernel.function).targetoptions
+            fresh = dispatcher._Kernel(kernel.function, compiled.argument_types, **options)
+            fresh._codelibrary.get_cubin(cc=(9, 0))
+            cache.save_overload(compiled.argument_types, fresh)
+"""
+
+
+def test_the_next_process_finds_compiled_kernels_on_disk(tmp_path):
+    environment = {**os.environ, "FASTCNN_CACHE_DIR": str(tmp_path)}
+    for expected in ("False", "True"):
+        done = subprocess.run(
+            [sys.executable, "-c", FIND_OR_COMPILE],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        assert done.stdout.split() == [expected] * 4
