@@ -242,7 +242,9 @@ def _cut(layer: Layer, pixels: int, width: int, itemsize: int) -> Cut:
         slices = next((s for s in whole if group_bytes // s <= _UNIT_BYTES), (whole or [1])[-1])
     units = layer.groups // groups * slices
     items = min(max(pixels // _PIXELS_A_PIECE * units, _FEWEST_ITEMS), _MOST_ITEMS)
-    return Cut(units, slices, groups, inner // slices, -(-items // units))
+    # A power of two: as many for each of the threads, and of the images for each piece.
+    pieces = 1 << (-(-items // units) - 1).bit_length()
+    return Cut(units, slices, groups, inner // slices, pieces)
 
 
 @lru_cache(maxsize=512)

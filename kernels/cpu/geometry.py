@@ -26,6 +26,8 @@ _WINDOW_BYTES = 256 * 1024
 _BLOCK_PIXELS = 512
 _GRADIENT_PIXELS = 1024
 _ITEMSIZE = 4  # of float32; float64 windows are twice as large and do as well in the second-level cache
+# In shorter sums of taps nothing is left out: looking what a tile needs takes as long.
+_SHORTEST_SUM = 64
 # Shorter runs of taps, or of pixels, don't repay that a tile's sum is cut into several.
 _SHORTEST_RUN = 32
 _SHORTEST_ROW = 8
@@ -61,7 +63,7 @@ class Correlation(NamedTuple):
     taps: np.ndarray  # offsets from there to tap (kh, kw) and channel c of one group
     spread: np.ndarray  # offsets in the result of each grid point, from its block's first
     # Of each tile: its first and last row of the block, and first and end in a row of taps of what it needs.
-    # Empty if no padding is ever read.
+    # Empty if all tiles sum over all taps.
     tiles: np.ndarray
     reach: np.ndarray  # of each row of the grid: first and end of the rows of taps that meet the image
 
@@ -194,8 +196,9 @@ def correlation(
     )
     pitch = b.window_w * channels
     last = rows.outputs - (b.blocks - 1) * b.rows
+    skips = not b.in_place and len(rows.taps) * len(columns.taps) * group >= _SHORTEST_SUM
     reach = columns.reach(width)
-    if b.in_place or (reach[:, 1] - reach[:, 0]).min() * group < _SHORTEST_RUN:
+    if not skips or (reach[:, 1] - reach[:, 0]).min() * group < _SHORTEST_RUN:
         reach[:] = 0, len(columns.taps)
 
     def grid(row_step: int, column_step: int) -> np.ndarray:
@@ -209,7 +212,7 @@ def correlation(
         grid(rows.step * pitch, columns.step * channels),
         _taps(rows, columns, pitch, channels, group),
         grid(b.out_row, columns.out_step * out_channels),
-        tiles[:0] if b.in_place else tiles,
+        tiles if skips else tiles[:0],
         rows.reach(height),
     )
 

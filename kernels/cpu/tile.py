@@ -182,12 +182,16 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
         a_base, c_base = emit.at(a, a0), emit.at(c, c0)
         numbers = [ir.Constant(_I64, m) for m in range(tile_rows)]
         a_rows = [emit.at(a_base, builder.load(emit.at(row, r0, m))) for m in numbers]
-        c_rows = [emit.at(c_base, builder.load(emit.at(crow, r0, m))) for m in numbers]
+        c_offsets = [builder.load(emit.at(crow, r0, m)) for m in numbers]
+        c_rows = [emit.at(c_base, offset) for offset in c_offsets]
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(tile_vectors)]
         places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
-        # C may be anywhere; it arrives while the sums are computed.
-        for place in (place for row_places in places for place in row_places):
-            emit.prefetch(place, to_write=True)
+        # Rows of C that are apart arrive while the sums are computed; the processor foresees neighbours itself.
+        whole = ir.Constant(_I64, tile_vectors * emit.lanes)
+        apart = builder.icmp_signed("!=", builder.sub(c_offsets[1], c_offsets[0]), whole)
+        with builder.if_then(apart):
+            for place in (place for row_places in places for place in row_places):
+                emit.prefetch(place, to_write=True)
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
         to_fetch = emit.at(data(ahead, arguments[6]), ahead0)
