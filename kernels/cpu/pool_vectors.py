@@ -20,6 +20,7 @@ from .vectors import (
     all_lanes,
     all_long_lanes,
     first_lanes,
+    first_long_lanes,
     keep_in_line,
     lanes_of,
     like,
@@ -170,6 +171,58 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
                 _scatter_vector(gradient, where, keeps, factor, to, taps, s + whole, t + whole, some)
             s += channels
             t += apart.stride_w * channels
+
+
+@kernel
+def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, target, mask):
+    """One vector of channels of one pixel, of one register or of several: the sum of its windows."""
+    keep_in_line()
+    zero = like(splat(dout[0], mask), 0)
+    total = zero
+    for r in range(r0, r1):
+        for c in range(c0, c1):
+            place = source + rows[2 * r] + columns[2 * c]
+            where = load(argmax, place, mask)
+            here = where == like(where, rows[2 * r + 1] + columns[2 * c + 1])
+            total = total + select(here, load(dout, place, mask), zero)
+    store(total, dx, target, mask)
+
+
+@parallel
+def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channels):
+    """dx, overwritten: at each pixel the sum of dout over the windows that chose it.
+
+    `rows` and `columns` are each where the windows of a row or column of pixels begin, and of each window its
+    offset in an image's dout and the number of its tap.
+    """
+    keep_out_of_line()
+    row_starts, row_windows = rows
+    column_starts, column_windows = columns
+    gradient, where, to = pointer(dout), pointer(argmax), pointer(dx)
+    of_row, of_column = pointer(row_windows), pointer(column_windows)
+    lanes = lanes_of(to)
+    width = LONG * lanes
+    whole = channels // width * width
+    # What is left takes one vector more, a short one if it fits.
+    is_short, left = channels - whole <= lanes, channels - whole
+    many, few, some = all_long_lanes(to), first_long_lanes(to, left), first_lanes(to, left)
+    height, line = row_starts.size - 1, column_starts.size - 1
+    lo, hi = span(part, parts, dx.size // (line * channels))
+    for row in range(lo, hi):
+        n = row // height
+        h = row - n * height
+        r0, r1 = row_starts[h], row_starts[h + 1]
+        s, t = n * image_out, row * line * channels
+        for w in range(line):
+            c0, c1 = column_starts[w], column_starts[w + 1]
+            for c in range(0, whole, width):
+                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, s + c, to, t + c, many)
+            u, v = s + whole, t + whole
+            if left > 0 and is_short:
+                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, u, to, v, some)
+            elif left > 0:
+                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, u, to, v, few)
+            t += channels
 
 
 @kernel

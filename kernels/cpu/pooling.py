@@ -8,6 +8,7 @@ fixed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from ..windows import (
     windows,
 )
 from . import pool_vectors
-from .columns import valid_range
 from .pieces import fill
 from .workspace import scratch
 
@@ -102,35 +102,22 @@ def _taps(g: Windows) -> pool_vectors.Taps:
     return pool_vectors.Taps(g.height, g.width, g.channels, g.kernel_w, g.dilation_h, g.dilation_w)
 
 
-@parallel
-def _max_pool_backward(part, parts, dout, argmax, dx, g):
-    keep_out_of_line()
-    channels = np.uintp(g.channels)
-    step = np.uintp(g.stride_w * g.channels)
-    zero = dx.dtype.type(0)
-    lo, hi = span(part, parts, dx.shape[0])
-    for row in range(lo, hi):
-        n = row // g.height
-        line = dx[row]
-        fill(line, 0)
-        for a in range(g.kernel_h):
-            reach = row - n * g.height + g.top - a * g.dilation_h
-            i = reach // g.stride_h
-            if reach < 0 or i * g.stride_h != reach or i >= g.out_h:
-                continue
-            gradient = dout[n * g.out_h + i]
-            where = argmax[n * g.out_h + i]
-            for b in range(g.kernel_w):
-                offset = b * g.dilation_w - g.left
-                first, last = valid_range(g.out_w, g.stride_w, offset, g.width)
-                tap = argmax.dtype.type(a * g.kernel_w + b)
-                source = np.uintp(first * g.channels)
-                target = np.uintp((first * g.stride_w + offset) * g.channels)
-                for _ in range(first, last):
-                    for c in range(channels):
-                        line[target + c] += gradient[source + c] if where[source + c] == tap else zero
-                    source += channels
-                    target += step
+@lru_cache(maxsize=512)
+def _around(
+    size: int, outputs: int, kernel: int, stride: int, before: int, dilation: int, scales: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows around each pixel of an axis: where each pixel's begin, and of each its number and its tap.
+
+    Numbers and taps are multiplied by `scales`.
+    """
+    starts, entries = [0], []
+    for pixel in range(size):
+        for tap in range(kernel):
+            window, beside = divmod(pixel + before - tap * dilation, stride)
+            if beside == 0 and 0 <= window < outputs:
+                entries.append((window * scales[0], tap * scales[1]))
+        starts.append(len(entries))
+    return np.array(starts), np.array(entries, np.int64).reshape(-1)
 
 
 def max_pool2d_backward(
@@ -181,10 +168,19 @@ def max_pool2d_backward(
     if _are_apart(g):
         _scatter(dout, argmax, 1.0, dx, g)
     else:
-        rows = (shape[0] * g.out_h, g.out_w * g.channels)
-        lines = dx.reshape(shape[0] * g.height, g.width * g.channels)
-        parts = part_count(len(lines), dx.size)
-        _max_pool_backward(parts, dout.reshape(rows), argmax.reshape(rows), lines, g)
+        line = g.out_w * g.channels
+        rows = (g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
+        columns = (g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w)
+        pool_vectors.max_backward(
+            part_count(shape[0] * g.height, dx.size),
+            dout.reshape(-1),
+            argmax.reshape(-1),
+            dx.reshape(-1),
+            g.out_h * line,
+            _around(*rows, (line, g.kernel_w)),
+            _around(*columns, (g.channels, 1)),
+            g.channels,
+        )
     return dx
 
 

@@ -186,7 +186,7 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
         c_rows = [emit.at(c_base, offset) for offset in c_offsets]
         lanes = [ir.Constant(_I64, v * emit.lanes) for v in range(tile_vectors)]
         places = [[emit.at(c_row, lane) for lane in lanes] for c_row in c_rows]
-        # Rows of C that are apart arrive while the sums are computed; the processor foresees neighbours itself.
+        # Rows of C that are apart arrive while the sums are computed; what touches needs no such help.
         whole = ir.Constant(_I64, tile_vectors * emit.lanes)
         apart = builder.icmp_signed("!=", builder.sub(c_offsets[1], c_offsets[0]), whole)
         with builder.if_then(apart):
