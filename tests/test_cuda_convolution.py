@@ -12,9 +12,9 @@ import pytest
 from fastcnn.kernels import reference
 
 cuda = cuda_device.module()
-correlation, splits, weight_gradient = (
+correlation, grouped, splits, weight_gradient = (
     importlib.import_module(f"fastcnn.kernels.cuda.{name}")
-    for name in ("correlation", "splits", "weight_gradient")
+    for name in ("correlation", "grouped", "splits", "weight_gradient")
 )
 TILES = importlib.import_module("fastcnn.kernels.cuda.tile").TILES
 pytestmark = cuda_device.marks
@@ -128,6 +128,39 @@ def test_pooled_backward(tile, force):
     expected = reference.conv2d_pool_backward_weight(dout, argmax, x, 2, 2, **GEOMETRY)
     for actual, correct in zip(gradients, expected, strict=True):
         assert_close(actual, correct, 60)
+
+
+GROUPS = {
+    # channels, filters, groups, kernel, stride, dilation
+    "three channels, two filters": (12, 8, 4, (3, 3), 1, 1),
+    "depthwise": (10, 10, 10, (3, 2), (2, 1), (1, 2)),
+    "depthwise, strided": (6, 6, 6, (3, 3), (2, 3), 1),
+    "two filters of each channel": (5, 10, 5, (2, 3), 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
+def test_small_groups(case, monkeypatch):
+    channels, filters, groups, kernel, stride, dilation = case
+    # The weights' sums are cut into parts.
+    monkeypatch.setattr(grouped, "_FEWEST_PIXELS", 1)
+    monkeypatch.setattr(grouped, "multiprocessors", lambda: 132)
+    geometry = {"stride": stride, "padding": 1, "dilation": dilation, "groups": groups}
+    x, weight = normal(0, 3, 6, 7, channels), normal(1, *kernel, channels // groups, filters)
+    bias = normal(2, filters)
+    y = reference.conv2d_forward(x, weight, bias, **geometry)
+    dout = normal(3, *y.shape)
+    arrays = {"x": x, "weight": weight, "bias": bias, "dout": dout}
+    device = {name: cuda.from_numpy(array) for name, array in arrays.items()}
+    assert_close(cuda.conv2d_forward(device["x"], device["weight"], device["bias"], **geometry), y, 30)
+    dx = cuda.conv2d_backward_input(device["dout"], device["weight"], x.shape, **geometry)
+    assert_close(dx, reference.conv2d_backward_input(dout, weight, x.shape, **geometry), 30)
+    dweight = cuda.conv2d_backward_weight(device["dout"], device["x"], kernel, **geometry)
+    assert_close(dweight, reference.conv2d_backward_weight(dout, x, kernel, **geometry), 126)
+    pooled, argmax = cuda.conv2d_pool_forward(*(device[k] for k in ("x", "weight", "bias")), 2, **geometry)
+    expected, where = reference.conv2d_pool_forward(x, weight, bias, 2, **geometry)
+    assert_close(pooled, expected, 30)
+    np.testing.assert_array_equal(argmax.numpy(), where)
 
 
 def test_a_tile_is_chosen_that_fills_the_device(monkeypatch):

@@ -1,4 +1,7 @@
-"""Convolution: forward, and backward to the input and to the weights."""
+"""Convolution: forward, and backward to the input and to the weights.
+
+`correlation` and `weight_gradient` are products on tiles, `grouped` does groups that are too small for them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 from ..cpu import convolution as cpu
 from ..cpu import direct
-from . import checks, correlation, weight_gradient
+from . import checks, correlation, grouped, weight_gradient
 from .arrays import DeviceArray
 from .twin import twin_of
 
@@ -31,7 +34,8 @@ def conv2d_forward(
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
     if y.size:
-        correlation.forward(layer, x, weight, bias, y)
+        way = grouped if grouped.suits(layer) else correlation
+        way.forward(layer, x, weight, bias, y)
     return y
 
 
@@ -55,7 +59,8 @@ def conv2d_backward_input(
     checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        correlation.backward_input(layer, dout, weight, dx)
+        way = grouped if grouped.suits(layer) else correlation
+        way.backward_input(layer, dout, weight, dx)
     return dx
 
 
@@ -80,5 +85,6 @@ def conv2d_backward_weight(
     shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
     if dweight.size:
-        weight_gradient.weight_gradient(layer, dout, x, dweight, accumulate and out is not None)
+        way = grouped if grouped.suits(layer) else weight_gradient
+        way.add_weight_gradient(layer, dout, x, dweight, accumulate and out is not None)
     return dweight

@@ -542,7 +542,10 @@ class _Plan(NamedTuple):
         return self.grid[2]
 
 
-def _sizes(layer: Layer, images: int, transposed: bool, biased: bool, pool: Pool, span: int) -> Sizes:
+def sizes_of(
+    layer: Layer, images: int, transposed: bool, biased: bool, pool: Pool = PLAIN, span: int = 1
+) -> Sizes:
+    """What a launch computes, with `span` terms of the sum in one block."""
     inner, outer = (*layer.image, layer.channels), (*layer.out_image, layer.filters)
     source, result = (outer, inner) if transposed else (inner, outer)
     rows, columns = layer.rows, layer.columns
@@ -570,7 +573,7 @@ def _sizes(layer: Layer, images: int, transposed: bool, biased: bool, pool: Pool
 def _plan(
     layer: Layer, images: int, dtype: np.dtype, transposed: bool, aligned: bool, biased: bool, pool: Pool
 ) -> _Plan:
-    sizes = _sizes(layer, images, transposed, biased, pool, 1)
+    sizes = sizes_of(layer, images, transposed, biased, pool)
     single = dtype == np.float32
     vector = aligned and single and sizes.depth % TILES[0].run == sizes.columns % LANES == 0
     backward_pool = transposed and pool.pooled > 0
@@ -594,7 +597,7 @@ def _plan(
         _KERNELS[chosen.tile, vector, transposed, backward_pool],
         (chosen.tiles, products, chosen.parts),
         chosen.tile.threads,
-        _sizes(layer, images, transposed, biased, pool, chosen.span),
+        sizes_of(layer, images, transposed, biased, pool, chosen.span),
     )
 
 

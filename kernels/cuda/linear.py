@@ -12,7 +12,7 @@ from ..cpu.direct import Layer, layer
 from . import checks, correlation
 from .arrays import DeviceArray
 from .twin import twin_of
-from .weight_gradient import weight_gradient
+from .weight_gradient import add_weight_gradient
 
 
 def _layer(features: int, filters: int) -> Layer:
@@ -58,5 +58,5 @@ def linear_backward_weight(dout: Any, x: Any, *, out: Any = None, accumulate: bo
         raise ValueError(f"dout: {dout.shape} has {rows} rows, but x has {many}: {x.shape}")
     dweight = checks.output("out", out, (inputs, filters), dout.dtype)
     if dweight.size:
-        weight_gradient(_layer(inputs, filters), dout, x, dweight, accumulate and out is not None)
+        add_weight_gradient(_layer(inputs, filters), dout, x, dweight, accumulate and out is not None)
     return dweight

@@ -13,14 +13,15 @@ from numba import cuda
 
 from ..cpu import direct
 from ..cpu import pooled_convolution as cpu
-from . import checks, correlation
+from . import checks, correlation, grouped
 from .arrays import DeviceArray, blocks, empty
 from .columns import sum_rows
 from .correlation import DEAD, Pool
 from .jit import THREADS, kernel
+from .splits import nothing
 from .taps import digits, quotient
 from .twin import twin_of
-from .weight_gradient import weight_gradient
+from .weight_gradient import add_weight_gradient
 
 # The largest offset in a window that a byte holds beside `DEAD`.
 _MOST_PIXELS = 255
@@ -103,12 +104,13 @@ def conv2d_pool_forward(
     argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8)) if with_argmax else None
     if not y.size:
         return y, argmax
-    if pool.is_fused:
+    if pool.is_fused and not grouped.suits(layer):
         correlation.forward(layer, x, weight, bias, y, pool, argmax)
         return y, argmax
     z = empty((x.shape[0], *layer.out_image, filters), x.dtype)
-    correlation.forward(layer, x, weight, bias, z)
-    where = correlation.nothing(np.dtype(np.uint8)) if argmax is None else argmax.ravel()
+    way = grouped if grouped.suits(layer) else correlation
+    way.forward(layer, x, weight, bias, z)
+    where = nothing(np.dtype(np.uint8)) if argmax is None else argmax.ravel()
     sizes = (*layer.out_image, filters, *shape[1:3], pool.height, pool.width, pool.relu, pool.keeps)
     _pool_images[blocks(y.size), THREADS](z.ravel(), y.ravel(), where, sizes)
     return y, argmax
@@ -168,6 +170,6 @@ def conv2d_pool_backward_weight(
     dbias = checks.output("out_bias", out_bias, (filters,), dout.dtype)
     if dweight.size:
         size = pool.height, pool.width
-        weight_gradient(layer, dout, x, dweight, accumulate and out is not None, size, argmax)
+        add_weight_gradient(layer, dout, x, dweight, accumulate and out is not None, size, argmax)
     sum_rows(dout, dbias, accumulate and out_bias is not None, pool.height * pool.width, argmax)
     return dweight, dbias

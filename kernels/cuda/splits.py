@@ -18,7 +18,7 @@ from .tile import TILES, Tile
 
 # A part has so many slices at least: what it takes to start and to write a block should be little beside
 # them.
-_FEWEST_SLICES = 8
+_FEWEST_SLICES = 4
 _MOST_PARTS = 64
 
 

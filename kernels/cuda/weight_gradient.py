@@ -67,7 +67,7 @@ def _fetch_one(x, pixel, row, g, channel):
 
 
 @device_function
-def _fetch_scalars(x, pixel, row, g, channel):
+def fetch_scalars(x, pixel, row, g, channel):
     """Four rows of the product's left factor, from `row` on."""
     second = following(row, g.kernel_w, g.depth)
     third = following(second, g.kernel_w, g.depth)
@@ -200,7 +200,7 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
 
     With `vector`, channels of a group are multiples of eight, filters of four, and arrays are aligned.
     """
-    fetch_rows = _fetch_vector if vector else _fetch_scalars
+    fetch_rows = _fetch_vector if vector else fetch_scalars
     fetch_columns = _gradient_reader(vector, pooled)
     finish = tiles.in_blocks(tile, _writer(vector))
     place, multiply = tiles.place(tile), tiles.multiply(tile)
@@ -291,6 +291,32 @@ class _Plan(NamedTuple):
     sizes: Sizes
 
 
+def sizes_of(
+    layer: Layer, images: int, span: int, accumulate: bool, pool: tuple[int, int] | None = None
+) -> Sizes:
+    """What a launch computes, with `span` pixels in one block."""
+    return Sizes(
+        images,
+        *layer.image,
+        layer.channels,
+        *layer.out_image,
+        layer.filters,
+        layer.channels // layer.groups,
+        layer.filters // layer.groups,
+        layer.rows.kernel,
+        layer.columns.kernel,
+        layer.rows.stride,
+        layer.columns.stride,
+        layer.rows.dilation,
+        layer.columns.dilation,
+        layer.rows.padding[0],
+        layer.columns.padding[0],
+        span,
+        int(accumulate),
+        *(pool or (1, 1)),
+    )
+
+
 @lru_cache(maxsize=1024)
 def _plan(
     layer: Layer, images: int, dtype: np.dtype, aligned: bool, accumulate: bool, pool: tuple[int, int] | None
@@ -303,31 +329,12 @@ def _plan(
     if terms <= tiles_[-1].rows:
         tiles_ = tiles_[-1:]
     chosen = grid(terms, columns, layer.groups, pixels, tiles_)
-    sizes = Sizes(
-        images,
-        *layer.image,
-        layer.channels,
-        *layer.out_image,
-        layer.filters,
-        depth,
-        columns,
-        layer.rows.kernel,
-        layer.columns.kernel,
-        layer.rows.stride,
-        layer.columns.stride,
-        layer.rows.dilation,
-        layer.columns.dilation,
-        layer.rows.padding[0],
-        layer.columns.padding[0],
-        chosen.span,
-        int(accumulate and chosen.parts == 1),
-        *(pool or (1, 1)),
-    )
+    sizes = sizes_of(layer, images, chosen.span, accumulate and chosen.parts == 1, pool)
     kernel_ = _KERNELS[chosen.tile, vector, pool is not None]
     return _Plan(kernel_, (chosen.tiles, layer.groups, chosen.parts), chosen.tile.threads, sizes)
 
 
-def weight_gradient(
+def add_weight_gradient(
     layer: Layer,
     dout: DeviceArray,
     x: DeviceArray,
