@@ -5,7 +5,7 @@ import pytest
 
 import fastcnn
 from fastcnn.kernels import checks, cpu, reference, threads
-from fastcnn.kernels.cpu import direct, pooled_convolution, winograd_lanes, winograd_lanes_weights
+from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd_lanes, winograd_lanes_weights
 from fastcnn.kernels.cpu.epilogue import DEAD
 from fastcnn.kernels.cpu.winograd_points import TILE, matrices
 
@@ -25,6 +25,7 @@ CASES = {
     "one filter": ((35, 10, 10, 1), 1, (3, 3), 1),
     "padding beyond the filter": ((16, 5, 4, 2), 3, (3, 3), 5),
     "several bands": ((2, 60, 70, 6), 4, (7, 7), 3),
+    "few channels and filters": ((33, 16, 20, 3), 3, (5, 5), 0),
     "as many filters as lanes, and more": ((16, 9, 9, 3), 19, (5, 5), 1),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -172,8 +173,9 @@ def test_nan_in_the_weights_reaches_its_filter():
     assert np.isnan(y).any(axis=(0, 1, 2)).sum() == 1
 
 
+@pytest.mark.skipif(simd.VECTOR_BITS < 256, reason="vectors of four images are filled as well by filters")
 def test_public_functions_use_it_only_when_switched_on(switch):
-    layer, x, weight, bias, _ = arguments("5 x 5")
+    layer, x, weight, bias, _ = arguments("few channels and filters")
     y = np.empty((len(x), *layer.out_image, layer.filters), np.float32)
     winograd_lanes.forward(layer, x, weight, bias, y)
     e = pooled_convolution._epilogue(layer, 2, True, False)
@@ -211,8 +213,9 @@ def test_not_used_where_it_is_no_use(case):
     assert not winograd_lanes_weights.suits(layer, shape[0], np.dtype(np.float32))
 
 
+@pytest.mark.skipif(simd.VECTOR_BITS < 256, reason="vectors of four images are filled as well by filters")
 def test_used_where_images_fill_vectors_in_float32_alone():
-    layer = direct.layer((64, 20, 20, 3), 5, 3, 10, 1, 0, 1, 1)
+    layer = direct.layer((64, 20, 20, 3), 5, 3, 3, 1, 0, 1, 1)
     assert winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32))
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float64))
     assert winograd_lanes_weights.suits(layer, 64, np.dtype(np.float32))
