@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,6 @@ class DeviceArray:
 
     __slots__ = (
         "__weakref__",
-        "_native",
         "dtype",
         "is_contiguous",
         "ndim",
@@ -85,7 +85,6 @@ class DeviceArray:
         self.strides = _c_strides(shape, dtype.itemsize) if strides is None else strides
         self.is_contiguous = strides is None or _is_contiguous(shape, strides, dtype.itemsize)
         self.writeable = writeable
-        self._native: Any = None
 
     # ---------------------------------------------------------------- what NumPy arrays say of themselves
 
@@ -194,10 +193,10 @@ class DeviceArray:
 
     @property
     def native(self) -> Any:
-        """This array as Numba's launches take it."""
-        if self._native is None:
-            self._native = _simulated(self) if SIMULATED else _numba_array(self)
-        return self._native
+        """This C-contiguous array as Numba's launches take it."""
+        if SIMULATED:
+            return _simulated(self)
+        return _numba_array(self.pointer if self.size else 0, self.shape, self.dtype)
 
     def numpy(self, out: np.ndarray | None = None) -> np.ndarray:
         """A copy on the host; waits for the device.
@@ -256,9 +255,15 @@ def _broadcast(number: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
     return DeviceArray(number.pointer, number.owner, shape, number.dtype, (0,) * len(shape), False)
 
 
-def _numba_array(array: DeviceArray) -> Any:
-    interface = {**array.__cuda_array_interface__, "strides": array.strides, "stream": None}
-    return cuda.from_cuda_array_interface(interface, owner=array.owner, sync=False)
+@lru_cache(maxsize=1 << 16)
+def _numba_array(pointer: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """Numba's array over the memory, which it doesn't own.
+
+    Making one takes longer than a launch, and a training step makes the same ones over the same pooled
+    blocks.
+    """
+    interface = {"shape": shape, "typestr": dtype.str, "data": (pointer, False), "version": 3}
+    return cuda.from_cuda_array_interface(interface, sync=False)
 
 
 def _simulated(array: DeviceArray) -> np.ndarray:
