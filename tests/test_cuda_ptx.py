@@ -16,6 +16,7 @@ if cuda_device.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 pytest.importorskip("numba_cuda", reason="needs fastcnn[cuda]")
 
+from fastcnn.kernels.cuda import arithmetic as _arithmetic  # noqa: F401 (its kernels are compiled too)
 from fastcnn.kernels.cuda.jit import KERNELS
 
 CAPABILITIES = [(8, 0), (9, 0)]

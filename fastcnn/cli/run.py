@@ -49,6 +49,7 @@ class Settings:
     patience: int | None
     limit_train: int | None
     seed: int
+    device: str = "cpu"
 
     def resolved(self) -> Settings:
         """The same with a value wherever one was left to be chosen."""
@@ -58,6 +59,22 @@ class Settings:
             weight_decay=(_WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay),
             augment=default_augmentation(self.data) if self.augment is None else self.augment,
         )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that can't be used.
+
+    Raises
+    ------
+    CommandError
+        If that is so, saying why.
+    """
+    from fastcnn._device import device
+
+    try:
+        device(name)
+    except (ImportError, RuntimeError) as error:
+        raise CommandError(f"--device {name}: {error}") from None
 
 
 def default_augmentation(name: str) -> str:
@@ -245,9 +262,11 @@ def build(settings: Settings, parts: Datasets, callbacks: Iterable[Callback] = (
         augment=settings.augment,
         rng=np.random.default_rng([settings.seed, 1]),
         normalize=normalize,
+        device=settings.device,
     )
+    model.to(settings.device)
     validation, test = (
-        None if part is None else evaluation_loader(part, normalize)
+        None if part is None else evaluation_loader(part, normalize, settings.device)
         for part in (parts.validation, parts.test)
     )
     assert test is not None
@@ -265,9 +284,9 @@ def build(settings: Settings, parts: Datasets, callbacks: Iterable[Callback] = (
     return Run(trainer, train, validation, test)
 
 
-def evaluation_loader(dataset: data.Dataset, normalize: tuple[Any, Any]) -> data.Loader:
+def evaluation_loader(dataset: data.Dataset, normalize: tuple[Any, Any], device: str = "cpu") -> data.Loader:
     """Batches in order, unchanged."""
-    return data.Loader(dataset, EVALUATION_BATCH, shuffle=False, normalize=normalize)
+    return data.Loader(dataset, EVALUATION_BATCH, shuffle=False, normalize=normalize, device=device)
 
 
 def _optimizer(settings: Settings, model: Any) -> optim.Optimizer:

@@ -34,6 +34,11 @@ class ScheduleName(StrEnum):
     none = "none"
 
 
+class DeviceName(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class AugmentName(StrEnum):
     light = "light"
     digits = "digits"
@@ -94,6 +99,9 @@ def train(
         int | None, typer.Option(min=1, help="Train on this many images only.", metavar="N")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Start of all random numbers.")] = 0,
+    device: Annotated[
+        DeviceName, typer.Option(help="What computes: the CPU, or a CUDA device (needs fastcnn[cuda]).")
+    ] = DeviceName.cpu,
     threads: Threads = None,
     out: Annotated[
         Path | None,
@@ -159,21 +167,23 @@ def _train(
     out: Output, settings: Settings, folder: Path | None, threads: int, resume: bool, overwrite: bool
 ) -> None:
     from .progress import TrainingProgress
-    from .run import build, free_folder, load_datasets, write_settings
+    from .run import build, check_device, free_folder, load_datasets, write_settings
 
+    check_device(settings.device)
     with downloads(out) as progress:
         parts = load_datasets(settings, progress)
     run = build(settings, parts, [TrainingProgress(out, settings.epochs)])
     _announce(out, settings, parts, run, threads)
-    compile_first(
-        out,
-        run.trainer.model,
-        parts.train.input_shape,
-        parts.train.num_classes,
-        optimizer=type(run.trainer.optimizer).__name__,
-        augment=settings.augment != "none",
-        image_dtype=str(parts.train.images.dtype),
-    )
+    if settings.device == "cpu":
+        compile_first(
+            out,
+            run.trainer.model,
+            parts.train.input_shape,
+            parts.train.num_classes,
+            optimizer=type(run.trainer.optimizer).__name__,
+            augment=settings.augment != "none",
+            image_dtype=str(parts.train.images.dtype),
+        )
     if folder is None:
         folder, taken = free_folder(settings)
         if taken:
@@ -196,7 +206,7 @@ def _announce(out: Output, settings: Settings, parts: Datasets, run: Run, thread
     out.say(
         f"Network {settings.model}: {weights:,} parameters; {settings.optimizer}, learning rate "
         f"{settings.lr:g} ({settings.schedule}), batches of {settings.batch_size}, "
-        f"{counted(threads, 'thread')}"
+        f"{counted(threads, 'thread') if settings.device == 'cpu' else 'on the CUDA device'}"
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
 from .augmentation import Augmentation, augmentation
 from .dataset import Dataset, generator
 from .prefetch import Prefetched
@@ -40,11 +39,15 @@ class Loader:
         gives them
     prefetch : make batches ahead in a thread
     drop_last : leave out a last batch that is not full; no more than ``batch_size - 1`` images of an epoch
+    device : "cpu" or "cuda". All images are copied to a CUDA device once, and x is made there, without a
+        thread; y is NumPy's in any case.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is none of these, or no batch is left.
+    ImportError, RuntimeError
+        If fastcnn[cuda] is not installed, or no CUDA device can be used.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Loader:
         normalize: tuple[Statistics, Statistics] | None = None,
         prefetch: bool = True,
         drop_last: bool = False,
+        device: str = "cpu",
     ):
         if not isinstance(dataset, Dataset):
             raise TypeError(f"dataset: expected a Dataset, got {type(dataset).__name__}")
@@ -66,12 +70,16 @@ class Loader:
         self.augment = augmentation(augment)
         self.prefetch = bool(prefetch)
         self.drop_last = bool(drop_last)
+        self.device = device
+        # What was copied to the device, and the copies.
+        self._copied: tuple[np.ndarray | None, tuple[Any, ...]] = (None, ())
         self._rng = None if rng is None else generator(rng)
         self._scale, self._shift = _scale_and_shift(dataset, normalize)
         if len(self) == 0:
             raise ValueError(
                 f"batch_size: {batch_size} with drop_last leaves no batch of the {len(dataset)} images"
             )
+        self._on_device()
 
     @property
     def rng(self) -> np.random.Generator:
@@ -85,10 +93,21 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = _Epoch(self)
-        # One batch leaves nothing to prepare ahead.
-        if self.prefetch and len(self) > 1:
+        # One batch leaves nothing to prepare ahead, and a CUDA device works ahead by itself.
+        if self.prefetch and len(self) > 1 and self.device == "cpu":
             return Prefetched(epoch.batch, len(self))
         return map(epoch.batch, range(len(self)))
+
+    def _on_device(self) -> tuple[Any, ...]:
+        """The images, and what takes their pixels to x, on the device."""
+        images = self.dataset.images
+        if self.device == "cpu":
+            return images, self._scale, self._shift
+        if self._copied[0] is not images:
+            from .._device import device
+
+            self._copied = images, tuple(map(device(self.device).array, (images, self._scale, self._shift)))
+        return self._copied[1]
 
 
 class _Epoch:
@@ -97,7 +116,7 @@ class _Epoch:
     def __init__(self, loader: Loader):
         rng, count = loader.rng, len(loader.dataset)
         self._dataset, self._size = loader.dataset, loader.batch_size
-        self._scale, self._shift = loader._scale, loader._shift
+        self._device, self._images = loader.device, loader._on_device()
         self._order = rng.permutation(count) if loader.shuffle else np.arange(count)
         self._params = None
         if loader.augment is not None:
@@ -107,16 +126,18 @@ class _Epoch:
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the epoch."""
-        from ..kernels.cpu.batch import augment_batch, gather_batch
+        from .._device import device
 
+        on = device(self._device)
         rows = slice(number * self._size, (number + 1) * self._size)
-        images, index = self._dataset.images, self._order[rows]
-        out = _buffers.empty((len(index), *images.shape[1:]), np.float32)
+        index = self._order[rows]
+        images, scale, shift = self._images
+        out = on.empty((len(index), *images.shape[1:]), np.float32)
         if self._params is None:
-            gather_batch(images, index, self._scale, self._shift, out=out)
+            on.kernels.gather_batch(images, on.array(index), scale, shift, out=out)
         else:
-            seed = int(self._seeds[number])
-            augment_batch(images, index, self._scale, self._shift, self._params[rows], seed, out=out)
+            params, seed = on.array(self._params[rows]), int(self._seeds[number])
+            on.kernels.augment_batch(images, on.array(index), scale, shift, params, seed, out=out)
         return out.transpose(0, 3, 1, 2), self._dataset.labels[index]
 
 

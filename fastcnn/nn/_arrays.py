@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels.cpu import transpose
+from .._device import device_of, is_array
 from .parameter import FLOATS
 
 _FLOAT64 = np.dtype(np.float64)
@@ -28,16 +27,22 @@ def float_dtype(dtype: Any) -> np.dtype:
     return dtype
 
 
-def floats(name: str, array: Any, dtype: np.dtype | None = None) -> np.ndarray:
-    """`array`, if it is a float32 or float64 array, and of `dtype`, the parameters', where that is given.
+def floats(name: str, array: Any, like: np.ndarray | None = None) -> np.ndarray:
+    """`array`, if it is a float32 or float64 array, and of the dtype and device of `like`, a parameter.
 
     Raises
     ------
     TypeError
-        Naming the dtype, and how to convert.
+        Naming the dtype or the device, and how to convert.
     """
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+        array = _on_device(name, array)
+    if like is not None and isinstance(like, np.ndarray) is not isinstance(array, np.ndarray):
+        here, there = device_of(array).name, device_of(like).name
+        raise TypeError(
+            f"{name}: is on the device {here!r}, the parameters are on {there!r}; use {_MOVES[there]}, or "
+            f"net.to({here!r})"
+        )
     if array.dtype not in FLOATS:
         native = array.dtype.newbyteorder("=")
         if native not in FLOATS:
@@ -45,13 +50,24 @@ def floats(name: str, array: Any, dtype: np.dtype | None = None) -> np.ndarray:
                 f"{name}: dtype {array.dtype} is neither float32 nor float64; use {name}.astype(np.float32)"
             )
         array = array.astype(native)
-    if dtype is not None and array.dtype != dtype:
+    if like is not None and array.dtype != like.dtype:
         convert = "net.double()" if array.dtype == _FLOAT64 else "net.float()"
         raise TypeError(
-            f"{name}: dtype {array.dtype} differs from the parameters' {dtype}; use "
-            f"{name}.astype(np.{dtype}), or {convert}"
+            f"{name}: dtype {array.dtype} differs from the parameters' {like.dtype}; use "
+            f"{name}.astype(np.{like.dtype}), or {convert}"
         )
     return array
+
+
+# How an array comes to a device.
+_MOVES = {"cpu": "its numpy()", "cuda": "fastcnn.kernels.cuda.from_numpy"}
+
+
+def _on_device(name: str, array: Any) -> Any:
+    """What is no NumPy array as an array of a device."""
+    if not is_array(array):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    return device_of(array).array(array)
 
 
 def gradient(dout: Any, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -63,7 +79,7 @@ def gradient(dout: Any, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         If it has not.
     """
     if not isinstance(dout, np.ndarray):
-        raise TypeError(f"dout: expected a NumPy array, got {type(dout).__name__}")
+        dout = _on_device("dout", dout)
     if dout.dtype.newbyteorder("=") != dtype:
         raise TypeError(f"dout: dtype {dout.dtype} differs from the output's {dtype}")
     if dout.shape != tuple(shape):
@@ -75,8 +91,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     """`array` itself if kernels can read it as it is, else a copy in a pooled buffer."""
     if array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
         return array
-    copy = _buffers.empty(array.shape, np.dtype(array.dtype.type))
-    transpose.copy(array, copy)
+    on = device_of(array)
+    copy = on.empty(array.shape, np.dtype(array.dtype.type))
+    on.copy(array, copy)
     return copy
 
 
@@ -94,17 +111,17 @@ def channels_first(array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, -1, 1) if array.ndim > 2 else array
 
 
-def images(array: Any, dtype: np.dtype | None = None, channels: int | None = None) -> np.ndarray:
+def images(array: Any, like: np.ndarray | None = None, channels: int | None = None) -> np.ndarray:
     """A layer's input, (N, C, H, W) or (C, H, W), as contiguous (N, H, W, C).
 
     Raises
     ------
     TypeError
-        If it is no float array, or not of `dtype`.
+        If it is no float array, or not of the dtype and device of `like`, a parameter's memory.
     ValueError
         If it has another rank, or not `channels` channels.
     """
-    array = floats("input", array, dtype)
+    array = floats("input", array, like)
     if array.ndim not in (3, 4):
         raise ValueError(f"input: expected (N, C, H, W) or (C, H, W), got shape {array.shape}")
     if channels is not None and array.shape[-3] != channels:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of
+from ..kernels import checks
 from ._arrays import (
     channels_first,
     channels_last,
@@ -59,7 +59,7 @@ class _Elementwise(Module):
         x = floats("input", input)
         order = memory_order(x)
         x = contiguous(x.transpose(order))
-        y = _buffers.empty(x.shape, x.dtype)
+        y = device_of(x).empty(x.shape, x.dtype)
         self._keep(self._forward(x, y), order)
         return y.transpose(inverse(order))
 
@@ -70,7 +70,7 @@ class _Elementwise(Module):
         dout = gradient(dout, kept.transpose(back).shape, kept.dtype)
         dx = None
         if input_grad:
-            dx = _buffers.empty(kept.shape, kept.dtype)
+            dx = device_of(kept).empty(kept.shape, kept.dtype)
             self._backward(contiguous(dout.transpose(order)), kept, dx)
             dx = dx.transpose(back)
         self._forget()
@@ -88,10 +88,10 @@ class ReLU(_Elementwise):
         self.inplace = inplace
 
     def _forward(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return cpu.relu_forward(x, out=y)
+        return device_of(x).kernels.relu_forward(x, out=y)
 
     def _backward(self, dout: np.ndarray, kept: np.ndarray, dx: np.ndarray) -> None:
-        cpu.relu_backward(dout, kept, out=dx)
+        device_of(dx).kernels.relu_backward(dout, kept, out=dx)
 
 
 class LeakyReLU(_Elementwise):
@@ -102,11 +102,11 @@ class LeakyReLU(_Elementwise):
         self.negative_slope, self.inplace = negative_slope, inplace
 
     def _forward(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        cpu.leaky_relu_forward(x, self.negative_slope, out=y)
+        device_of(x).kernels.leaky_relu_forward(x, self.negative_slope, out=y)
         return x
 
     def _backward(self, dout: np.ndarray, kept: np.ndarray, dx: np.ndarray) -> None:
-        cpu.leaky_relu_backward(dout, kept, self.negative_slope, out=dx)
+        device_of(dx).kernels.leaky_relu_backward(dout, kept, self.negative_slope, out=dx)
 
     def extra_repr(self) -> str:
         return f"negative_slope={self.negative_slope}"
@@ -144,31 +144,37 @@ class PReLU(Module):
 
     def forward(self, input: np.ndarray) -> np.ndarray:
         """(N, C, ...) to (N, C, ...)."""
-        x = floats("input", input, self.weight.dtype)
+        x = floats("input", input, self.weight.memory)
         channels = x.shape[1] if x.ndim > 1 else 1
         if self.num_parameters not in (1, channels):
             raise ValueError(
                 f"input: shape {x.shape} has {channels} channels, the layer has {self.num_parameters} slopes"
             )
-        flat = channels_last(np.atleast_1d(x))
-        y = _buffers.empty(flat.shape, x.dtype)
-        cpu.prelu_forward(flat, self.weight.memory, out=y)
+        flat = channels_last(_with_axis(x))
+        on = device_of(x)
+        y = on.empty(flat.shape, x.dtype)
+        on.kernels.prelu_forward(flat, self.weight.memory, out=y)
         self._keep(flat, x.shape)
         return channels_first(y).reshape(x.shape)
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """Add to the gradient of the slopes; return the input's."""
         x, shape = self._kept()
-        dout = channels_last(np.atleast_1d(gradient(dout, shape, x.dtype)))
-        dx = _buffers.empty(x.shape, x.dtype)
-        _, dweight = cpu.prelu_backward(dout, x, self.weight.memory, out=dx)
-        if self.weight.requires_grad:
-            self.weight.grad_memory[...] += dweight
+        dout = channels_last(_with_axis(gradient(dout, shape, x.dtype)))
+        on = device_of(x)
+        dx = on.empty(x.shape, x.dtype)
+        dweight = self.weight.grad_memory if self.weight.requires_grad else None
+        on.kernels.prelu_backward(dout, x, self.weight.memory, out=dx, out_dweight=dweight, accumulate=True)
         self._forget()
         return channels_first(dx).reshape(shape) if input_grad else None
 
     def extra_repr(self) -> str:
         return f"num_parameters={self.num_parameters}"
+
+
+def _with_axis(array: np.ndarray) -> np.ndarray:
+    """`array` with at least one axis."""
+    return array if array.ndim else array.reshape(1)
 
 
 class _AlongAxis(Module):
@@ -192,8 +198,9 @@ class _AlongAxis(Module):
         if not -x.ndim <= self.dim < x.ndim:
             raise ValueError(f"dim: {self.dim} is no axis of the input's shape {x.shape}")
         x = contiguous(np.moveaxis(x, self.dim, -1))
-        y = _buffers.empty(x.shape, x.dtype)
-        getattr(cpu, self._kernel)(x, out=y)
+        on = device_of(x)
+        y = on.empty(x.shape, x.dtype)
+        getattr(on.kernels, self._kernel)(x, out=y)
         self._keep(y)
         return np.moveaxis(y, -1, self.dim)
 
@@ -203,8 +210,10 @@ class _AlongAxis(Module):
         dout = gradient(dout, np.moveaxis(y, -1, self.dim).shape, y.dtype)
         dx = None
         if input_grad:
-            dx = _buffers.empty(y.shape, y.dtype)
-            getattr(cpu, f"{self._kernel}_backward")(contiguous(np.moveaxis(dout, self.dim, -1)), y, out=dx)
+            on = device_of(y)
+            dx = on.empty(y.shape, y.dtype)
+            backward = getattr(on.kernels, f"{self._kernel}_backward")
+            backward(contiguous(np.moveaxis(dout, self.dim, -1)), y, out=dx)
             dx = np.moveaxis(dx, -1, self.dim)
         self._forget()
         return dx

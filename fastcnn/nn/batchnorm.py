@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of
+from ..kernels import checks
 from ._arrays import channels_first, channels_last, float_dtype, floats, gradient
 from .module import Module
 from .parameter import Parameter
@@ -87,12 +87,12 @@ class _BatchNorm(Module):
         """The shape of the input."""
         return tuple(input_shape)
 
-    def _dtype(self) -> np.dtype | None:
-        known = self.weight if self.weight is not None else self.running_mean
-        return None if known is None else known.dtype
+    def _like(self) -> np.ndarray | None:
+        """An array of the layer's dtype and on its device."""
+        return self.weight.memory if self.weight is not None else self.running_mean
 
     def _input(self, input: np.ndarray, batch_statistics: bool) -> np.ndarray:
-        x = floats("input", input, self._dtype())
+        x = floats("input", input, self._like())
         if x.ndim not in self._ranks:
             ranks = " or ".join(map(str, self._ranks))
             raise ValueError(f"input: expected {ranks} axes, got shape {x.shape}")
@@ -123,10 +123,11 @@ class _BatchNorm(Module):
     def forward(self, input: np.ndarray) -> np.ndarray:
         """Normalise (N, C, ...)."""
         x, batch_statistics, running, momentum = self._begin(input)
-        y = _buffers.empty(x.shape, x.dtype)
+        on = device_of(x)
+        y = on.empty(x.shape, x.dtype)
         weight = None if self.weight is None else self.weight.memory
         bias = None if self.bias is None else self.bias.memory
-        _, mean, inv_std = cpu.batch_norm_forward(
+        _, mean, inv_std = on.kernels.batch_norm_forward(
             x,
             weight,
             bias,
@@ -143,12 +144,25 @@ class _BatchNorm(Module):
         """Add to the gradients of weight and bias; return the input's."""
         x, mean, inv_std, batch_statistics = self._kept()
         dout = channels_last(gradient(dout, channels_first(x).shape, x.dtype))
-        dx = _buffers.empty(x.shape, x.dtype)
+        on = device_of(x)
+        dx = on.empty(x.shape, x.dtype)
         weight = None if self.weight is None else self.weight.memory
-        _, dweight, dbias = cpu.batch_norm_backward(dout, x, weight, mean, inv_std, batch_statistics, out=dx)
-        for parameter, grad in ((self.weight, dweight), (self.bias, dbias)):
-            if parameter is not None and parameter.requires_grad:
-                parameter.grad_memory[...] += grad
+        dweight, dbias = (
+            parameter.grad_memory if parameter is not None and parameter.requires_grad else None
+            for parameter in (self.weight, self.bias)
+        )
+        on.kernels.batch_norm_backward(
+            dout,
+            x,
+            weight,
+            mean,
+            inv_std,
+            batch_statistics,
+            out=dx,
+            out_dweight=dweight,
+            out_dbias=dbias,
+            accumulate=True,
+        )
         self._forget()
         return channels_first(dx) if input_grad else None
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .. import _buffers
+from .._device import device_of
 from .._grad_mode import is_grad_enabled
 from ._arrays import floats, inverse, memory_order
 from .fusion import Plan, Run
@@ -305,6 +305,7 @@ def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a + b in the order of a's memory."""
     order = memory_order(a)
     shape = a.transpose(order).shape
-    total = _buffers.empty(shape, a.dtype)
-    np.add(a.transpose(order), b.transpose(order), out=total)
+    on = device_of(a)
+    total = on.empty(shape, a.dtype)
+    on.add(a.transpose(order), b.transpose(order), total)
     return total.transpose(inverse(order))

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of
+from ..kernels import checks
 from . import init
 from ._arrays import float_dtype, images, shown, stored
 from .module import Module
@@ -126,13 +126,14 @@ class Conv2d(Module):
 
     def forward(self, input: np.ndarray) -> np.ndarray:
         """Convolve (N, C, H, W) or (C, H, W)."""
-        x = images(input, self.weight.dtype, self.in_channels)
+        x = images(input, self.weight.memory, self.in_channels)
+        on = device_of(x)
         n, h, w, c = x.shape
         filters, out_h, out_w = self.output_shape((c, h, w))
         padded, pads = self._pad(x)
-        y = _buffers.empty((n, out_h, out_w, filters), x.dtype)
+        y = on.empty((n, out_h, out_w, filters), x.dtype)
         bias = None if self.bias is None else self.bias.memory
-        cpu.conv2d_forward(
+        on.kernels.conv2d_forward(
             padded, self.weight.memory, bias, self.stride, pads, self.dilation, self.groups, out=y
         )
         batched = input.ndim == 4
@@ -143,33 +144,37 @@ class Conv2d(Module):
         """Add to the gradients of weight and bias; return the input's."""
         x, x_shape, y_shape, batched = self._kept()
         dout = stored(dout, y_shape, x.dtype, batched)
+        on = device_of(x)
         pads = self._pads if self.padding_mode == "zeros" else 0
         geometry = (self.stride, pads, self.dilation, self.groups)
         if self.weight.requires_grad:
-            cpu.conv2d_backward_weight(
+            on.kernels.conv2d_backward_weight(
                 dout, x, self.kernel_size, *geometry, out=self.weight.grad_memory, accumulate=True
             )
         if self.bias is not None and self.bias.requires_grad:
-            cpu.conv2d_backward_bias(dout, out=self.bias.grad_memory, accumulate=True)
+            on.kernels.conv2d_backward_bias(dout, out=self.bias.grad_memory, accumulate=True)
         padded_shape = x.shape
         # The input's memory may now become its gradient's.
         del x
         self._forget()
         if not input_grad:
             return None
-        dx = _buffers.empty(padded_shape, dout.dtype)
-        cpu.conv2d_backward_input(dout, self.weight.memory, padded_shape, *geometry, out=dx)
+        dx = on.empty(padded_shape, dout.dtype)
+        on.kernels.conv2d_backward_input(dout, self.weight.memory, padded_shape, *geometry, out=dx)
         return shown(self._unpad(dx, x_shape), batched)
 
     def _pad(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
         """The images for the kernel, and the zeros that it shall add itself."""
         if self.padding_mode == "zeros":
             return x, self._pads
+        on = device_of(x)
+        if on.name != "cpu":
+            raise ValueError(f"padding_mode: {self.padding_mode!r} is not known on the device {on.name!r}")
         for axis in (1, 2):
             source = self._source(x.shape[axis], self._pads[axis - 1])
             shape = (*x.shape[:axis], len(source), *x.shape[axis + 1 :])
             # mode="clip" lets NumPy write to `out` directly; no index is out of range.
-            x = np.take(x, source, axis, out=_buffers.empty(shape, x.dtype), mode="clip")
+            x = np.take(x, source, axis, out=on.empty(shape, x.dtype), mode="clip")
         return x, 0
 
     def _unpad(self, dx: np.ndarray, x_shape: tuple[int, ...]) -> np.ndarray:
@@ -182,7 +187,7 @@ class Conv2d(Module):
             size = x_shape[axis]
             padded = np.moveaxis(dx, axis, 0)
             shape = (*dx.shape[:axis], size, *dx.shape[axis + 1 :])
-            dx = _buffers.empty(shape, dx.dtype)
+            dx = device_of(dx).empty(shape, dx.dtype)
             sums = np.moveaxis(dx, axis, 0)
             np.copyto(sums, padded[before : before + size])
             for i in (*range(before), *range(before + size, len(source))):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import _buffers
+from .._device import device_of
 from .._random import draw_seed
-from ..kernels import cpu
 from ._arrays import contiguous, floats, gradient, inverse, memory_order
 from .module import Module
 
@@ -44,9 +43,10 @@ class Dropout(Module):
             return x
         order = memory_order(x)
         stored = contiguous(x.transpose(order))
-        y = _buffers.empty(stored.shape, x.dtype)
+        on = device_of(x)
+        y = on.empty(stored.shape, x.dtype)
         seed = draw_seed()
-        cpu.dropout_forward(stored, self.p, seed, out=y)
+        on.kernels.dropout_forward(stored, self.p, seed, out=y)
         self._keep(order, x.shape, x.dtype, seed)
         return y.transpose(inverse(order))
 
@@ -60,8 +60,9 @@ class Dropout(Module):
         if order is None:
             return dout
         dout = contiguous(dout.transpose(order))
-        dx = _buffers.empty(dout.shape, dtype)
-        cpu.dropout_backward(dout, self.p, seed, out=dx)
+        on = device_of(dout)
+        dx = on.empty(dout.shape, dtype)
+        on.kernels.dropout_backward(dout, self.p, seed, out=dx)
         return dx.transpose(inverse(order))
 
     def extra_repr(self) -> str:

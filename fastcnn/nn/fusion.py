@@ -23,9 +23,8 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from .. import _buffers
+from .._device import device_of, host
 from .._grad_mode import is_grad_enabled
-from ..kernels import cpu
 from ._arrays import images, shown, stored
 from .activation import LeakyReLU, PReLU, ReLU
 from .batchnorm import BatchNorm2d
@@ -75,16 +74,17 @@ class ConvPool:
         """The result, and what backward needs; with other `weights` and biases than the layer's if given."""
         conv = self.conv
         bias = None if conv.bias is None else conv.bias.memory
-        x = images(input, conv.weight.dtype, conv.in_channels)
+        x = images(input, conv.weight.memory, conv.in_channels)
+        on = device_of(x)
         shape = self._shapes.get(x.shape)
         if shape is None:
             n, h, w, c = x.shape
             filters, height, width = pooled(conv.output_shape((c, h, w)), self.pool)
             shape = self._shapes[x.shape] = (n, height, width, filters)
-        y = _buffers.empty(shape, x.dtype)
+        y = on.empty(shape, x.dtype)
         keeps = is_grad_enabled()
-        argmax = _buffers.empty(y.shape, np.uint8) if keeps else None
-        cpu.conv2d_pool_forward(
+        argmax = on.empty(y.shape, np.uint8) if keeps else None
+        on.kernels.conv2d_pool_forward(
             x,
             *(weights or (conv.weight.memory, bias)),
             self.pool_size,
@@ -102,9 +102,9 @@ class ConvPool:
         conv = self.conv
         x, argmax, batched = kept.pop()
         dout = stored(dout, argmax.shape, x.dtype, batched)
-        weight, bias = conv.weight, conv.bias
+        on, weight, bias = device_of(x), conv.weight, conv.bias
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            cpu.conv2d_pool_backward_weight(
+            on.kernels.conv2d_pool_backward_weight(
                 dout,
                 argmax,
                 x,
@@ -120,8 +120,8 @@ class ConvPool:
         shape = x.shape
         # The input's memory may now become its gradient's.
         del x
-        dx = _buffers.empty(shape, dout.dtype)
-        cpu.conv2d_pool_backward_input(
+        dx = on.empty(shape, dout.dtype)
+        on.kernels.conv2d_pool_backward_input(
             dout, argmax, weight.memory, shape, self.pool_size, *self._geometry, out=dx
         )
         return shown(dx, batched)
@@ -140,9 +140,10 @@ class NormPool:
         x, batch_statistics, running, momentum = norm._begin(input)
         n, h, w, c = x.shape
         _, height, width = pooled((c, h, w), self.pool)
-        y = _buffers.empty((n, height, width, c), x.dtype)
-        argmax = _buffers.empty(y.shape, np.uint8)
-        _, _, mean, inv_std = cpu.batch_norm_pool_forward(
+        on = device_of(x)
+        y = on.empty((n, height, width, c), x.dtype)
+        argmax = on.empty(y.shape, np.uint8)
+        _, _, mean, inv_std = on.kernels.batch_norm_pool_forward(
             x,
             None if norm.weight is None else norm.weight.memory,
             None if norm.bias is None else norm.bias.memory,
@@ -162,12 +163,13 @@ class NormPool:
         """Add to the parameters' gradients, return the input's; what forward returned comes from `kept`."""
         norm = self.norm
         x, argmax, mean, inv_std, batch_statistics = kept.pop()
-        dx = _buffers.empty(x.shape, x.dtype)
+        on = device_of(x)
+        dx = on.empty(x.shape, x.dtype)
         grads = [
             parameter.grad_memory if parameter is not None and parameter.requires_grad else None
             for parameter in (norm.weight, norm.bias)
         ]
-        cpu.batch_norm_pool_backward(
+        on.kernels.batch_norm_pool_backward(
             stored(dout, argmax.shape, x.dtype, True),
             argmax,
             x,
@@ -206,11 +208,11 @@ class ConvNorm:
         if is_grad_enabled() or norm.training or not norm.track_running_stats or not norm.eps > 0:
             return False
         # What is wrong with an input is the layers' to say.
-        if type(input) is not np.ndarray or input.ndim != 4 or norm.running_mean.dtype != conv.weight.dtype:
+        if getattr(input, "ndim", 0) != 4 or norm.running_mean.dtype != conv.weight.dtype:
             return False
         if norm.num_features != conv.out_channels or input.shape[1] != conv.in_channels:
             return False
-        pixels = len(input) * math.prod(conv.output_shape(input.shape[1:])[1:])
+        pixels = input.shape[0] * math.prod(conv.output_shape(input.shape[1:])[1:])
         return conv.weight.size <= pixels * conv.out_channels
 
     def _weights(self) -> tuple[np.ndarray, np.ndarray]:
@@ -220,11 +222,13 @@ class ConvNorm:
         scale, shift = (
             None if parameter is None else parameter.memory for parameter in (norm.weight, norm.bias)
         )
-        zeros = np.zeros_like(mean)
-        weight = _buffers.empty(conv.weight.memory.shape, mean.dtype)
-        cpu.batch_norm_forward(conv.weight.memory, scale, None, zeros, var, False, eps=norm.eps, out=weight)
+        on = device_of(mean)
+        normalized = on.kernels.batch_norm_forward
+        zeros = on.zeros(mean.size, mean.dtype)
+        weight = on.empty(conv.weight.memory.shape, mean.dtype)
+        normalized(conv.weight.memory, scale, None, zeros, var, False, eps=norm.eps, out=weight)
         bias = (zeros if conv.bias is None else conv.bias.memory)[np.newaxis]
-        bias, _, _ = cpu.batch_norm_forward(bias, scale, shift, mean, var, False, eps=norm.eps)
+        bias, _, _ = normalized(bias, scale, shift, mean, var, False, eps=norm.eps)
         return weight, bias[0]
 
     def backward(self, dout: np.ndarray, kept: list[Any], input_grad: bool) -> np.ndarray | None:
@@ -245,10 +249,8 @@ class Later:
     def forward(self, input: np.ndarray) -> tuple[np.ndarray, Any]:
         """The result, and what backward needs."""
         activation = self.activation
-        slope = (
-            activation.weight.memory if isinstance(activation, PReLU) else np.array(activation.negative_slope)
-        )
-        if (slope > 0).all():
+        slope = activation.weight.memory if isinstance(activation, PReLU) else activation.negative_slope
+        if (host(slope) > 0).all():
             x, saved = self.run.forward(input)
             return activation(x), saved
         for layer in self.layers:

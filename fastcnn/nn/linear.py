@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of
+from ..kernels import checks
 from . import init
 from ._arrays import contiguous, float_dtype, floats, gradient
 from .module import Module
@@ -53,16 +53,17 @@ class Linear(Module):
 
     def forward(self, input: np.ndarray) -> np.ndarray:
         """(..., in_features) to (..., out_features)."""
-        x = floats("input", input, self.weight.dtype)
+        x = floats("input", input, self.weight.memory)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: shape {x.shape} does not end in the {self.in_features} features that the layer takes"
             )
         lead = x.shape[:-1]
         rows = contiguous(x).reshape(math.prod(lead), self.in_features)
-        y = _buffers.empty((len(rows), self.out_features), x.dtype)
+        on = device_of(x)
+        y = on.empty((len(rows), self.out_features), x.dtype)
         bias = None if self.bias is None else self.bias.memory
-        cpu.linear_forward(rows, self.weight.memory, bias, out=y)
+        on.kernels.linear_forward(rows, self.weight.memory, bias, out=y)
         self._keep(rows, lead)
         return y.reshape(*lead, self.out_features)
 
@@ -71,17 +72,18 @@ class Linear(Module):
         rows, lead = self._kept()
         dout = contiguous(gradient(dout, (*lead, self.out_features), rows.dtype))
         dout = dout.reshape(len(rows), self.out_features)
+        on = device_of(rows)
         if self.weight.requires_grad:
-            cpu.linear_backward_weight(dout, rows, out=self.weight.grad_memory, accumulate=True)
+            on.kernels.linear_backward_weight(dout, rows, out=self.weight.grad_memory, accumulate=True)
         if self.bias is not None and self.bias.requires_grad:
-            cpu.conv2d_backward_bias(dout, out=self.bias.grad_memory, accumulate=True)
+            on.kernels.conv2d_backward_bias(dout, out=self.bias.grad_memory, accumulate=True)
         shape = rows.shape
         del rows
         self._forget()
         if not input_grad:
             return None
-        dx = _buffers.empty(shape, dout.dtype)
-        cpu.linear_backward_input(dout, self.weight.memory, out=dx)
+        dx = on.empty(shape, dout.dtype)
+        on.kernels.linear_backward_input(dout, self.weight.memory, out=dx)
         return dx.reshape(*lead, self.in_features)
 
     def extra_repr(self) -> str:

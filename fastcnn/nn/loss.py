@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of, host
+from ..kernels import checks
 from ._arrays import channels_first, channels_last, contiguous, floats
 from .module import Module
 from .parameter import FLOATS
@@ -78,7 +78,7 @@ class CrossEntropyLoss(Module):
         classes = x.shape[min(x.ndim - 1, 1)]
         if self.weight is not None and len(self.weight) != classes:
             raise ValueError(f"weight: {len(self.weight)} factors are not the input's {classes} classes")
-        labels = np.asarray(target)
+        labels = host(target)
         of_labels = _without_classes(x.shape)
         indices = labels.shape == of_labels
         if not indices and labels.shape != x.shape:
@@ -103,19 +103,21 @@ class CrossEntropyLoss(Module):
         return np.ascontiguousarray(labels, np.int64).reshape(-1)
 
     def _run(self, rows: np.ndarray, labels: np.ndarray, indices: bool, shape: tuple[int, ...]) -> Any:
-        weight = None if self.weight is None else self.weight.astype(rows.dtype, copy=False)
+        on = device_of(rows)
+        weight = None if self.weight is None else on.array(host(self.weight).astype(rows.dtype, copy=False))
+        labels = on.array(labels)
         if indices:
             options: tuple = (weight, self.ignore_index, self.label_smoothing)
-            losses, weights = cpu.softmax_cross_entropy(rows, labels, *options)
-            total = float(weights.sum(dtype=np.float64))
+            losses, weights = on.kernels.softmax_cross_entropy(rows, labels, *options)
+            total = float(host(weights).sum(dtype=np.float64))
         else:
             options = (weight, self.label_smoothing)
-            losses = cpu.soft_cross_entropy(rows, labels, *options)
+            losses = on.kernels.soft_cross_entropy(rows, labels, *options)
             total = float(len(rows))
         self._keep(rows, labels, indices, options, shape, total)
         if self.reduction == "none":
             return losses.reshape(_without_classes(shape))
-        loss = float(losses.sum(dtype=np.float64))
+        loss = float(host(losses).sum(dtype=np.float64))
         if self.reduction == "sum":
             return loss
         return loss / total if total else float("nan")
@@ -130,7 +132,7 @@ class CrossEntropyLoss(Module):
             losses' shape.
         """
         rows, labels, indices, options, shape, total = self._kept()
-        dout = np.asarray(dout)
+        dout = host(dout)
         losses_shape = _without_classes(shape) if self.reduction == "none" else ()
         if dout.shape not in ((), losses_shape):
             raise ValueError(f"dout: shape {dout.shape} is not the loss's {losses_shape}")
@@ -139,13 +141,15 @@ class CrossEntropyLoss(Module):
         self._forget()
         if not input_grad:
             return None
-        dlosses = _buffers.empty((len(rows),), rows.dtype)
-        dlosses[...] = dout.reshape(-1)
+        on = device_of(rows)
         if self.reduction == "mean":
             # All labels ignored: the loss is NaN, and no label pulls at any score.
-            dlosses *= 1 / total if total else 0.0
-        dx = _buffers.empty(rows.shape, rows.dtype)
-        backward = cpu.softmax_cross_entropy_backward if indices else cpu.soft_cross_entropy_backward
+            dout = dout * (1 / total if total else 0.0)
+        dlosses = on.empty((len(rows),), rows.dtype)
+        dlosses[...] = dout.reshape(dout.size) if dout.ndim else dout
+        dx = on.empty(rows.shape, rows.dtype)
+        kernels = on.kernels
+        backward = kernels.softmax_cross_entropy_backward if indices else kernels.soft_cross_entropy_backward
         backward(dlosses, rows, labels, *options, out=dx)
         if len(shape) <= 2:
             return dx.reshape(shape)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from .._device import Device, assign, device, device_of, host, is_array
 from .._grad_mode import is_grad_enabled
 from .parameter import FLOATS, Parameter, consolidate, flat, runs
 
@@ -34,6 +35,12 @@ def structure_version() -> int:
 
 # Of one forward pass, or of one place in memory: not part of a copy or a pickle.
 _OWN_ONLY = {"_saved": None, "_consolidated": ()}
+
+
+def _converted(array: np.ndarray, dtype: np.dtype | None, on: Device | None) -> np.ndarray:
+    """`array` in another dtype, or on another device."""
+    place = device_of(array) if on is None else on
+    return place.array(array if dtype is None else host(array).astype(dtype))
 
 
 class Module:
@@ -72,7 +79,7 @@ class Module:
             self._expect(name, value, "Module", isinstance(value, Module))
             self._modules[name] = value
         elif name in (self.__dict__.get("_buffers") or ()):
-            self._expect(name, value, "NumPy array", isinstance(value, np.ndarray))
+            self._expect(name, value, "NumPy array", is_array(value))
             self._buffers[name] = value
         if name != "training" or value is not self.__dict__.get(name):
             _Structure.version += 1
@@ -269,13 +276,28 @@ class Module:
         """Convert parameters and buffers to float32."""
         return self._convert(np.dtype(np.float32))
 
-    def _convert(self, dtype: np.dtype) -> Self:
-        consolidate(self.parameters(), dtype)
+    def to(self, device_name: str) -> Self:
+        """Move parameters, gradients and buffers to 'cuda' or back to 'cpu'.
+
+        An optimiser of the parameters follows with its state. Counters, such as BatchNorm's of its batches,
+        stay on the CPU, where layers read them.
+
+        Raises
+        ------
+        ValueError
+            If there is no device of this name.
+        ImportError, RuntimeError
+            If fastcnn[cuda] is not installed, or no CUDA device can be used.
+        """
+        return self._convert(on=device(device_name))
+
+    def _convert(self, dtype: np.dtype | None = None, on: Device | None = None) -> Self:
+        consolidate(self.parameters(), dtype, on)
         for module in self.modules():
             module._forget()
             for name, array in module._buffers.items():
                 if array is not None and array.dtype in FLOATS:
-                    setattr(module, name, array.astype(dtype))
+                    setattr(module, name, _converted(array, dtype, on))
         return self
 
     # State
@@ -296,7 +318,7 @@ class Module:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers, C-contiguous, under PyTorch's keys in PyTorch's shapes."""
         return {
-            name: np.array(entry.data if isinstance(entry, Parameter) else entry, order="C")
+            name: np.array(host(entry.data if isinstance(entry, Parameter) else entry), order="C")
             for name, entry in self._entries()
         }
 
@@ -332,7 +354,7 @@ class Module:
             problems.append("missing keys: " + ", ".join(missing))
         if strict and unexpected:
             problems.append("unexpected keys: " + ", ".join(map(str, unexpected)))
-        values = {name: np.asarray(state_dict[name]) for name in entries if name in state_dict}
+        values = {name: host(state_dict[name]) for name in entries if name in state_dict}
         for name, value in values.items():
             entry = entries[name]
             if value.shape != entry.shape:
@@ -343,7 +365,7 @@ class Module:
             raise RuntimeError(f"state_dict: does not fit {type(self).__name__}:\n  " + "\n  ".join(problems))
         for name, value in values.items():
             entry = entries[name]
-            (entry.data if isinstance(entry, Parameter) else entry)[...] = value
+            assign(entry.data if isinstance(entry, Parameter) else entry, value)
         return LoadResult(missing, unexpected)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .._buffers import ALIGNMENT, aligned_zeros
+from .._buffers import ALIGNMENT
+from .._device import Device, assign, device, device_of, host, is_array
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -33,11 +34,12 @@ def layout_version() -> int:
 class Store:
     """Flat values and gradients; each parameter starts on a 64-byte boundary, the gaps stay zero."""
 
-    __slots__ = ("data", "grad")
+    __slots__ = ("data", "device", "grad")
 
-    def __init__(self, size: int, dtype: np.dtype):
-        self.data = aligned_zeros(size, dtype)
-        self.grad = aligned_zeros(size, dtype)
+    def __init__(self, size: int, dtype: np.dtype, on: Device):
+        self.device = on
+        self.data = on.zeros(size, dtype)
+        self.grad = on.zeros(size, dtype)
 
 
 def padded_size(size: int, dtype: np.dtype) -> int:
@@ -82,7 +84,8 @@ class Parameter:
     grad_memory: np.ndarray
 
     def __init__(self, data: Any, order: Sequence[int] | None = None, requires_grad: bool = True):
-        data = np.asarray(data)
+        on = device_of(data) if hasattr(data, "__cuda_array_interface__") else device("cpu")
+        data = on.array(data)
         if data.dtype.newbyteorder("=") not in FLOATS:
             raise TypeError(f"data: dtype {data.dtype} is neither float32 nor float64")
         self._order = tuple(range(data.ndim)) if order is None else tuple(order)
@@ -91,7 +94,7 @@ class Parameter:
         self._requires_grad = bool(requires_grad)
         # NumPy's one object for it, so that kernels can compare by identity.
         dtype = np.dtype(data.dtype.type)
-        self._bind(Store(padded_size(data.size, dtype), dtype), 0, data.shape)
+        self._bind(Store(padded_size(data.size, dtype), dtype, on), 0, data.shape)
         self._data[...] = data
 
     def _bind(self, store: Store, offset: int, shape: tuple[int, ...]) -> None:
@@ -106,13 +109,18 @@ class Parameter:
 
     def as_shown(self, memory: np.ndarray) -> np.ndarray:
         """An array in the order of `memory` as a view with the axes of `data`."""
-        return memory.transpose(np.argsort(self._order)) if self._order else memory
+        return memory.transpose(*np.argsort(self._order).tolist()) if self._order else memory
 
     def _move(self, store: Store, offset: int) -> None:
         memory, grad = self.memory, self.grad_memory
         self._bind(store, offset, self.shape)
-        self.memory[...] = memory
-        self.grad_memory[...] = grad
+        assign(self.memory, memory)
+        assign(self.grad_memory, grad)
+
+    @property
+    def device(self) -> str:
+        """Where values and gradients are: 'cpu' or 'cuda'."""
+        return self._store.device.name
 
     @property
     def data(self) -> np.ndarray:
@@ -136,12 +144,13 @@ class Parameter:
             self._assign("grad", self._grad, value)
 
     def _assign(self, name: str, target: np.ndarray, value: Any) -> None:
-        value = np.asarray(value)
+        if not is_array(value):
+            value = np.asarray(value)
         if value.dtype.kind != "f":
             raise TypeError(f"{name}: dtype {value.dtype} is no float")
         if value.shape != target.shape:
             raise ValueError(f"{name}: shape {value.shape} is not the parameter's {target.shape}")
-        target[...] = value
+        assign(target, value)
 
     @property
     def requires_grad(self) -> bool:
@@ -177,14 +186,17 @@ class Parameter:
         return len(self._data)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._data, dtype=dtype, copy=copy)
+        return np.array(host(self._data), dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
-        text = f"Parameter containing:\n{self._data!r}"
+        text = f"Parameter containing:\n{host(self._data)!r}"
+        if self.device != "cpu":
+            text = f"{text}, device={self.device!r}"
         return text if self._requires_grad else f"{text}, requires_grad=False"
 
     def __reduce__(self) -> tuple:
-        return _unpickled, (self.memory.copy(), self._order, self._requires_grad)
+        # A file has no device.
+        return _unpickled, (host(self.memory).copy(), self._order, self._requires_grad)
 
     def __deepcopy__(self, memo: dict) -> Parameter:
         twin = Parameter(self._data, self._order, self._requires_grad)
@@ -194,22 +206,29 @@ class Parameter:
 
 
 def _unpickled(memory: np.ndarray, order: tuple[int, ...], requires_grad: bool) -> Parameter:
-    return Parameter(memory.transpose(np.argsort(order)) if order else memory, order, requires_grad)
+    return Parameter(memory.transpose(*np.argsort(order).tolist()) if order else memory, order, requires_grad)
 
 
-def consolidate(parameters: Sequence[Parameter], dtype: np.dtype | None = None) -> None:
+def consolidate(
+    parameters: Sequence[Parameter], dtype: np.dtype | None = None, on: Device | None = None
+) -> None:
     """Move `parameters` next to each other into one store, in order; nothing moves if they are there already.
 
-    With `dtype` they and their gradients are converted. Parameters of several dtypes stay where they are.
+    With `dtype` they and their gradients are converted, with `on` they go to that device. Otherwise
+    parameters of several dtypes or devices stay where they are.
     """
     if not parameters:
         return
-    dtypes = {parameter.dtype for parameter in parameters}
-    wanted = np.dtype(dtype) if dtype is not None else parameters[0].dtype
-    if (len(dtypes) > 1 and dtype is None) or (dtypes == {wanted} and len(runs(parameters)) == 1):
+    kinds = {(parameter.dtype, parameter._store.device) for parameter in parameters}
+    first = parameters[0]
+    wanted = first.dtype if dtype is None else np.dtype(dtype), first._store.device if on is None else on
+    if kinds == {wanted} and len(runs(parameters)) == 1:
         return
-    sizes = [padded_size(parameter.size, wanted) for parameter in parameters]
-    store = Store(sum(sizes), wanted)
+    mixed_dtypes = dtype is None and len({kind for kind, _ in kinds}) > 1
+    if mixed_dtypes or (on is None and len({place for _, place in kinds}) > 1):
+        return
+    sizes = [padded_size(parameter.size, wanted[0]) for parameter in parameters]
+    store = Store(sum(sizes), *wanted)
     for parameter, offset in zip(parameters, itertools.accumulate(sizes, initial=0), strict=False):
         parameter._move(store, offset)
     _Layout.version += 1

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _buffers
-from ..kernels import checks, cpu
+from .._device import device_of, host
+from ..kernels import checks
 from ._arrays import images, shown, stored
 from .module import Module
 
@@ -71,7 +71,7 @@ class _Pool2d(Module):
     def _output(self, x: np.ndarray) -> np.ndarray:
         n, h, w, c = x.shape
         _, out_h, out_w = self.output_shape((c, h, w))
-        return _buffers.empty((n, out_h, out_w, c), x.dtype)
+        return device_of(x).empty((n, out_h, out_w, c), x.dtype)
 
 
 class MaxPool2d(_Pool2d):
@@ -108,9 +108,9 @@ class MaxPool2d(_Pool2d):
     def forward(self, input: np.ndarray) -> Any:
         """Pool (N, C, H, W) or (C, H, W)."""
         x = images(input)
-        y = self._output(x)
-        argmax = _buffers.empty(y.shape, self._argmax_dtype)
-        cpu.max_pool2d_forward(
+        on, y = device_of(x), self._output(x)
+        argmax = on.empty(y.shape, self._argmax_dtype)
+        on.kernels.max_pool2d_forward(
             x,
             self.kernel_size,
             self.stride,
@@ -123,7 +123,8 @@ class MaxPool2d(_Pool2d):
         batched = input.ndim == 4
         self._keep(argmax, x.shape, y.dtype, batched)
         if self.return_indices:
-            return shown(y, batched), shown(self._indices(argmax, x.shape[2]), batched)
+            indices = on.array(self._indices(host(argmax), x.shape[2]))
+            return shown(y, batched), shown(indices, batched)
         return shown(y, batched)
 
     def _indices(self, argmax: np.ndarray, width: int) -> np.ndarray:
@@ -140,8 +141,9 @@ class MaxPool2d(_Pool2d):
         dout = stored(dout, argmax.shape, dtype, batched)
         dx = None
         if input_grad:
-            dx = _buffers.empty(x_shape, dtype)
-            cpu.max_pool2d_backward(
+            on = device_of(dout)
+            dx = on.empty(x_shape, dtype)
+            on.kernels.max_pool2d_backward(
                 dout, argmax, x_shape, self.kernel_size, self.stride, self.padding, self.dilation, out=dx
             )
             dx = shown(dx, batched)
@@ -203,7 +205,7 @@ class AvgPool2d(_Pool2d):
         """Pool (N, C, H, W) or (C, H, W)."""
         x = images(input)
         y = self._output(x)
-        cpu.avg_pool2d_forward(x, *self._window(), out=y)
+        device_of(x).kernels.avg_pool2d_forward(x, *self._window(), out=y)
         batched = input.ndim == 4
         self._keep(x.shape, y.shape, y.dtype, batched)
         return shown(y, batched)
@@ -215,8 +217,9 @@ class AvgPool2d(_Pool2d):
         self._forget()
         if not input_grad:
             return None
-        dx = _buffers.empty(x_shape, dtype)
-        cpu.avg_pool2d_backward(dout, x_shape, *self._window(), out=dx)
+        on = device_of(dout)
+        dx = on.empty(x_shape, dtype)
+        on.kernels.avg_pool2d_backward(dout, x_shape, *self._window(), out=dx)
         return shown(dx, batched)
 
     def extra_repr(self) -> str:
@@ -255,11 +258,12 @@ class AdaptiveAvgPool2d(Module):
         if h == 0 or w == 0:
             raise ValueError(f"input: shape {input.shape} has no pixels")
         _, out_h, out_w = self.output_shape((c, h, w))
-        y = _buffers.empty((n, out_h, out_w, c), x.dtype)
+        on = device_of(x)
+        y = on.empty((n, out_h, out_w, c), x.dtype)
         if (out_h, out_w) == (1, 1):
-            cpu.global_avg_pool2d_forward(x, out=y.reshape(n, c))
+            on.kernels.global_avg_pool2d_forward(x, out=y.reshape(n, c))
         else:
-            cpu.adaptive_avg_pool2d_forward(x, (out_h, out_w), out=y)
+            on.kernels.adaptive_avg_pool2d_forward(x, (out_h, out_w), out=y)
         batched = input.ndim == 4
         self._keep(x.shape, y.shape, y.dtype, batched)
         return shown(y, batched)
@@ -271,11 +275,12 @@ class AdaptiveAvgPool2d(Module):
         self._forget()
         if not input_grad:
             return None
-        dx = _buffers.empty(x_shape, dtype)
+        on = device_of(dout)
+        dx = on.empty(x_shape, dtype)
         if y_shape[1:3] == (1, 1):
-            cpu.global_avg_pool2d_backward(dout.reshape(y_shape[0], y_shape[3]), x_shape, out=dx)
+            on.kernels.global_avg_pool2d_backward(dout.reshape(y_shape[0], y_shape[3]), x_shape, out=dx)
         else:
-            cpu.adaptive_avg_pool2d_backward(dout, x_shape, out=dx)
+            on.kernels.adaptive_avg_pool2d_backward(dout, x_shape, out=dx)
         return shown(dx, batched)
 
     def extra_repr(self) -> str:

@@ -132,8 +132,10 @@ class Replay:
         self._playable = all(
             module is net or type(module) is self._container or _is_playable(module) for module in modules
         )
-        small = [parameter.memory for _, parameter in net.named_parameters() if parameter.ndim < 2]
-        self._small = [*small, *(buffer for _, buffer in net.named_buffers())]
+        memories = [parameter.memory for _, parameter in net.named_parameters()]
+        self._playable &= all(isinstance(memory, np.ndarray) for memory in memories)
+        self._small = [memory for memory in memories if memory.ndim < 2]
+        self._small += [buffer for _, buffer in net.named_buffers()]
 
     def _record(self, net: Sequential, input: np.ndarray, key: Any) -> np.ndarray | None:
         """Note an input that is seen for the first time; record the pass of one that was seen before."""

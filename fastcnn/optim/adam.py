@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import cpu
+from .._device import device_of
 from .optimizer import Optimizer, _Flat, _Segment, check_range
 
 
@@ -59,7 +59,7 @@ class Adam(Optimizer):
     def _update(
         self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int, zero_grad: bool
     ) -> None:
-        cpu.adam_update(
+        device_of(segment.data).kernels.adam_update(
             segment.data,
             grad,
             segment.state["exp_avg"],

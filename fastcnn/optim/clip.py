@@ -7,11 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .. import _buffers
+from .._device import device_of, host
 from ..nn.parameter import Parameter, flat, runs
-
-# Squares are summed in float64 over pieces that stay in the cache.
-_PIECE = 8192
 
 
 def _largest(values: np.ndarray) -> float:
@@ -19,18 +16,10 @@ def _largest(values: np.ndarray) -> float:
 
 
 def _sum_of_powers(values: np.ndarray, power: float) -> float:
-    total = 0.0
-    scratch = _buffers.empty((_PIECE,), np.float64)
-    for start in range(0, values.size, _PIECE):
-        piece = values[start : start + _PIECE]
-        powers = scratch[: piece.size]
-        np.copyto(powers, piece)
-        if power == 2:
-            np.square(powers, out=powers)
-        else:
-            np.power(np.abs(powers, out=powers), power, out=powers)
-        total += float(powers.sum())
-    return total
+    if power == 2:
+        return device_of(values).sum_of_squares(values)
+    powers = np.abs(host(values), dtype=np.float64)
+    return float(np.power(powers, power, out=powers).sum())
 
 
 def clip_grad_norm_(
@@ -49,7 +38,7 @@ def clip_grad_norm_(
     parameters : Parameter, or a list of them
     max_norm : float
     norm_type : float
-        p of the norm, a positive number or infinity.
+        p of the norm, a positive number or infinity. On a CUDA device, 2 is summed there, others on the host.
     error_if_nonfinite : bool
         Whether a norm that is NaN or infinite is an error. If not, a NaN makes all gradients NaN, as in
         PyTorch.
@@ -75,7 +64,7 @@ def clip_grad_norm_(
     grads = [flat(trained[first:last])[1] for first, last in runs(trained)]
     if math.isinf(norm_type):
         # np.max hands a NaN on, Python's max may not.
-        norm = float(np.max([_largest(grad) for grad in grads], initial=0.0))
+        norm = float(np.max([_largest(host(grad)) for grad in grads], initial=0.0))
     else:
         norm = sum(_sum_of_powers(grad, norm_type) for grad in grads) ** (1 / norm_type)
     if not math.isfinite(norm) and error_if_nonfinite:
@@ -83,5 +72,5 @@ def clip_grad_norm_(
     factor = max_norm / (norm + 1e-6)
     if not factor >= 1:
         for grad in grads:
-            grad *= factor
+            device_of(grad).multiply(grad, factor, grad)
     return norm

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _buffers
-from .._buffers import aligned_zeros
+from .._device import Device, assign, device_of, host
 from ..nn.parameter import Parameter, flat, layout_version, padded_size, runs
 
 
@@ -50,24 +49,31 @@ class _Flat:
         """Find the parameters again if any has moved."""
         if self.version == layout_version():
             return
-        dtype = self.parameters[0].dtype
+        dtype, on = self.parameters[0].dtype, self._device()
         if any(parameter.dtype != dtype for parameter in self.parameters):
             raise TypeError("params: float32 and float64 parameters need groups of their own")
+        if any(device_of(parameter.memory) is not on for parameter in self.parameters):
+            raise TypeError("params: parameters on several devices need groups of their own")
         for name, array in self.state.items():
-            if array.dtype != dtype:
-                self.state[name] = self._converted(array, dtype)
+            if array.dtype != dtype or device_of(array) is not on:
+                self.state[name] = self._converted(array, dtype, on)
         self.runs = [flat(self.parameters[first:last]) for first, last in runs(self.parameters)]
         self.segments = self._segments()
         self.version = layout_version()
 
-    def _converted(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """State in another dtype, whose gaps have other sizes."""
+    def _device(self) -> Device:
+        return device_of(self.parameters[0].memory)
+
+    def _converted(self, array: np.ndarray, dtype: np.dtype, on: Device) -> np.ndarray:
+        """State in another dtype, whose gaps have other sizes, or on another device."""
         old = [padded_size(parameter.size, array.dtype) for parameter in self.parameters]
-        converted = aligned_zeros(self.offsets()[-1], dtype)
+        source, converted = host(array), np.zeros(self.offsets()[-1], dtype)
         starts = itertools.accumulate(old, initial=0)
         for parameter, start, offset in zip(self.parameters, starts, self.offsets(), strict=False):
-            converted[offset : offset + parameter.size] = array[start : start + parameter.size]
-        return converted
+            converted[offset : offset + parameter.size] = source[start : start + parameter.size]
+        result = on.zeros(converted.size, dtype)
+        assign(result, converted)
+        return result
 
     def _segments(self) -> list[_Segment]:
         """Neighbours that are trained, and have had the same number of updates."""
@@ -91,7 +97,7 @@ class _Flat:
         """Have zeros for the state of each name that is new."""
         new = [name for name in names if name not in self.state]
         for name in new:
-            self.state[name] = aligned_zeros(self.offsets()[-1], self.parameters[0].dtype)
+            self.state[name] = self._device().zeros(self.offsets()[-1], self.parameters[0].dtype)
         if new:
             self.version = -1
 
@@ -187,7 +193,9 @@ class Optimizer:
                 step = flat_group.steps[segment.first] + 1
                 grad = segment.grad
                 if group.get("maximize"):
-                    grad = np.negative(grad, out=_buffers.empty(grad.shape, grad.dtype))
+                    on = device_of(grad)
+                    grad = on.empty(grad.shape, grad.dtype)
+                    on.multiply(segment.grad, -1.0, grad)
                 self._update(group, segment, grad, step, zero_grad and grad is segment.grad)
                 if zero_grad and grad is not segment.grad:
                     segment.grad.fill(0)
@@ -208,7 +216,7 @@ class Optimizer:
     def _saved_state(self, flat_group: _Flat, i: int, group: dict[str, Any]) -> dict[str, Any]:
         """What PyTorch keeps of parameter number `i` of a group after its first update."""
         return {
-            name: np.array(flat_group.view(name, i), order="C")
+            name: np.array(host(flat_group.view(name, i)), order="C")
             for name in self._needed(group)
             if name in flat_group.state
         }
@@ -280,7 +288,7 @@ class Optimizer:
             flat_group.steps[i] = self._loaded_steps(entry)
             for name in names:
                 if entry.get(name) is not None:
-                    flat_group.view(name, i)[...] = np.asarray(entry[name])
+                    assign(flat_group.view(name, i), host(entry[name]))
 
     def _loaded_steps(self, entry: Mapping[str, Any]) -> int:
         """How many updates a parameter with this state has had."""

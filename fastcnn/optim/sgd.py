@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import cpu
+from .._device import device_of
 from .optimizer import Optimizer, _Segment, check_range
 
 
@@ -67,7 +67,7 @@ class SGD(Optimizer):
     def _update(
         self, group: dict[str, Any], segment: _Segment, grad: np.ndarray, step: int, zero_grad: bool
     ) -> None:
-        cpu.sgd_update(
+        device_of(segment.data).kernels.sgd_update(
             segment.data,
             grad,
             segment.state.get("momentum_buffer"),

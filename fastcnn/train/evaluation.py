@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._device import Device, device, device_of, host
 from .._grad_mode import no_grad
 from .metrics import Confusion, Metrics, WeightedMean
 from .nonfinite import NonFiniteLossError, find_culprit
@@ -26,6 +27,11 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def batch_device(parameters: Sequence[Any]) -> Device:
+    """Where a model's parameters are, and its batches must go."""
+    return device_of(parameters[0].memory) if parameters else device("cpu")
 
 
 def check_count(name: str, value: Any) -> int:
@@ -138,11 +144,12 @@ def evaluate(
         If the loss of a batch is NaN or infinite.
     """
     ignore_index = getattr(loss_fn, "ignore_index", None)
-    loss, confusion = WeightedMean(), None
+    loss, confusion, on = WeightedMean(), None, batch_device(model.parameters())
     with evaluating(model):
         for number, (x, y) in enumerate(batches(data, batch_size), start=1):
             if len(x) == 0:
                 continue
+            x = on.array(x)
             logits = class_logits(model(x), len(x))
             labels, counted = class_labels(y, logits.shape[1], ignore_index)
             if counted is not None and not counted.any():
@@ -153,7 +160,7 @@ def evaluate(
                 raise NonFiniteLossError(batch_loss, 0, 0, number, culprit)
             every = slice(None) if counted is None else counted
             confusion = confusion or Confusion(logits.shape[1])
-            confusion.update(labels[every], logits.argmax(axis=1)[every])
+            confusion.update(labels[every], host(logits).argmax(axis=1)[every])
             loss.update(batch_loss, len(labels[every]))
     if confusion is None:
         raise ValueError("data: there are no labelled samples to evaluate")
@@ -175,13 +182,14 @@ def predict(model: Any, x: NDArray, batch_size: int = 256) -> NDArray:
     (N, K) array
     """
     size = check_count("batch_size", batch_size)
-    x = np.asarray(x)
+    x = host(x)
     if x.ndim == 0:
         raise ValueError("x: expected shape (N, C, H, W), got ()")
+    on = batch_device(model.parameters())
     with evaluating(model):
-        first = model(x[:size])
+        first = host(model(on.array(x[:size])))
         logits = np.empty((len(x), *first.shape[1:]), first.dtype)
         logits[:size] = first
         for start in range(size, len(x), size):
-            logits[start : start + size] = model(x[start : start + size])
+            logits[start : start + size] = host(model(on.array(x[start : start + size])))
     return logits

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._device import device_of, host
 from ..nn import Parameter, Sequential
 from ..nn.parameter import flat, runs
 
@@ -53,10 +54,7 @@ class Culprit(NamedTuple):
 def gradients_finite(parameters: Sequence[Parameter]) -> bool:
     """Whether no gradient holds NaN or infinity."""
     grads = [flat(parameters[first:last])[1] for first, last in runs(parameters)]
-    # One pass without a temporary. Only a sum of squares that is not finite needs the exact question.
-    if all(math.isfinite(np.vdot(grad, grad)) for grad in grads):
-        return True
-    return all(_finite(grad) for grad in grads)
+    return all(device_of(grad).is_finite(grad) for grad in grads)
 
 
 def _leaves(name: str, module: Any) -> Iterator[tuple[str, Any]]:
@@ -71,7 +69,7 @@ def _leaves(name: str, module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _finite(array: NDArray) -> bool:
-    return bool(np.isfinite(array).all())
+    return bool(np.isfinite(host(array)).all())
 
 
 def _in_forward(layers: list[tuple[str, Any]], x: NDArray) -> tuple[Culprit | None, NDArray]:

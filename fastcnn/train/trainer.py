@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _random
+from .._device import host
 from ..nn import CrossEntropyLoss
 from ..optim import clip_grad_norm_
 from . import evaluation, files
@@ -44,6 +45,7 @@ class Trainer:
     Parameters
     ----------
     model : Module
+        Batches go to where its parameters are: move it with ``model.to("cuda")``.
     optimizer : Optimizer
         Over the model's parameters.
     loss_fn : callable, optional
@@ -334,6 +336,7 @@ class Trainer:
         """Update the parameters from a batch; its loss, and how many of its labels were hit and counted."""
         # Dropout must draw the same masks should the batch be run again to find out what went wrong.
         random_state = _random.default_generator().bit_generator.state
+        x = evaluation.batch_device(self._parameters).array(x)
         logits = evaluation.class_logits(self.model(x), len(x))
         ignore_index = getattr(self.loss_fn, "ignore_index", None)
         labels, counted = evaluation.class_labels(y, logits.shape[1], ignore_index)
@@ -350,7 +353,7 @@ class Trainer:
         self.step += 1
         if self.scheduler is not None and self._interval == "step":
             self.scheduler.step()
-        hits = logits.argmax(axis=1) == labels
+        hits = host(logits).argmax(axis=1) == labels
         return loss, int(hits.sum()), len(labels) if counted is None else int(counted.sum())
 
     def _finish_epoch(self, row: dict[str, Any], monitor: str) -> dict[str, Any]:

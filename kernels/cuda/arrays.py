@@ -23,6 +23,7 @@ class Flags(NamedTuple):
 
     c_contiguous: bool
     writeable: bool
+    aligned: bool = True
 
 
 def _c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -114,6 +115,13 @@ class DeviceArray:
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("a DeviceArray is copied to the host by its numpy(), not by np.asarray")
+
+    def __deepcopy__(self, memo: dict) -> DeviceArray:
+        return self.copy()
+
+    def __reduce__(self) -> tuple:
+        # Where a file is read there may be no device.
+        return np.asarray, (self.numpy(),)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

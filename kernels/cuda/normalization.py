@@ -275,12 +275,12 @@ def _pooled_sums(pool_h: int, pool_w: int) -> Kernel:
                     row = first + k * step
                     at = (row if row < rows else first) * channels + channel
                     n, i, j, _ = split(at, channels, out_w, out_h)
-                    gradient, where = np.float64(dout[at]), argmax[at]
+                    where = argmax[at]
+                    gradient = 0.0 if where == DEAD else np.float64(dout[at])
                     tap = 0 if where == DEAD else int(where)
                     h, w = i * pool_h + tap // pool_w, j * pool_w + tap % pool_w
                     value = np.float64(x[((n * height + h) * width + w) * channels + channel])
                     if row < rows:
-                        gradient = 0.0 if where == DEAD else gradient
                         total += gradient
                         product += gradient * (value - center)
         add_up((total, product), partial, arrived, sums, columns, lanes)
@@ -438,24 +438,24 @@ def _statistics(
     out: tuple[Any, Any],
 ) -> tuple[DeviceArray, DeviceArray]:
     """mean and inv_std; in training, the running statistics move."""
-    names = "running_mean", "running_var"
-    running = tuple(_running(*given, x, training) for given in zip(names, running, strict=True))
+    running_mean = _running("running_mean", running[0], x, training)
+    running_var = _running("running_var", running[1], x, training)
     mean = checks.output("out_mean", out[0], x.shape[-1:], x.dtype)
     inv_std = checks.output("out_inv_std", out[1], x.shape[-1:], x.dtype)
     channels, rows = x.shape[-1], _rows_of(x)
     if training and rows == 1:
         raise ValueError(f"x: shape {x.shape} has one value per channel, training needs more")
-    if not training and None in running:
+    if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean, running_var: needed where training is False")
     if not channels:
         return mean, inv_std
     if not training:
-        _given_moments[-(-channels // THREADS), THREADS](*running, mean, inv_std, eps)
+        _given_moments[-(-channels // THREADS), THREADS](running_mean, running_var, mean, inv_std, eps)
     elif rows:
         grid = layout(rows, channels)
         partial = empty((grid.blocks, _MOMENTS, channels), np.float64)
-        moves = int(running[0] is not None), int(running[1] is not None)
-        moved = _or(running[0], mean), _or(running[1], inv_std)
+        moves = int(running_mean is not None), int(running_var is not None)
+        moved = _or(running_mean, mean), _or(running_var, inv_std)
         given = x.reshape(-1), partial, counters(grid.tiles), mean, inv_std, *moved
         _moments[grid.grid, grid.threads](*given, _sizes(rows, grid), moves, momentum, eps)
     else:

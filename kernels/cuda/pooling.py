@@ -54,10 +54,10 @@ def _taps_over(size: int, count: int, kernel: int, stride: int, before: int, dil
 class _Means(NamedTuple):
     """The windows of an average pooling along one axis, on the device."""
 
-    count: int
+    windows: int
     longest: int  # most pixels of a window
-    bounds: DeviceArray  # (count, 3): first pixel, last + 1
-    factors: DeviceArray  # (count,): those of both axes multiply to one over the divisor
+    bounds: DeviceArray  # (windows, 3): first pixel, last + 1
+    factors: DeviceArray  # (windows,): those of both axes multiply to one over the divisor
     over: DeviceArray  # (size, most, 2): for each pixel (window, ...), then (-1, ...)s
 
 
@@ -373,7 +373,7 @@ def _run_mean(x: DeviceArray, row_axis: Axis, column_axis: Axis, y: DeviceArray)
         run(*flat, height, width, channels)
     else:
         block = layout(pixels, channels)
-        grid = n * rows.count * columns.count, block.tiles
+        grid = n * rows.windows * columns.windows, block.tiles
         _MEANS_OF_MANY[x.dtype][grid, block.threads](*flat, height, width, channels, block.columns)
     return y
 
