@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import cuda, float64
 
 from ..cpu import activation as cpu
 from . import checks
-from .arrays import DeviceArray, blocks
-from .elementwise import binary, run, unary
-from .jit import THREADS, kernel
+from .arrays import DeviceArray
+from .elementwise import CHUNK, binary, chunks, run, unary
+from .jit import THREADS, device_function, kernel
 from .reductions import LANES, ROWS, fold, slabs
 from .twin import twin_of
 
@@ -43,9 +44,12 @@ def relu_backward(dout: Any, y: Any, *, out: Any = None) -> DeviceArray:
     return run(_relu_backward, checks.output("out", out, dout.shape, dout.dtype), dout, y, 0)
 
 
-@unary
-def _leaky_relu(x, slope):
+def _leaky(x, slope):
     return x if x > 0 else slope * x
+
+
+_leaky_element = device_function(_leaky)
+_leaky_relu = unary(_leaky)
 
 
 @twin_of(cpu.leaky_relu_forward)
@@ -78,11 +82,26 @@ def _slopes(x: DeviceArray, weight: Any) -> DeviceArray:
     return weight
 
 
+@device_function
+def _slope(slopes, first, offset):
+    """The slope of the element `offset` after one of channel `first`; divides 32 bits, which is quick."""
+    return slopes[(np.uint32(first) + np.uint32(offset)) % np.uint32(slopes.size)]
+
+
 @kernel("T[::1], T[::1], T[::1]")
 def _prelu(y, x, slopes):
-    for i in range(cuda.grid(1), y.size, cuda.gridsize(1)):
-        value = x[i]
-        y[i] = value if value > 0 else slopes[i % slopes.size] * value
+    start = cuda.blockIdx.x * CHUNK
+    first, offset = start % slopes.size, cuda.threadIdx.x
+    if start + CHUNK <= y.size:
+        i = start + offset
+        a, b, c, d = x[i], x[i + THREADS], x[i + 2 * THREADS], x[i + 3 * THREADS]
+        y[i] = _leaky_element(a, _slope(slopes, first, offset))
+        y[i + THREADS] = _leaky_element(b, _slope(slopes, first, offset + THREADS))
+        y[i + 2 * THREADS] = _leaky_element(c, _slope(slopes, first, offset + 2 * THREADS))
+        y[i + 3 * THREADS] = _leaky_element(d, _slope(slopes, first, offset + 3 * THREADS))
+    else:
+        for k in range(offset, y.size - start, THREADS):
+            y[start + k] = _leaky_element(x[start + k], _slope(slopes, first, k))
 
 
 @twin_of(cpu.prelu_forward)
@@ -91,7 +110,7 @@ def prelu_forward(x: Any, weight: Any, *, out: Any = None) -> DeviceArray:
     weight = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
     if x.size:
-        _prelu.launch(blocks(x.size), THREADS, y.reshape(-1), x.reshape(-1), weight)
+        _prelu.launch(chunks(x.size), THREADS, y.reshape(-1), x.reshape(-1), weight)
     return y
 
 
