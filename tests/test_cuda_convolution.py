@@ -12,9 +12,9 @@ import pytest
 from fastcnn.kernels import reference
 
 cuda = cuda_device.module()
-correlation, grouped, splits, weight_gradient = (
+correlation, grouped, splits, weight_gradient, winograd = (
     importlib.import_module(f"fastcnn.kernels.cuda.{name}")
-    for name in ("correlation", "grouped", "splits", "weight_gradient")
+    for name in ("correlation", "grouped", "splits", "weight_gradient", "winograd")
 )
 TILES = importlib.import_module("fastcnn.kernels.cuda.tile").TILES
 pytestmark = cuda_device.marks
@@ -161,6 +161,78 @@ def test_small_groups(case, monkeypatch):
     expected, where = reference.conv2d_pool_forward(x, weight, bias, 2, **geometry)
     assert_close(pooled, expected, 30)
     np.testing.assert_array_equal(argmax.numpy(), where)
+
+
+@pytest.fixture
+def only_winograd(monkeypatch):
+    """Have Winograd's algorithm do what it can, however small."""
+    for limit in ("_FEWEST_CHANNELS", "_FEWEST_TILES", "_FEWEST_PIXELS"):
+        monkeypatch.setattr(winograd, limit, 1)
+
+
+WINOGRAD = {
+    # x, filters, padding: tiles that are whole and cut
+    "whole tiles": ((2, 8, 4, 8), 8, 1),
+    "cut tiles": ((1, 5, 7, 8), 16, ((0, 2), (2, 1))),
+    "no padding": ((1, 6, 9, 16), 8, 0),
+}
+
+
+@pytest.mark.parametrize("case", WINOGRAD.values(), ids=WINOGRAD)
+def test_winograd(case, only_winograd):
+    shape, filters, padding = case
+    x, weight, bias = normal(0, *shape), normal(1, 3, 3, shape[3], filters), normal(2, filters)
+    geometry = {"padding": padding}
+    y = reference.conv2d_forward(x, weight, bias, **geometry)
+    dout = normal(3, *y.shape)
+    results = [
+        (cuda.conv2d_forward, reference.conv2d_forward, (x, weight, bias)),
+        (cuda.conv2d_backward_input, reference.conv2d_backward_input, (dout, weight, shape)),
+        (cuda.conv2d_backward_weight, reference.conv2d_backward_weight, (dout, x, 3)),
+    ]
+    for ours, theirs, arguments in results:
+        expected = theirs(*arguments, **geometry)
+        assert_within_winograd_s_bound(ours(*map(cuda_device.moved, arguments), **geometry), expected)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_winograd_pooled(pool, only_winograd):
+    shape, filters, padding = WINOGRAD["cut tiles"]
+    geometry = {"pool_size": pool, "padding": padding}
+    x, weight, bias = normal(0, *shape), normal(1, 3, 3, shape[3], filters), normal(2, filters)
+    y, argmax = reference.conv2d_pool_forward(x, weight, bias, **geometry)
+    actual, where = cuda.conv2d_pool_forward(*map(cuda.from_numpy, (x, weight, bias)), **geometry)
+    assert_within_winograd_s_bound(actual, y)
+    np.testing.assert_array_equal(where.numpy(), argmax)
+    dout = normal(3, *y.shape)
+    arguments = (dout, argmax, weight, shape)
+    dx = cuda.conv2d_pool_backward_input(*map(cuda_device.moved, arguments), **geometry)
+    assert_within_winograd_s_bound(dx, reference.conv2d_pool_backward_input(*arguments, **geometry))
+    arguments = (dout, argmax, x, 3)
+    gradients = cuda.conv2d_pool_backward_weight(*map(cuda_device.moved, arguments), **geometry)
+    expected = reference.conv2d_pool_backward_weight(*arguments, **geometry)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert_within_winograd_s_bound(ours, theirs)
+
+
+def assert_within_winograd_s_bound(actual, expected):
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_winograd_is_used_for_wide_layers_only():
+    def suits(channels, images=32, dtype=np.float32, kernel=3, stride=1):
+        side = (images, 16, 16, channels)
+        layer = winograd.direct.layer(side, (kernel, kernel), channels, 128, stride, kernel // 2, 1, 1)
+        return winograd.suits(layer, images, np.dtype(dtype))
+
+    assert suits(64)
+    assert suits(128)
+    assert not suits(32)
+    assert not suits(68)
+    assert not suits(64, images=1)
+    assert not suits(64, dtype=np.float64)
+    assert not suits(64, kernel=5)
+    assert not suits(64, stride=2)
 
 
 def test_a_tile_is_chosen_that_fills_the_device(monkeypatch):

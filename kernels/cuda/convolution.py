@@ -1,17 +1,27 @@
 """Convolution: forward, and backward to the input and to the weights.
 
-`correlation` and `weight_gradient` are products on tiles, `grouped` does groups that are too small for them.
+`correlation` and `weight_gradient` are products on tiles, `winograd` takes fewer multiplications where
+filters are 3x3, and `grouped` does groups that are too small for tiles.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..cpu import convolution as cpu
 from ..cpu import direct
-from . import checks, correlation, grouped, weight_gradient
+from . import checks, correlation, grouped, weight_gradient, winograd
 from .arrays import DeviceArray
 from .twin import twin_of
+
+
+def _way(layer: direct.Layer, images: int, dtype: np.dtype) -> Any:
+    """The module that does a layer of this kind, if it isn't the products on tiles."""
+    if grouped.suits(layer):
+        return grouped
+    return winograd if winograd.suits(layer, images, dtype) else None
 
 
 @twin_of(cpu.conv2d_forward)
@@ -34,7 +44,7 @@ def conv2d_forward(
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
     if y.size:
-        way = grouped if grouped.suits(layer) else correlation
+        way = _way(layer, x.shape[0], x.dtype) or correlation
         way.forward(layer, x, weight, bias, y)
     return y
 
@@ -59,7 +69,7 @@ def conv2d_backward_input(
     checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        way = grouped if grouped.suits(layer) else correlation
+        way = _way(layer, shape[0], dout.dtype) or correlation
         way.backward_input(layer, dout, weight, dx)
     return dx
 
@@ -85,6 +95,6 @@ def conv2d_backward_weight(
     shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
     if dweight.size:
-        way = grouped if grouped.suits(layer) else weight_gradient
+        way = _way(layer, images, dout.dtype) or weight_gradient
         way.add_weight_gradient(layer, dout, x, dweight, accumulate and out is not None)
     return dweight

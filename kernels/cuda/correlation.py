@@ -299,7 +299,7 @@ def _forward_writer(vector: bool) -> Callable:
         """Four rows hold four, two windows or one. The first of several is the largest, and NaN beats all."""
         best = cuda.local.array(LANES, y.dtype)
         where = cuda.local.array(LANES, np.int32)
-        area = g.pool_h * g.pool_w
+        area, zero = g.pool_h * g.pool_w, y.dtype.type(0)
         for r in range(LANES):
             # area is 1, 2 or 4.
             offset = r & (area - 1)
@@ -310,10 +310,10 @@ def _forward_writer(vector: bool) -> Callable:
                     where[lane] = offset
             if offset + 1 == area and row + r < rows:
                 for lane in range(LANES):
-                    if g.relu and not best[lane] > 0:
+                    if g.relu and not best[lane] > zero:
                         where[lane] = DEAD
-                        if best[lane] <= 0:
-                            best[lane] = 0
+                        if best[lane] <= zero:
+                            best[lane] = zero
                 place = at + quotient(row + r, area) * g.filters
                 write(y, place, (best[0], best[1], best[2], best[3]), many)
                 if g.keeps:

@@ -2,8 +2,8 @@
 
 Neighbouring threads have neighbouring channels, so every access is of whole lines, and a thread has four
 pixels of a row, for which it reads each weight once. With 3 x 3 taps that is eleven loads a result, most of
-which the first-level cache serves: at 32 a cycle of a multiprocessor they take two thirds of the time in which
-memory brings the images and takes the result.
+which the first-level cache serves: at 32 a cycle of a multiprocessor they take two thirds of the time in
+which memory brings the images and takes the result.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _small_groups(transposed: bool) -> Kernel:
         j = narrow(quad * LANES)
         group = quotient(channel, g.columns)
         for lane in range(LANES):
-            sums[lane] = bias[channel] if g.biased else 0
+            sums[lane] = bias[channel] if g.biased else x.dtype.type(0)
         # Weights are (kH, kW, C / groups, F): from one term to the next, and where they begin.
         step = 1 if transposed else g.filters
         begin = (channel - group * g.columns) * g.channels + group * g.depth if transposed else channel

@@ -13,15 +13,15 @@ from numba import cuda
 
 from ..cpu import direct
 from ..cpu import pooled_convolution as cpu
-from . import checks, correlation, grouped
-from .arrays import DeviceArray, blocks, empty
+from . import checks, correlation, grouped, weight_gradient, winograd
+from .arrays import DeviceArray, blocks
 from .columns import sum_rows
+from .convolution import conv2d_forward
 from .correlation import DEAD, Pool
 from .jit import THREADS, kernel
 from .splits import nothing
 from .taps import digits, quotient
 from .twin import twin_of
-from .weight_gradient import add_weight_gradient
 
 # The largest offset in a window that a byte holds beside `DEAD`.
 _MOST_PIXELS = 255
@@ -58,6 +58,7 @@ def _pool_images(z, y, argmax, sizes):
     """ReLU and max-pooling of images that are in memory; NaN wins, and passes ReLU."""
     height, width, filters, rows, columns, pool_h, pool_w, relu, keeps = sizes
     for k in range(cuda.grid(1), y.size, cuda.gridsize(1)):
+        zero = z.dtype.type(0)
         window = k // filters
         n, i, j = digits(window, rows, columns)
         first = ((n * height + i * pool_h) * width + j * pool_w) * filters + k - window * filters
@@ -67,10 +68,10 @@ def _pool_images(z, y, argmax, sizes):
             value = z[first + (down * width + offset - down * pool_w) * filters]
             if value > best or value != value:
                 best, where = value, offset
-        if relu and not best > 0:
+        if relu and not best > zero:
             where = DEAD
-            if best <= 0:
-                best = z.dtype.type(0)
+            if best <= zero:
+                best = zero
         y[k] = best
         if keeps:
             argmax[k] = where
@@ -104,12 +105,13 @@ def conv2d_pool_forward(
     argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8)) if with_argmax else None
     if not y.size:
         return y, argmax
+    if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(pool):
+        winograd.forward(layer, x, weight, bias, y, pool, argmax)
+        return y, argmax
     if pool.is_fused and not grouped.suits(layer):
         correlation.forward(layer, x, weight, bias, y, pool, argmax)
         return y, argmax
-    z = empty((x.shape[0], *layer.out_image, filters), x.dtype)
-    way = grouped if grouped.suits(layer) else correlation
-    way.forward(layer, x, weight, bias, z)
+    z = conv2d_forward(x, weight, bias, stride, padding, dilation, groups)
     where = nothing(np.dtype(np.uint8)) if argmax is None else argmax.ravel()
     sizes = (*layer.out_image, filters, *shape[1:3], pool.height, pool.width, pool.relu, pool.keeps)
     _pool_images[blocks(y.size), THREADS](z.ravel(), y.ravel(), where, sizes)
@@ -139,7 +141,8 @@ def conv2d_pool_backward_input(
     argmax = _checked(dout, argmax, shape[0], layer, pool)
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        correlation.backward_input(layer, dout, weight, dx, pool, argmax)
+        way = winograd if winograd.suits(layer, shape[0], dout.dtype) else correlation
+        way.backward_input(layer, dout, weight, dx, pool, argmax)
     return dx
 
 
@@ -169,7 +172,7 @@ def conv2d_pool_backward_weight(
     dweight = checks.output("out", out, shape, dout.dtype)
     dbias = checks.output("out_bias", out_bias, (filters,), dout.dtype)
     if dweight.size:
-        size = pool.height, pool.width
-        add_weight_gradient(layer, dout, x, dweight, accumulate and out is not None, size, argmax)
+        way = winograd if winograd.suits(layer, x.shape[0], x.dtype) else weight_gradient
+        way.add_weight_gradient(layer, dout, x, dweight, accumulate and out is not None, pool, argmax)
     sum_rows(dout, dbias, accumulate and out_bias is not None, pool.height * pool.width, argmax)
     return dweight, dbias

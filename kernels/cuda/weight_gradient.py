@@ -21,6 +21,7 @@ from numba import cuda
 from ..cpu.direct import Layer
 from . import tile as tiles
 from .arrays import DeviceArray
+from .correlation import PLAIN, Pool
 from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
 from .taps import advanced, digits, following, narrow, quotient
@@ -291,9 +292,7 @@ class _Plan(NamedTuple):
     sizes: Sizes
 
 
-def sizes_of(
-    layer: Layer, images: int, span: int, accumulate: bool, pool: tuple[int, int] | None = None
-) -> Sizes:
+def sizes_of(layer: Layer, images: int, span: int, accumulate: bool, pool: Pool = PLAIN) -> Sizes:
     """What a launch computes, with `span` pixels in one block."""
     return Sizes(
         images,
@@ -313,24 +312,23 @@ def sizes_of(
         layer.columns.padding[0],
         span,
         int(accumulate),
-        *(pool or (1, 1)),
+        pool.height,
+        pool.width,
     )
 
 
 @lru_cache(maxsize=1024)
-def _plan(
-    layer: Layer, images: int, dtype: np.dtype, aligned: bool, accumulate: bool, pool: tuple[int, int] | None
-) -> _Plan:
+def _plan(layer: Layer, images: int, dtype: np.dtype, aligned: bool, accumulate: bool, pool: Pool) -> _Plan:
     depth, columns = layer.channels // layer.groups, layer.filters // layer.groups
     terms = layer.rows.kernel * layer.columns.kernel * depth
     vector = aligned and dtype == np.float32 and depth % TILES[0].run == columns % LANES == 0
     pixels = images * layer.out_image[0] * layer.out_image[1]
-    tiles_ = TILES[pool is not None :] if vector else SCALAR_TILES[-1:]
+    tiles_ = TILES[pool.pooled :] if vector else SCALAR_TILES[-1:]
     if terms <= tiles_[-1].rows:
         tiles_ = tiles_[-1:]
     chosen = grid(terms, columns, layer.groups, pixels, tiles_)
     sizes = sizes_of(layer, images, chosen.span, accumulate and chosen.parts == 1, pool)
-    kernel_ = _KERNELS[chosen.tile, vector, pool is not None]
+    kernel_ = _KERNELS[chosen.tile, vector, pool.pooled > 0]
     return _Plan(kernel_, (chosen.tiles, layer.groups, chosen.parts), chosen.tile.threads, sizes)
 
 
@@ -340,12 +338,12 @@ def add_weight_gradient(
     x: DeviceArray,
     dweight: DeviceArray,
     accumulate: bool,
-    pool: tuple[int, int] | None = None,
+    pool: Pool = PLAIN,
     argmax: DeviceArray | None = None,
 ) -> None:
     """Overwrite `dweight` with the gradient of the weights, or add it.
 
-    With `pool`, the size of a max-pooling's windows, `dout` is the gradient behind it, and `argmax` its own.
+    With `pool`, `dout` is the gradient behind a max-pooling, and `argmax` what that gave.
     """
     aligned = is_aligned(dout, x, dweight)
     plan = _plan(layer, x.shape[0], x.dtype, aligned, accumulate, pool)
