@@ -56,6 +56,50 @@ def test_a_view_shares_memory_and_a_copy_does_not():
     assert device.reshape(12).pointer == device.pointer
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 5, 7), (1, 8, 8, 1), (3, 33, 2, 20), (2, 40, 70), (11, 9), (2, 3, 5, 4)]
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+def test_channels_first_and_last(shape, dtype):
+    host = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+    device = cuda.from_numpy(host)
+    last = np.moveaxis(host, 1, -1)
+    axes = (0, *range(2, host.ndim), 1)
+    moved = device.transpose(axes).copy()
+    assert moved.is_contiguous
+    assert np.array_equal(moved.numpy(), last)
+    back = moved.transpose(np.argsort(axes).tolist())
+    assert np.array_equal(back.copy().numpy(), host)
+    # A part of the images, and a target with strides.
+    assert np.array_equal(device[::2].transpose(axes).numpy(), last[::2])
+    target = cuda.zeros(shape, dtype).transpose(axes)
+    target[...] = moved
+    assert np.array_equal(target.numpy(), last)
+
+
+def test_which_copies_are_transposed_matrices():
+    from fastcnn.kernels.cuda.strided import _matrices
+
+    assert _matrices([(2, 315, 315), (35, 9, 1), (9, 1, 35)]) == (2, 35, 9)
+    assert _matrices([(35, 9, 1), (9, 1, 35)]) == (1, 35, 9)
+    # Every second image; a part of each; few columns; not a matrix.
+    assert _matrices([(2, 315, 630), (35, 9, 1), (9, 1, 35)]) is None
+    assert _matrices([(2, 315, 400), (35, 9, 1), (9, 1, 40)]) is None
+    assert _matrices([(2, 105, 105), (35, 3, 1), (3, 1, 35)]) is None
+    assert _matrices([(40, 1, 3)]) is None
+
+
+def test_a_copy_onto_itself_reads_first():
+    host = np.arange(40.0).reshape(8, 5)
+    device = cuda.from_numpy(host)
+    device[1:] = device[:-1]
+    host[1:] = host[:-1].copy()
+    assert np.array_equal(device.numpy(), host)
+    square = cuda.from_numpy(np.arange(100.0).reshape(10, 10))
+    square[...] = square.T
+    assert np.array_equal(square.numpy(), np.arange(100.0).reshape(10, 10).T)
+
+
 def test_zeros_fill_and_item():
     array = cuda.zeros((2, 3), np.float64)
     assert not array.numpy().any()

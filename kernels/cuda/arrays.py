@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from . import pool
+from . import pool, strided
 from .jit import SIMULATED, THREADS, kernel, stream
-
-# Axes that a copy between strided arrays may have, after neighbours that lie in one line are joined.
-_MAX_AXES = 6
+from .strided import blocks
 
 
 class Flags(NamedTuple):
@@ -256,7 +254,9 @@ class DeviceArray:
         source = as_device(value)
         if source.shape != target.shape or source.dtype != target.dtype:
             raise ValueError(f"{source.dtype} {source.shape} is not {target.dtype} {target.shape}")
-        _copy(target, source)
+        if strided.overlap(target, source):
+            source = source.copy()
+        strided.copy(target, source)
 
 
 def _broadcast(number: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
@@ -368,83 +368,6 @@ def _wait_for(foreign: int | None) -> None:
     """Wait for the stream that a foreign array is written on, unless it is the legacy default stream, 1."""
     if foreign not in (None, 1) and not SIMULATED:
         cuda.external_stream(foreign).synchronize()
-
-
-# ------------------------------------------------------------------ copies
-
-
-@kernel(
-    *(
-        f"{word}[::1], {word}[::1], UniTuple(int64, {_MAX_AXES}), UniTuple(int64, {_MAX_AXES}), "
-        f"UniTuple(int64, {_MAX_AXES}), int64, int64, int64"
-        for word in ("uint8", "uint16", "uint32", "uint64")
-    )
-)
-def _copy_words(target, source, shape, to, by, first_to, first_by, size):
-    """target[first_to + i . to] = source[first_by + i . by] for every index i below `shape`, in C order."""
-    step = cuda.gridsize(1)
-    for flat in range(cuda.grid(1), size, step):
-        rest = flat
-        t, s = first_to, first_by
-        for axis in range(_MAX_AXES - 1, -1, -1):
-            at = rest % shape[axis]
-            rest //= shape[axis]
-            t += at * to[axis]
-            s += at * by[axis]
-        target[t] = source[s]
-
-
-def blocks(size: int, threads: int = THREADS) -> int:
-    """Blocks of a grid whose threads go through `size` elements, each in steps of the whole grid."""
-    return min(-(-size // threads), 4096)
-
-
-class _Span(NamedTuple):
-    """The memory between an array's first and last byte, as words, and where in it the first element lies."""
-
-    words: DeviceArray
-    first: int
-
-
-def _span(array: DeviceArray, word: np.dtype) -> _Span:
-    reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
-    below = -sum(r for r in reach if r < 0)
-    length = (below + sum(r for r in reach if r > 0)) // word.itemsize + 1
-    words = DeviceArray(array.pointer - below, array.owner, (length,), word)
-    return _Span(words, below // word.itemsize)
-
-
-def _joined(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
-    """(size, stride, ...) of each axis; those of length 1 left out, and neighbours in one line joined."""
-    axes: list[tuple[int, ...]] = []
-    for size, *steps in zip(shape, *strides, strict=True):
-        if size == 1:
-            continue
-        if axes and all(outer == step * size for outer, step in zip(axes[-1][1:], steps, strict=True)):
-            axes[-1] = (axes[-1][0] * size, *steps)
-        else:
-            axes.append((size, *steps))
-    return axes
-
-
-def _copy(target: DeviceArray, source: DeviceArray) -> None:
-    """Overwrite `target` with `source`, of the same shape and dtype and any strides."""
-    if not target.size:
-        return
-    itemsize = target.dtype.itemsize
-    word = np.dtype(f"u{itemsize}")
-    axes = _joined(target.shape, target.strides, source.strides)
-    if len(axes) > _MAX_AXES:
-        raise ValueError(f"an array of shape {target.shape} has too many axes to be copied")
-    axes = [(1, 0, 0)] * (_MAX_AXES - len(axes)) + axes
-    shape, to, by = zip(*axes, strict=True)
-    if any(step % itemsize for step in (*to, *by)):
-        raise ValueError(f"strides of {itemsize}-byte elements must be multiples of {itemsize}")
-    to, by = tuple(step // itemsize for step in to), tuple(step // itemsize for step in by)
-    into, out_of = _span(target, word), _span(source, word)
-    _copy_words[blocks(target.size), THREADS](
-        into.words, out_of.words, shape, to, by, into.first, out_of.first, target.size
-    )
 
 
 def contiguous(array: DeviceArray) -> DeviceArray:
