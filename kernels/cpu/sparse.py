@@ -60,29 +60,32 @@ class Sparse(NamedTuple):
 
 
 @kernel
-def _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts):
-    """Lists for each filter of the gradients of a block's pixels, and where the pixels' runs begin."""
-    filters = np.uintp(s.filters)
+def _sort_by_filter(dout, argmax, p0, pixels, s, bases, places, values, offsets, counts):
+    """Lists for each filter of the gradients of a block's pixels, and where the pixels' runs begin.
+
+    Filter by filter, so that a list's length is in a register, which takes half the time.
+    """
+    filters, size = np.uintp(s.filters), pixels * s.filters
     capacity = np.uintp(s.rows * s.pooled_w)
-    pitch = s.window_w * s.channels
+    gradients, codes = dout[p0 : p0 + size], argmax[p0 : p0 + size]
     for f in range(filters):
-        counts[f] = 0
-    for i in range(rows):
-        for j in range(s.pooled_w):
-            base = i * s.pool_h * s.stride_h * pitch + j * s.pool_w * s.stride_w * s.channels
-            p = p0 + (i * s.pooled_w + j) * s.filters
-            gradients, codes = dout[p : p + s.filters], argmax[p : p + s.filters]
-            for f in range(filters):
-                code = codes[f]
-                k = counts[f]
-                values[f * capacity + k] = gradients[f]
-                offsets[f * capacity + k] = base + places[code]
-                # What is dead is overwritten by the next.
-                counts[f] = k + np.uintp(places[code] >= 0)
+        first = np.uintp(f) * capacity
+        k = first
+        p = np.uintp(f)
+        for base in bases[:pixels]:
+            place = places[codes[p]]
+            values[k] = gradients[p]
+            offsets[k] = base + place
+            # What is dead is overwritten by the next.
+            k += np.uintp(place >= 0)
+            p += filters
+        counts[f] = k - first
 
 
 @parallel
-def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, values, offsets, counts):
+def _weight(
+    part, parts, dout, argmax, x, s, bases, places, partial, biases, windows, values, offsets, counts
+):
     keep_out_of_line()
     pieces = partial.shape[0]
     images = dout.size // (s.pooled_h * s.pooled_w * s.filters)
@@ -102,7 +105,7 @@ def _weight(part, parts, dout, argmax, x, s, places, partial, biases, windows, v
             window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
             fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
             p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
-            _sort_by_filter(dout, argmax, p0, rows, s, places, values, offsets, counts)
+            _sort_by_filter(dout, argmax, p0, rows * s.pooled_w, s, bases, places, values, offsets, counts)
             for f in range(s.filters):
                 add_rows_of_runs(
                     values,
@@ -296,6 +299,10 @@ def add_weight_gradient(
         np.arange(s.pool_h) * s.stride_h * pitch, np.arange(s.pool_w) * s.stride_w * s.channels
     )
     places[: pixels.size] = pixels.ravel()
+    bases = np.add.outer(
+        np.arange(rows, dtype=np.int32) * (s.pool_h * s.stride_h * pitch),
+        np.arange(s.pooled_w, dtype=np.int32) * (s.pool_w * s.stride_w * s.channels),
+    )
     pieces = min(images * s.blocks, _PIECES)
     parts = part_count(pieces, _work(layer, images))
     partial = scratch("partial", pieces * s.kernel_h * s.filters * s.padded_run, dtype).reshape(pieces, -1)
@@ -309,7 +316,7 @@ def add_weight_gradient(
     )
     counts = _parts("counts", parts, s.filters, np.dtype(np.uintp))
     flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
-    _weight(parts, *flat, s, places, partial, biases, windows, values, offsets, counts)
+    _weight(parts, *flat, s, bases.ravel(), places, partial, biases, windows, values, offsets, counts)
     _reduce_weight(part_count(s.kernel_h * s.filters, partial.nbytes), partial, s, dweight.reshape(-1))
     for bias in biases:
         dbias += bias
