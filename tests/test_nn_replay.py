@@ -92,6 +92,43 @@ def test_every_layout_of_the_image(name):
                 np.testing.assert_array_equal(net(other), expected)
 
 
+def wide(*conv, **settings):
+    return [nn.Conv2d(*conv, **settings), nn.BatchNorm2d(conv[1]), nn.ReLU()]
+
+
+# Every way of a convolution, and what else may stand in a network that is played.
+BLOCKS = {
+    "1x1": lambda: [nn.Conv2d(8, 20, 1)],
+    "strided": lambda: [nn.Conv2d(8, 20, 3, stride=2, padding=1), nn.LeakyReLU(0.1)],
+    "dilated": lambda: [nn.Conv2d(8, 20, 3, dilation=2, bias=False), nn.ReLU(), nn.MaxPool2d((2, 3))],
+    "uneven": lambda: [nn.Conv2d(8, 3, (2, 5), padding=((0, 1), (2, 1))), nn.PReLU(3)],
+    "few pixels": lambda: [nn.AvgPool2d(3), *wide(8, 128, 1), *wide(128, 130, 3, padding=1)],
+    "few tiles": lambda: [*wide(8, 128, 1), *wide(128, 256, 3, padding=1)],
+    "many tiles": lambda: [*wide(8, 64, 3), nn.Conv2d(64, 40, 3, padding=1), nn.MaxPool2d(2)],
+    "norms": lambda: [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2)],
+    "slopes": lambda: [nn.Conv2d(8, 10, 3), nn.PReLU(10), nn.MaxPool2d(2), nn.PReLU(10), nn.PReLU()],
+    "pools": lambda: [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(2)],
+    "rows": lambda: [nn.Flatten(2), nn.Linear(180, 40), nn.Linear(40, 3, bias=False), nn.ReLU()],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layers_of_every_kind(name, dtype):
+    rng = np.random.default_rng(4)
+    net = nn.Sequential(*BLOCKS[name]()).eval()
+    if dtype == np.float64:
+        net.double()
+    stir(net, rng)
+    x = image((8, 12, 15), dtype=dtype)
+    for _ in range(2):
+        np.testing.assert_array_equal(played(net, x), plain(net, x))
+        stir(net, rng)
+        with fastcnn.no_grad():
+            np.testing.assert_array_equal(net(x), plain(net, x))
+        x = rng.standard_normal(x.shape).astype(dtype)
+
+
 def test_an_image_without_a_batch():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
     x = image((3, 10, 12))[0]
