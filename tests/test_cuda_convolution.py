@@ -92,11 +92,12 @@ def test_backward_weight(tile, parts, force):
     assert_close(dweight, reference.conv2d_backward_weight(dout, x, 2, **GEOMETRY), 20)
 
 
-@every_tile
-@pytest.mark.parametrize("pool", [(2, 2), (1, 2), (4, 1), (1, 1)], ids=str)
+# Windows don't depend on the tile: the others are tried with the smallest.
+POOLS = [(tile, (2, 2)) for tile in TILES] + [(TILES[-1], pool) for pool in ((1, 2), (4, 1), (1, 1))]
+
+
+@pytest.mark.parametrize(("tile", "pool"), POOLS, ids=lambda value: getattr(value, "name", str(value)))
 def test_pooled_forward(tile, pool, force):
-    if pool != (2, 2) and tile is not TILES[-1]:
-        pytest.skip("windows don't depend on the tile")
     force(correlation, tile, 1)
     filters = columns(tile)
     x, weight, bias = normal(0, 1, *IMAGE, 8), normal(1, 2, 2, 8, filters), normal(2, filters)
@@ -109,10 +110,9 @@ def test_pooled_forward(tile, pool, force):
         np.testing.assert_array_equal(argmax.numpy(), where)
 
 
-@every_tile
+# No kernels of the widest tile read through argmax.
+@pytest.mark.parametrize("tile", TILES[1:], ids=lambda tile: tile.name)
 def test_pooled_backward(tile, force):
-    if tile is TILES[0]:
-        pytest.skip("no kernels of this tile read through argmax")
     force(correlation, tile, 1)
     force(weight_gradient, tile, 1)
     # Eleven columns are five windows and one column that is in none.
@@ -142,9 +142,10 @@ GROUPS = {
 @pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
 def test_small_groups(case, monkeypatch):
     channels, filters, groups, kernel, stride, dilation = case
-    # The weights' sums are cut into parts.
+    # Blocks don't hold all channels, and the weights' sums are cut into parts.
+    monkeypatch.setattr(grouped, "_block", lambda channels: (4, 8))
     monkeypatch.setattr(grouped, "_FEWEST_PIXELS", 1)
-    monkeypatch.setattr(grouped, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(grouped, "multiprocessors", lambda: 8)
     geometry = {"stride": stride, "padding": 1, "dilation": dilation, "groups": groups}
     x, weight = normal(0, 3, 6, 7, channels), normal(1, *kernel, channels // groups, filters)
     bias = normal(2, filters)
@@ -252,3 +253,14 @@ def test_arrays_that_are_not_aligned_are_read_by_scalars():
     memory = cuda.from_numpy(np.concatenate([np.zeros(1, np.float32), x.reshape(-1)]))
     y = cuda.conv2d_forward(memory[1:].reshape(x.shape), cuda.from_numpy(weight))
     assert_close(y, reference.conv2d_forward(x, weight), 32)
+
+
+def test_more_pixels_than_kernels_count_are_refused():
+    layer = winograd.direct.layer((1, 2, 2, 1), (1, 1), 1, 1, 1, 0, 1, 1)
+    for name, sizes in (
+        ("x", lambda: correlation.sizes_of(layer, 2**29, False, False)),
+        ("dout", lambda: correlation.sizes_of(layer, 2**29, True, False)),
+        ("x", lambda: weight_gradient.sizes_of(layer, 2**29, 8, False)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: 2147483648 pixels"):
+            sizes()

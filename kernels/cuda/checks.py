@@ -12,6 +12,7 @@ from .arrays import DeviceArray, as_device, contiguous, empty, to_int64
 
 __all__ = [
     "array",
+    "countable",
     "floating",
     "integer",
     "integers",
@@ -23,6 +24,8 @@ __all__ = [
     "updated",
     "window_output",
 ]
+
+_MOST_PIXELS = 2**31 - 1
 
 
 def array(name: str, value: Any) -> DeviceArray:
@@ -110,3 +113,18 @@ def updated(name: str, value: Any, shape: Sequence[int], dtype: Any, of: str) ->
     if result.dtype != np.dtype(dtype):
         raise TypeError(f"{name}: dtype {result.dtype} differs from {np.dtype(dtype)}, the dtype of {of}")
     return output(name, result, shape, dtype)
+
+
+def countable(name: str, pixels: int) -> int:
+    """`pixels`, if kernels can count so many in 32 bits.
+
+    Raises
+    ------
+    ValueError
+        If they can't.
+    """
+    if pixels > _MOST_PIXELS:
+        raise ValueError(
+            f"{name}: {pixels} pixels are more than {_MOST_PIXELS}, the most that a kernel counts"
+        )
+    return pixels

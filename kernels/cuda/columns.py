@@ -71,7 +71,8 @@ def im2col(
 ) -> DeviceArray:
     x = checks.floating("x", x, 4)
     g = windows.windows(x.shape, kernel_size, stride, checks.padding2d(padding), dilation)
-    shape = (x.shape[0] * g.out_h * g.out_w, g.kernel_h * g.kernel_w * g.channels)
+    rows = checks.countable("x", x.shape[0] * g.out_h * g.out_w)
+    shape = (rows, g.kernel_h * g.kernel_w * g.channels)
     cols = checks.output("out", out, shape, x.dtype)
     if cols.size:
         block = _block(shape[1])
@@ -122,7 +123,7 @@ def col2im(
     checks.same_shape("cols", cols, (rows, g.kernel_h * g.kernel_w * g.channels))
     x = checks.output("out", out, shape, cols.dtype)
     if x.size:
-        pixels = shape[0] * g.height * g.width
+        pixels = checks.countable("x_shape", shape[0] * g.height * g.width)
         block = _block(g.channels)
         _col2im[_grid(pixels, block[1]), block](cols.ravel(), x.ravel(), pixels, g)
     return x

@@ -19,6 +19,7 @@ import numpy as np
 from numba import cuda
 
 from ..cpu.direct import Layer
+from . import checks
 from . import tile as tiles
 from .arrays import DeviceArray
 from .jit import FLOATS, Kernel, device_function, kernel
@@ -546,6 +547,8 @@ def sizes_of(
     layer: Layer, images: int, transposed: bool, biased: bool, pool: Pool = PLAIN, span: int = 1
 ) -> Sizes:
     """What a launch computes, with `span` terms of the sum in one block."""
+    for height, width in (layer.image, layer.out_image):
+        checks.countable("dout" if transposed else "x", images * height * width)
     inner, outer = (*layer.image, layer.channels), (*layer.out_image, layer.filters)
     source, result = (outer, inner) if transposed else (inner, outer)
     rows, columns = layer.rows, layer.columns

@@ -19,6 +19,7 @@ import numpy as np
 from numba import cuda
 
 from ..cpu.direct import Layer
+from . import checks
 from . import tile as tiles
 from .arrays import DeviceArray
 from .correlation import PLAIN, Pool
@@ -294,6 +295,8 @@ class _Plan(NamedTuple):
 
 def sizes_of(layer: Layer, images: int, span: int, accumulate: bool, pool: Pool = PLAIN) -> Sizes:
     """What a launch computes, with `span` pixels in one block."""
+    for height, width in (layer.image, layer.out_image):
+        checks.countable("x", images * height * width)
     return Sizes(
         images,
         *layer.image,
