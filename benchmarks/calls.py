@@ -1,4 +1,4 @@
-"""How each operation calls the kernels: `fastcnn.kernels.cpu`, or the reference under the same names."""
+"""How each operation calls the kernels: `fastcnn.kernels.cpu`, or others of the same names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ class Call(NamedTuple):
 
     def into_buffers(self) -> Callable[[], Any]:
         """The call that writes into the same buffers again and again."""
-        results = (aligned(result) for result in _several(self.kernel()))
+        results = (
+            aligned(result) if isinstance(result, np.ndarray) else result
+            for result in _several(self.kernel())
+        )
         buffers = dict(zip(self.buffers, results, strict=False))
         kernel = self.kernel
         return lambda: kernel(**buffers)
@@ -48,6 +51,11 @@ def _several(result: Any) -> tuple[np.ndarray, ...]:
 def call(kernels: Any, workload: Workload, a: Arrays) -> Call:
     """`workload` on the arrays `a` by `kernels`."""
     return _CALLS[workload.op](kernels, a, workload.shape)
+
+
+def _made(kernels: Any, *arrays: np.ndarray) -> tuple[Any, ...]:
+    """`arrays` as `kernels` take them."""
+    return tuple(map(getattr(kernels, "from_numpy", lambda array: array), arrays))
 
 
 def _geometry(s: Conv) -> dict[str, int]:
@@ -117,7 +125,7 @@ _MOMENTS = ("out_mean", "out_inv_std")
 
 def _batch_norm_forward(k: Any, a: Arrays, s: Any) -> Call:
     # The running statistics move at each call; their momentum keeps them finite.
-    running = np.zeros(s.c, np.float32), np.ones(s.c, np.float32)
+    running = _made(k, np.zeros(s.c, np.float32), np.ones(s.c, np.float32))
 
     def kernel(**out: Any) -> Any:
         return k.batch_norm_forward(a["x"], a["weight"], a["bias"], *running, True, **out)
@@ -203,7 +211,7 @@ def _linear_weight(k: Any, a: Arrays, s: Any) -> Call:
 
 def _cross_entropy(k: Any, a: Arrays, s: Any) -> Call:
     """The mean loss' forward and backward pass."""
-    dlosses = np.full(s.n, 1 / s.n, np.float32)
+    (dlosses,) = _made(k, np.full(s.n, 1 / s.n, np.float32))
 
     def kernel(
         out: np.ndarray | None = None, out_weights: np.ndarray | None = None, dx: np.ndarray | None = None
@@ -228,7 +236,7 @@ def _adam(k: Any, a: Arrays, s: Any) -> Call:
         step = 2
         if param is None:
             param, step = a["param"].copy(), 1
-            exp_avg, exp_avg_sq = np.zeros_like(param), np.zeros_like(param)
+            exp_avg, exp_avg_sq = _made(k, *np.zeros((2, s.size), np.float32))
         k.adam_update(param, a["grad"], exp_avg, exp_avg_sq, step, ADAM_RATE)
         return param, exp_avg, exp_avg_sq
 

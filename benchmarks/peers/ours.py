@@ -1,4 +1,4 @@
-"""fastcnn: its CPU kernels with buffers made beforehand, and its networks."""
+"""fastcnn: its kernels with buffers made beforehand, and its networks, on the CPU or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 import fastcnn
 from fastcnn import nn, optim
-from fastcnn.kernels import cpu
+from fastcnn._device import device as device_named
+from fastcnn._device import host
 
 from ..calls import call
 from ..inputs import Arrays
@@ -32,16 +33,20 @@ def variants(workload: Workload) -> tuple[str, ...]:
     return ("fastcnn",)
 
 
-def prepare(workload: Workload, arrays: Arrays, variant: str) -> Side:
+def prepare(workload: Workload, arrays: Arrays, variant: str, device: str = "cpu") -> Side:
     """See the package."""
     if workload.op == "train":
-        return _train(workload.shape, arrays)
+        return _train(workload.shape, arrays, device)
     if workload.op in networks.MODEL_OPS:
-        return _infer(workload.shape, arrays)
-    kernel = call(cpu, workload, arrays)
-    if workload.op == "dropout-forward":
-        return Side(kernel.into_buffers(), lambda: _with_factor(kernel.result(), arrays["x"]))
-    return Side(kernel.into_buffers(), kernel.result)
+        return _infer(workload.shape, arrays, device)
+    on = device_named(device)
+    kernel = call(on.kernels, workload, {name: on.array(array) for name, array in arrays.items()})
+
+    def result() -> dict[str, np.ndarray]:
+        found = {name: host(array) for name, array in kernel.result().items()}
+        return _with_factor(found, arrays["x"]) if workload.op == "dropout-forward" else found
+
+    return Side(kernel.into_buffers(), result)
 
 
 def _with_factor(result: dict[str, np.ndarray], x: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,24 +55,24 @@ def _with_factor(result: dict[str, np.ndarray], x: np.ndarray) -> dict[str, np.n
     return {**result, "factor": result["y"].flat[largest] / x.flat[largest]}
 
 
-def _infer(shape: Model, arrays: Arrays) -> Side:
-    net = networks.build(shape)
+def _infer(shape: Model, arrays: Arrays, device: str) -> Side:
+    net = networks.build(shape).to(device)
     net.eval()
-    x = networks.images(arrays["x"])
+    x = networks.images(device_named(device).array(arrays["x"]))
 
     def run() -> np.ndarray:
         with fastcnn.no_grad():
             return net(x)
 
-    return Side(run, lambda: {"logits": np.array(run())})
+    return Side(run, lambda: {"logits": np.array(host(run()))})
 
 
-def _train(shape: Model, arrays: Arrays) -> Side:
-    net = networks.build(shape)
+def _train(shape: Model, arrays: Arrays, device: str) -> Side:
+    net = networks.build(shape).to(device)
     net.train()
     optimizer = optim.Adam(net.parameters(), lr=networks.LEARNING_RATE)
     loss_fn = nn.CrossEntropyLoss()
-    x, target = networks.images(arrays["x"]), arrays["target"]
+    x, target = networks.images(device_named(device).array(arrays["x"])), arrays["target"]
 
     def backward() -> tuple[Any, float]:
         logits = net(x)
@@ -85,9 +90,9 @@ def _train(shape: Model, arrays: Arrays) -> Side:
         with networks.without_dropout(net):
             optimizer.zero_grad()
             logits, loss = backward()
-        results = {"logits": np.array(logits), "loss": np.array(loss)}
+        results = {"logits": np.array(host(logits)), "loss": np.array(loss)}
         for name, parameter in net.named_parameters():
-            results[GRADIENT + name] = np.array(parameter.grad)
+            results[GRADIENT + name] = np.array(host(parameter.grad))
         net.load_state_dict(state)
         return results
 

@@ -45,15 +45,16 @@ def variants(workload: Workload) -> tuple[str, ...]:
     return ("torch",)
 
 
-def prepare(workload: Workload, arrays: Arrays, variant: str) -> Side:
+def prepare(workload: Workload, arrays: Arrays, variant: str, device: str = "cpu") -> Side:
     """See the package."""
     memory_format = FORMATS.get(variant, torch.contiguous_format)
     if workload.op == "train":
-        return train(workload.shape, arrays, memory_format)
+        return train(workload.shape, arrays, memory_format, device=device)
     if workload.op in networks.MODEL_OPS:
-        return infer(workload.shape, arrays, memory_format)
-    tensors = {name: _tensor(array, name, memory_format) for name, array in arrays.items()}
-    operator, named = _OPERATORS[workload.op](tensors, workload.shape)
+        return infer(workload.shape, arrays, memory_format, device=device)
+    with torch.device(device):
+        tensors = {name: _tensor(array, name, memory_format).to(device) for name, array in arrays.items()}
+        operator, named = _OPERATORS[workload.op](tensors, workload.shape)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -72,7 +73,7 @@ def _tensor(array: np.ndarray, name: str, memory_format: torch.memory_format) ->
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    array = tensor.numpy()
+    array = tensor.cpu().numpy()
     return np.array(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
 
 

@@ -73,29 +73,45 @@ def network(shape: Model) -> torch.nn.Module:
     return net
 
 
+def _copied(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy().copy()
+
+
 def _images(arrays: Arrays, memory_format: torch.memory_format) -> torch.Tensor:
     return torch.from_numpy(networks.images(arrays["x"])).clone(memory_format=memory_format)
 
 
-def infer(shape: Model, arrays: Arrays, memory_format: torch.memory_format, compiled: bool = False) -> Side:
+def infer(
+    shape: Model,
+    arrays: Arrays,
+    memory_format: torch.memory_format,
+    compiled: bool = False,
+    device: str = "cpu",
+) -> Side:
     """A forward pass in evaluation mode."""
-    net = network(shape).eval().to(memory_format=memory_format)
+    net = network(shape).eval().to(device, memory_format=memory_format)
     forward = torch.compile(net) if compiled else net
-    x = _images(arrays, memory_format)
+    x = _images(arrays, memory_format).to(device)
 
     def run() -> torch.Tensor:
         with torch.inference_mode():
             return forward(x)
 
-    return Side(run, lambda: {"logits": run().numpy().copy()})
+    return Side(run, lambda: {"logits": run().cpu().numpy().copy()})
 
 
-def train(shape: Model, arrays: Arrays, memory_format: torch.memory_format, compiled: bool = False) -> Side:
+def train(
+    shape: Model,
+    arrays: Arrays,
+    memory_format: torch.memory_format,
+    compiled: bool = False,
+    device: str = "cpu",
+) -> Side:
     """A training step with fused Adam."""
-    net = network(shape).train().to(memory_format=memory_format)
+    net = network(shape).train().to(device, memory_format=memory_format)
     forward = torch.compile(net) if compiled else net
     optimizer = torch.optim.Adam(net.parameters(), lr=networks.LEARNING_RATE, fused=True)
-    x, target = _images(arrays, memory_format), torch.from_numpy(arrays["target"])
+    x, target = _images(arrays, memory_format).to(device), torch.from_numpy(arrays["target"]).to(device)
 
     def run() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -110,9 +126,9 @@ def train(shape: Model, arrays: Arrays, memory_format: torch.memory_format, comp
             logits = net(x)
             loss = F.cross_entropy(logits, target)
             loss.backward()
-        results = {"logits": logits.detach().numpy().copy(), "loss": loss.detach().numpy().copy()}
+        results = {"logits": _copied(logits.detach()), "loss": _copied(loss.detach())}
         for name, parameter in net.named_parameters():
-            results[GRADIENT + name] = parameter.grad.numpy().copy()
+            results[GRADIENT + name] = _copied(parameter.grad)
         net.load_state_dict(state)
         return results
 
