@@ -208,6 +208,14 @@ def test_interrupt_while_compiling(monkeypatch):
     assert not Path("runs").exists()
 
 
+def test_resume_a_run_of_a_version_without_devices():
+    train_tiny("--out", "a", "--schedule", "none")
+    settings = json.loads(Path("a/run.json").read_text())
+    assert settings["settings"].pop("device") == "cpu"
+    Path("a/run.json").write_text(json.dumps(settings))
+    assert "3/3" in run("--resume", "--out", "a", "--epochs", 3).stdout
+
+
 def test_resume_takes_the_newest_run_and_its_settings():
     train_tiny("--out", "runs/old")
     time.sleep(0.01)

@@ -47,3 +47,33 @@ for call in (lambda: cuda.zeros(3), lambda: cuda.from_numpy(np.zeros(3)), cuda.s
     lines = python(code, CUDA_VISIBLE_DEVICES="-1").splitlines()
     assert len(lines) == 3
     assert all(line.startswith("cuda: no CUDA device can be used: ") for line in lines)
+
+
+@pytest.mark.parametrize("missing", ["numba-cuda", "device"])
+def test_networks_and_commands_say_what_is_missing(missing):
+    if missing == "device":
+        pytest.importorskip("numba_cuda", reason="needs fastcnn[cuda]")
+    code = f"""
+import sys
+if {missing == "numba-cuda"}:
+    sys.modules["numba_cuda"] = None
+from typer.testing import CliRunner
+from fastcnn import data, nn
+from fastcnn.cli import app
+import numpy as np
+net = nn.Sequential(nn.Linear(2, 3))
+images = data.Dataset(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int), ("a",))
+for call in (lambda: net.to("cuda"), lambda: data.Loader(images, 2, device="cuda")):
+    try:
+        call()
+    except (ImportError, RuntimeError) as error:
+        print(error)
+assert net[0].weight.device == "cpu"
+result = CliRunner().invoke(app, ["train", "--device", "cuda"])
+print(result.stderr.strip() if result.exit_code == 1 else result)
+"""
+    needed = "fastcnn[cuda]" if missing == "numba-cuda" else "no CUDA device can be used"
+    lines = python(code, CUDA_VISIBLE_DEVICES="-1").splitlines()
+    assert len(lines) == 3, lines
+    assert all(needed in line for line in lines)
+    assert lines[2].startswith("error: --device cuda: ")

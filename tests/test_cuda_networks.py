@@ -312,3 +312,33 @@ def test_no_new_memory_after_the_first_step():
     before = cuda.arrays.pool.stats()["misses"]
     step(net, optimizer, x, y)
     assert cuda.arrays.pool.stats()["misses"] == before
+
+
+def test_a_run_of_the_command_line_is_made_on_the_device():
+    from fastcnn.cli.run import Datasets, Settings, build, load_datasets
+
+    settings = Settings(
+        data="digits",
+        model="chapter9",
+        epochs=1,
+        batch_size=8,
+        lr=None,
+        optimizer="adam",
+        weight_decay=None,
+        schedule="none",
+        augment="none",
+        label_smoothing=0.0,
+        validation=0.0,
+        patience=None,
+        limit_train=16,
+        seed=0,
+        device="cuda",
+    ).resolved()
+    parts = load_datasets(settings, lambda *_: None)
+    assert isinstance(parts, Datasets)
+    run = build(settings, parts)
+    assert all(parameter.device == "cuda" for parameter in run.trainer.model.parameters())
+    assert run.train.device == run.test.device == "cuda"
+    x, y = next(iter(run.train))
+    assert isinstance(x, cuda.DeviceArray)
+    assert isinstance(y, np.ndarray)

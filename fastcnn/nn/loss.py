@@ -105,15 +105,15 @@ class CrossEntropyLoss(Module):
     def _run(self, rows: np.ndarray, labels: np.ndarray, indices: bool, shape: tuple[int, ...]) -> Any:
         on = device_of(rows)
         weight = None if self.weight is None else on.array(host(self.weight).astype(rows.dtype, copy=False))
+        # From the labels, so that a device need not be waited for.
+        total = self._total(labels) if indices else float(len(rows))
         labels = on.array(labels)
         if indices:
             options: tuple = (weight, self.ignore_index, self.label_smoothing)
-            losses, weights = on.kernels.softmax_cross_entropy(rows, labels, *options)
-            total = float(host(weights).sum(dtype=np.float64))
+            losses, _ = on.kernels.softmax_cross_entropy(rows, labels, *options)
         else:
             options = (weight, self.label_smoothing)
             losses = on.kernels.soft_cross_entropy(rows, labels, *options)
-            total = float(len(rows))
         self._keep(rows, labels, indices, options, shape, total)
         if self.reduction == "none":
             return losses.reshape(_without_classes(shape))
@@ -121,6 +121,13 @@ class CrossEntropyLoss(Module):
         if self.reduction == "sum":
             return loss
         return loss / total if total else float("nan")
+
+    def _total(self, labels: np.ndarray) -> float:
+        """The sum of the weights of all labels that count."""
+        counted = labels != self.ignore_index
+        if self.weight is None:
+            return float(np.count_nonzero(counted))
+        return float(host(self.weight)[labels[counted]].sum(dtype=np.float64))
 
     def backward(self, dout: Any = 1.0, input_grad: bool = True) -> np.ndarray | None:
         """The gradient of `input`.
