@@ -242,6 +242,12 @@ def test_a_tile_is_chosen_that_fills_the_device(monkeypatch):
     assert (large.tile.name, large.parts) == ("128x128", 1)
     assert splits.grid(100_000, 64, 1, 576).tile.name == "128x64"
     assert splits.grid(100_000, 32, 1, 288).tile.name == "128x32"
+    weights = splits.grid(rows=1152, columns=128, products=1, terms=100_000)
+    assert weights.tile.name == "128x128"
+    assert 132 <= weights.tiles * weights.parts <= 2 * 132
+    assert splits.grid(1152, 128, 1, 100_000, splits=False).tile.name == "32x32"
+    nothing = splits.grid(rows=9, columns=4, products=1, terms=0)
+    assert (nothing.parts, nothing.span > 0) == (1, True)
     small = splits.grid(rows=512, columns=128, products=1, terms=1152)
     assert small.tile.name == "32x32"
     assert 132 <= small.tiles * small.parts <= 16 * 132

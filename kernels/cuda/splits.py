@@ -16,9 +16,10 @@ from .arrays import DeviceArray, blocks, empty
 from .jit import SIMULATED, THREADS, kernel
 from .tile import TILES, Tile
 
-# A part has so many slices at least: what it takes to start and to write a block should be little beside
-# them.
-_FEWEST_SLICES = 4
+# Slices of a part, at least: what it takes to start a block, and to write its sums for them to be added up,
+# should be little beside them. The smallest tile is there for when little is to be done, and that at once.
+_FEWEST_SLICES = 16
+_FEWEST_OF_SMALLEST = 4
 _MOST_PARTS = 64
 
 
@@ -41,26 +42,30 @@ def _tiles(tile: Tile, rows: int, columns: int) -> int:
     return -(-rows // tile.rows) * -(-columns // tile.columns)
 
 
-def _tile(tiles: tuple[Tile, ...], rows: int, columns: int, products: int) -> Tile:
-    """The widest tile that the columns fill, if it makes enough blocks; else the last."""
-    for tile in tiles[:-1]:
-        # At most a fifth of the columns may be beside the result.
-        if tile.columns * 4 <= columns * 5 and _tiles(tile, rows, columns) * products >= multiprocessors():
-            return tile
-    return tiles[-1]
+def _most_parts(tile: Tile, terms: int, is_smallest: bool) -> int:
+    """Parts that the sum can be cut into."""
+    slices = -(-terms // tile.depth)
+    return max(1, min(slices // (_FEWEST_OF_SMALLEST if is_smallest else _FEWEST_SLICES), _MOST_PARTS))
 
 
 def grid(
     rows: int, columns: int, products: int, terms: int, tiles: tuple[Tile, ...] = TILES, splits: bool = True
 ) -> Grid:
-    """How to compute so many products of (rows, terms) with (terms, columns)."""
-    tile = _tile(tiles, rows, columns, products)
-    count = _tiles(tile, rows, columns)
-    slices = -(-terms // tile.depth)
-    wanted = tile.blocks * multiprocessors()
-    parts = min(wanted // (count * products), slices // _FEWEST_SLICES, _MOST_PARTS) if splits else 1
-    span = -(-slices // max(parts, 1)) * tile.depth
-    return Grid(tile, count, max(-(-terms // max(span, 1)), 1), max(span, 1))
+    """How to compute so many products of (rows, terms) with (terms, columns).
+
+    On the widest tile that the columns fill, to four fifths at least, and that makes a block for every
+    multiprocessor, in parts of the sum if need be and `splits`; else on the last.
+    """
+    for tile in tiles:
+        is_last = tile is tiles[-1]
+        count = _tiles(tile, rows, columns)
+        most = _most_parts(tile, terms, is_last) if splits else 1
+        fits = tile.columns * 4 <= columns * 5 and count * products * most >= multiprocessors()
+        if fits or is_last:
+            break
+    parts = max(1, min(tile.blocks * multiprocessors() // (count * products), most))
+    span = max(1, -(-terms // (parts * tile.depth))) * tile.depth
+    return Grid(tile, count, max(1, -(-terms // span)), span)
 
 
 @kernel("T[::1], T[::1], T[::1], int32, int32, int32")
