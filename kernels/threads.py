@@ -57,6 +57,10 @@ _CALLER_POLLS = 4_000
 _ALONE = -1
 # Parts for each thread, so that one which the system slows down takes fewer of them.
 _PARTS_A_THREAD = 4
+# With less work, in operations or bytes, handing parts out takes longer than it spares: to helpers that wait
+# for a call from Python, and to those that play a recording.
+_LEAST_WORK = 50_000
+_LEAST_WORK_PLAYED = 15_000
 
 
 @kernel
@@ -229,9 +233,9 @@ def set_num_threads(threads: int) -> None:
 def part_count(tasks: int, work: float = np.inf) -> int:
     """Number of parts in which to do `tasks` independent tasks of `work` operations or bytes in all.
 
-    Handing parts out costs some microseconds, so that little work is done in one.
+    Little work is done in one.
     """
-    if work < 50_000 or _team.threads == 1:
+    if work < (_LEAST_WORK_PLAYED if is_recording() else _LEAST_WORK) or _team.threads == 1:
         return 1
     return max(1, min(_PARTS_A_THREAD * _team.threads, tasks))
 
