@@ -76,12 +76,11 @@ def _following(n, first, b):
 @kernel
 def set_rectangle(ranges, tile, top, bottom, left, right, width):
     """Let a tile sum over a rectangle alone of what lies in rows of `width`."""
-    entry = ranges[4 * tile : 4 * tile + 4]
     rows, columns = max(bottom - top, 0), max(right - left, 0)
-    entry[0] = top * width + left
-    entry[1] = rows * width if columns == width else columns
-    entry[2] = width
-    entry[3] = 1 if columns == width else rows
+    ranges[4 * tile] = top * width + left
+    ranges[4 * tile + 1] = rows * width if columns == width else columns
+    ranges[4 * tile + 2] = width
+    ranges[4 * tile + 3] = 1 if columns == width else rows
 
 
 @kernel
@@ -89,11 +88,11 @@ def _tap_ranges(of, first, r0, r1, ranges):
     """The taps that each tile of the block from grid row `first` on needs; nothing if all need all."""
     if of.tiles.size == 0:
         return ranges[:0]
-    tiles = of.tiles[r0 // TILE_ROWS : r1 // TILE_ROWS]
-    for t in range(len(tiles)):
-        top, bottom = of.reach[first + tiles[t, 0]], of.reach[first + tiles[t, 1]]
-        begin, end = min(top[0], bottom[0]), max(top[1], bottom[1])
-        set_rectangle(ranges, t, begin, end, tiles[t, 2], tiles[t, 3], of.blocks.line)
+    tiles, reach, t0 = of.tiles, of.reach, r0 // TILE_ROWS
+    for t in range(t0, r1 // TILE_ROWS):
+        top, bottom = first + tiles[t, 0], first + tiles[t, 1]
+        begin, end = min(reach[top, 0], reach[bottom, 0]), max(reach[top, 1], reach[bottom, 1])
+        set_rectangle(ranges, t - t0, begin, end, tiles[t, 2], tiles[t, 3], of.blocks.line)
     return ranges
 
 

@@ -116,10 +116,10 @@ def _pixel_ranges(of, first, rows, ranges):
     """The pixels of the block from grid row `first` on that meet each tile's taps; nothing if all do."""
     if of.tiles.size == 0:
         return ranges[:0]
-    for t in range(len(of.tiles)):
-        tile = of.tiles[t]
-        top, bottom = max(tile[0] - first, 0), min(tile[1] - first, rows)
-        set_rectangle(ranges, t, top, bottom, tile[2], tile[3], of.blocks.width)
+    tiles = of.tiles
+    for t in range(tiles.shape[0]):
+        top, bottom = max(tiles[t, 0] - first, 0), min(tiles[t, 1] - first, rows)
+        set_rectangle(ranges, t, top, bottom, tiles[t, 2], tiles[t, 3], of.blocks.width)
     return ranges
 
 

@@ -216,8 +216,7 @@ def _terms(ranges, tile, depth):
     """What a tile sums over: all k, or those of its entry in `ranges`."""
     if ranges.size == 0:
         return 0, depth, 0, 1
-    entry = ranges[4 * tile : 4 * tile + 4]
-    return entry[0], entry[1], entry[2], entry[3]
+    return ranges[4 * tile], ranges[4 * tile + 1], ranges[4 * tile + 2], ranges[4 * tile + 3]
 
 
 @kernel
