@@ -197,7 +197,7 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
 
 
 @entry
-def _transform_weights(weight, g, matrix, transformed):
+def _transform_weights(weight, g, matrix, rows, transformed):
     """(kH, kW, C, F) as columns, groups of filters, cuts, channels and rows of the transform, and filters."""
     kernel_h, kernel_w, channels, filters = weight.shape
     size, side = matrix.shape
@@ -207,12 +207,18 @@ def _transform_weights(weight, g, matrix, transformed):
         for k in range(g.cuts * g.cuts * channels):
             cut, c = k // channels, k % channels
             h0, w0 = cut // g.cuts * side, cut % g.cuts * side
+            high, wide = min(side, kernel_h - h0), min(side, kernel_w - w0)
+            for i in range(size):
+                for b in range(wide):
+                    total = 0.0
+                    for a in range(high):
+                        total += matrix[i, a] * weight[h0 + a, w0 + b, c, f]
+                    rows[i * side + b] = total
             for i in range(size):
                 for q in range(size):
                     total = 0.0
-                    for a in range(min(side, kernel_h - h0)):
-                        for b in range(min(side, kernel_w - w0)):
-                            total += matrix[i, a] * matrix[q, b] * weight[h0 + a, w0 + b, c, f]
+                    for b in range(wide):
+                        total += matrix[q, b] * rows[i * side + b]
                     transformed[q * column + target + (k * size + i) * FILTERS] = total
 
 
@@ -305,7 +311,8 @@ def forward(
     padded = _padded_filters(g.filters)
     weights = scratch("weights", padded * taps.shape[1] * g.size * g.size, x.dtype)
     weights.fill(0)
-    _transform_weights(weight, g, matrices(g.size)[2], weights)
+    matrix = matrices(g.size)[2]
+    _transform_weights(weight, g, matrix, scratch("rows", matrix.size, matrix.dtype), weights)
     # What is added to the products at the point 1 of the rows: nothing, and the bias.
     start = scratch("start", 2 * padded, x.dtype)
     start.fill(0)
