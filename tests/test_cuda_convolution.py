@@ -270,3 +270,12 @@ def test_more_pixels_than_kernels_count_are_refused():
     ):
         with pytest.raises(ValueError, match=f"^{name}: 2147483648 pixels"):
             sizes()
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+def test_sums_of_many_rows_are_parts_of_blocks(channels):
+    dout = normal(0, 300, channels)
+    dbias = cuda.conv2d_backward_bias(cuda.from_numpy(dout))
+    assert_close(dbias, reference.conv2d_backward_bias(dout), 300)
+    cuda.conv2d_backward_bias(cuda.from_numpy(dout), out=dbias, accumulate=True)
+    assert_close(dbias, 2 * reference.conv2d_backward_bias(dout), 300)

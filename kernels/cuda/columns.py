@@ -129,9 +129,12 @@ def col2im(
     return x
 
 
-@kernel("T[::1], uint8[::1], float64[::1], int64, int32, int32")
-def _sum_rows(dout, argmax, parts, rows, channels, area):
-    """A block's sums, in float64, of dout, or of what passed a max-pooling of `area` pixels if not 0."""
+@kernel("T[::1], uint8[::1], float64[::1], T[::1], int64, int32, int32, int32")
+def _sum_rows(dout, argmax, parts, dbias, rows, channels, area, accumulate):
+    """A block's sums, in float64, of dout, or of what passed a max-pooling of `area` pixels if not 0.
+
+    A single block writes them to dbias itself.
+    """
     sums = cuda.shared.array(THREADS, np.float64)
     across, down = cuda.blockDim.x, cuda.blockDim.y
     channel = cuda.blockIdx.y * across + cuda.threadIdx.x
@@ -151,7 +154,10 @@ def _sum_rows(dout, argmax, parts, rows, channels, area):
         cuda.syncthreads()
         reach //= 2
     if cuda.threadIdx.y == 0 and channel < channels:
-        parts[cuda.blockIdx.x * channels + channel] = sums[place]
+        if cuda.gridDim.x > 1:
+            parts[cuda.blockIdx.x * channels + channel] = sums[place]
+        else:
+            dbias[channel] = sums[place] + dbias[channel] if accumulate else sums[place]
 
 
 @kernel("T[::1], float64[::1], int32, int32")
@@ -179,8 +185,10 @@ def sum_rows(
     parts = empty(count * channels, np.float64)
     where = nothing(np.dtype(np.uint8)) if argmax is None else argmax.ravel()
     grid = (count, -(-channels // across))
-    _sum_rows[grid, (across, down)](dout.ravel(), where, parts, rows, channels, area)
-    _add_sums[-(-channels // 32), 32](dbias, parts, count, int(accumulate))
+    arrays = dout.ravel(), where, parts, dbias
+    _sum_rows[grid, (across, down)](*arrays, rows, channels, area, int(accumulate))
+    if count > 1:
+        _add_sums[-(-channels // 32), 32](dbias, parts, count, int(accumulate))
 
 
 @twin_of(cpu.conv2d_backward_bias)

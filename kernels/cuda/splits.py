@@ -45,7 +45,10 @@ def _tiles(tile: Tile, rows: int, columns: int) -> int:
 def _most_parts(tile: Tile, terms: int, is_smallest: bool) -> int:
     """Parts that the sum can be cut into."""
     slices = -(-terms // tile.depth)
-    return max(1, min(slices // (_FEWEST_OF_SMALLEST if is_smallest else _FEWEST_SLICES), _MOST_PARTS))
+    if slices < _FEWEST_SLICES:
+        # Adding up takes a launch more.
+        return 1
+    return min(slices // (_FEWEST_OF_SMALLEST if is_smallest else _FEWEST_SLICES), _MOST_PARTS)
 
 
 def grid(
