@@ -9,9 +9,9 @@ import numpy as np
 from numba import cuda
 
 from .arrays import DeviceArray, as_device, contiguous, empty
+from .channel_sums import add_up, counters, layout
 from .elementwise import binary, run, unary
 from .jit import kernel
-from .reduction import add_up, counters, layout
 
 
 @binary

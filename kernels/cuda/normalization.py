@@ -23,9 +23,9 @@ from ..cpu import normalization as cpu
 from ..cpu.normalized import DEAD
 from . import checks
 from .arrays import THREADS, DeviceArray, empty
+from .channel_sums import Layout, add_up, counters, is_last, layout, place
 from .jit import Kernel, device_function, kernel
 from .pooling import split
-from .reduction import Layout, add_up, counters, is_last, layout, place
 from .twin import twin_of
 
 # Rows whose loads a thread has under way at the same time.

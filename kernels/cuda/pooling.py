@@ -24,8 +24,8 @@ from ..cpu import pooling as cpu
 from ..windows import Axis, Windows, argmax_dtype, average_axes, pool_padding, pooled_windows, windows
 from . import checks
 from .arrays import THREADS, DeviceArray, from_numpy
+from .channel_sums import fold, layout, place
 from .jit import FLOATS, Kernel, device_function, kernel
-from .reduction import fold, layout, place
 from .twin import twin_of
 
 # Pixels of a gradient that one thread computes.
