@@ -248,3 +248,11 @@ def test_an_unusable_row_of_parameters_is_nan():
     (images,) = cuda_device.run(operation, arguments)
     assert [np.isnan(image).all() for image in images] == [False, True, True, True, False, False, False]
     assert not np.isnan(images[[0, 4, 5, 6]]).any()
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "relu_forward"])
+def test_out_may_be_the_input(name):
+    x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    on_device = cuda.from_numpy(x)
+    getattr(cuda, name)(on_device, out=on_device)
+    np.testing.assert_allclose(on_device.numpy(), getattr(reference, name)(x), rtol=1e-5)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda, float64
+from numba import cuda, float64, uint32
 
 from ..cpu import activation as cpu
 from . import checks
-from .arrays import DeviceArray
+from .arrays import DeviceArray, empty
 from .elementwise import CHUNK, binary, chunks, run, unary
 from .jit import THREADS, device_function, kernel
-from .reductions import LANES, ROWS, fold, slabs
+from .reduction import counters, fold, is_last, layout, place
 from .twin import twin_of
 
 
@@ -114,29 +114,39 @@ def prelu_forward(x: Any, weight: Any, *, out: Any = None) -> DeviceArray:
     return y
 
 
-@kernel("T[::1], T[::1], T[::1], T[::1], float64[:, ::1]")
-def _prelu_backward(dout, x, slopes, dx, sums):
-    """dx, and the sums of slopes' gradients of one piece (`Slabs`)."""
-    partial = cuda.shared.array((ROWS, LANES), float64)
-    pieces, width = sums.shape
-    lane, row = cuda.threadIdx.x, cuda.threadIdx.y
-    column, piece = cuda.blockIdx.x * LANES + lane, cuda.blockIdx.y
+@kernel("T[::1], T[::1], T[::1], T[::1], T[::1], float64[:, ::1], uint32[::1], UniTuple(int64, 3), int64")
+def _prelu_backward(dout, x, slopes, dx, dslopes, partial, arrived, sizes, accumulate):
+    """dx, and the slopes' gradients: of each block in `partial`, added up by the last block of each tile."""
+    sums = cuda.shared.array(THREADS, float64)
+    ticket = cuda.shared.array(1, uint32)
+    rows, columns, lanes = sizes
+    thread, channels = cuda.threadIdx.x, slopes.size
+    lane, channel = place(columns)
     total = 0.0
-    if column < width:
-        slope = slopes[column % slopes.size]
-        for i in range((piece + row * pieces) * width + column, x.size, ROWS * pieces * width):
+    if channel < channels:
+        slope = slopes[channel]
+        for row in range(cuda.blockIdx.x * lanes + lane, rows, cuda.gridDim.x * lanes):
+            i = row * channels + channel
             gradient, value = dout[i], x[i]
             if value > 0:
                 dx[i] = gradient
             else:
                 dx[i] = slope * gradient
                 total += gradient * value
-    partial[row, lane] = total
-    cuda.syncthreads()
-    if row == 0 and column < width:
-        for k in range(1, ROWS):
-            total += partial[k, lane]
-        sums[piece, column] = total
+    sums[thread] = total
+    fold(sums, columns, lanes)
+    if lane == 0 and channel < channels:
+        partial[cuda.blockIdx.x, channel] = sums[thread]
+    if not is_last(arrived, ticket):
+        return
+    total = 0.0
+    if channel < channels:
+        for block in range(lane, cuda.gridDim.x, lanes):
+            total += partial[block, channel]
+    sums[thread] = total
+    fold(sums, columns, lanes)
+    if lane == 0 and channel < channels:
+        dslopes[channel] = dslopes[channel] + sums[thread] if accumulate else sums[thread]
 
 
 @twin_of(cpu.prelu_backward)
@@ -149,10 +159,12 @@ def prelu_backward(
     dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
     added = accumulate and out_dweight is not None
     if x.size:
-        plan = slabs(x.size, weight.size)
+        rows = x.size // weight.size
+        grid = layout(rows, weight.size)
+        partial = empty((grid.blocks, weight.size), np.float64)
         flat = (array.reshape(-1) for array in (dout, x))
-        _prelu_backward.launch(plan.grid, (LANES, ROWS), *flat, weight, dx.reshape(-1), plan.sums)
-        fold(plan, dweight, added)
+        arguments = *flat, weight, dx.reshape(-1), dweight, partial, counters(grid.tiles)
+        _prelu_backward.launch(grid.grid, grid.threads, *arguments, (rows, grid.columns, grid.lanes), added)
     elif not added:
         dweight.fill(0)
     return dx, dweight

@@ -18,47 +18,86 @@ from ..cpu import loss as cpu
 from . import checks
 from .arrays import DeviceArray, empty
 from .jit import Kernel, device_function, kernel
-from .reductions import LANES, ROWS, row_max, row_sum
 from .twin import twin_of
+
+# Threads that share a row, and rows of a block.
+_LANES, _ROWS = 32, 4
 
 
 def _run(rows: Kernel, count: int, *arguments: Any) -> None:
     """Launch a kernel with a warp for each of `count` rows."""
-    rows.launch(-(-count // ROWS), (LANES, ROWS), *arguments)
+    rows.launch(-(-count // _ROWS), (_LANES, _ROWS), *arguments)
 
 
 @device_function
 def _row(count):
     """The row of this thread. The last block's threads beyond the end repeat the last row: all must meet."""
-    return min(cuda.blockIdx.x * ROWS + cuda.threadIdx.y, count - 1)
+    return min(cuda.blockIdx.x * _ROWS + cuda.threadIdx.y, count - 1)
+
+
+@device_function
+def _repeats(count):
+    """Whether this thread only repeats the last row: it must not write what others may still read."""
+    return cuda.blockIdx.x * _ROWS + cuda.threadIdx.y >= count
+
+
+@device_function
+def _row_sum(partial, value):
+    """The sum over a row's lanes of `value`, in every lane; `partial` is _ROWS x _LANES shared numbers.
+
+    All threads of the block must call it together. Every lane adds all lanes' values itself: two barriers,
+    where a tree takes six.
+    """
+    row, lane = cuda.threadIdx.y, cuda.threadIdx.x
+    partial[row, lane] = value
+    cuda.syncthreads()
+    total = partial[row, 0]
+    for k in range(1, _LANES):
+        total += partial[row, k]
+    cuda.syncthreads()
+    return total
+
+
+@device_function
+def _row_max(partial, value):
+    """The largest `value` of a row's lanes, in every lane, like `_row_sum`; where one is NaN, any of them."""
+    row, lane = cuda.threadIdx.y, cuda.threadIdx.x
+    partial[row, lane] = value
+    cuda.syncthreads()
+    largest = partial[row, 0]
+    for k in range(1, _LANES):
+        if partial[row, k] > largest:
+            largest = partial[row, k]
+    cuda.syncthreads()
+    return largest
 
 
 @device_function
 def _largest(partial, x, m):
     """The largest element of row m; NaN spreads by the exponentials."""
     largest = x[m, 0]
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         if x[m, k] > largest:
             largest = x[m, k]
-    return row_max(partial, largest)
+    return _row_max(partial, largest)
 
 
 @device_function
 def _sum_of_powers(partial, x, m, largest, zero):
     """Sum of exp(x - largest) over row m."""
     total = zero
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         total += math.exp(x[m, k] - largest)
-    return row_sum(partial, total)
+    return _row_sum(partial, total)
 
 
 @device_function
 def _sum(partial, values, zero):
     """Sum of an array of one axis."""
     total = zero
-    for k in range(cuda.threadIdx.x, values.size, LANES):
+    for k in range(cuda.threadIdx.x, values.size, _LANES):
         total += values[k]
-    return row_sum(partial, total)
+    return _row_sum(partial, total)
 
 
 # ------------------------------------------------------------------ softmax
@@ -66,12 +105,14 @@ def _sum(partial, values, zero):
 
 @kernel("T[:, ::1], T[:, ::1], T, int64")
 def _softmax(x, y, zero, log):
-    partial = cuda.shared.array((ROWS, LANES), x.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), x.dtype)
     m = _row(x.shape[0])
     largest = _largest(partial, x, m)
     total = _sum_of_powers(partial, x, m, largest, zero)
     logarithm = math.log(total)
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    if _repeats(x.shape[0]):
+        return
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         below = x[m, k] - largest
         y[m, k] = below - logarithm if log else math.exp(below) / total
 
@@ -103,13 +144,15 @@ def log_softmax(x: Any, *, out: Any = None) -> DeviceArray:
 
 @kernel("T[:, ::1], T[:, ::1], T[:, ::1], T, int64")
 def _softmax_backward(dout, y, dx, zero, log):
-    partial = cuda.shared.array((ROWS, LANES), y.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), y.dtype)
     m = _row(y.shape[0])
     total = zero
-    for k in range(cuda.threadIdx.x, y.shape[1], LANES):
+    for k in range(cuda.threadIdx.x, y.shape[1], _LANES):
         total += dout[m, k] if log else dout[m, k] * y[m, k]
-    total = row_sum(partial, total)
-    for k in range(cuda.threadIdx.x, y.shape[1], LANES):
+    total = _row_sum(partial, total)
+    if _repeats(y.shape[0]):
+        return
+    for k in range(cuda.threadIdx.x, y.shape[1], _LANES):
         if log:
             dx[m, k] = dout[m, k] - math.exp(y[m, k]) * total
         else:
@@ -164,19 +207,19 @@ def _labels(target: Any, x: DeviceArray) -> DeviceArray:
 
 @kernel("T[:, ::1], int64[::1], T[::1], int64, T, T, T, T[::1], T[::1]")
 def _cross_entropy(x, target, weight, ignore_index, of_label, of_all, zero, losses, weights):
-    partial = cuda.shared.array((ROWS, LANES), x.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), x.dtype)
     m = _row(x.shape[0])
     label = target[m]
     largest = _largest(partial, x, m)
     logarithm = math.log(_sum_of_powers(partial, x, m, largest, zero))
     below = zero
     if of_all > 0:
-        for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+        for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
             # The share first: the sum without it could overflow where the loss doesn't.
             below += of_all * weight[k] * (x[m, k] - largest)
-    below = row_sum(partial, below)
+    below = _row_sum(partial, below)
     whole = _sum(partial, weight, zero)
-    if cuda.threadIdx.x == 0:
+    if cuda.threadIdx.x == 0 and not _repeats(x.shape[0]):
         if label == ignore_index:
             losses[m] = 0
             weights[m] = 0
@@ -214,7 +257,7 @@ def softmax_cross_entropy(
 
 @kernel("T[::1], T[:, ::1], int64[::1], T[::1], int64, T, T, T, T[:, ::1]")
 def _cross_entropy_backward(dlosses, x, target, weight, ignore_index, of_label, of_all, zero, dx):
-    partial = cuda.shared.array((ROWS, LANES), x.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), x.dtype)
     m = _row(x.shape[0])
     label, upstream = target[m], dlosses[m]
     largest = _largest(partial, x, m)
@@ -223,7 +266,9 @@ def _cross_entropy_backward(dlosses, x, target, weight, ignore_index, of_label, 
     is_class = label >= 0 and label < x.shape[1] and label != ignore_index
     of_label *= weight[label] if is_class else zero
     scale = (of_label + of_all * whole) / total
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    if _repeats(x.shape[0]):
+        return
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         share = of_all * weight[k]
         if k == label:
             share += of_label
@@ -268,18 +313,18 @@ def _probability(weight, target, m, k, of_target, of_all):
 
 @kernel("T[:, ::1], T[:, ::1], T[::1], T, T, T, T[::1]")
 def _soft_cross_entropy(x, target, weight, of_target, of_all, zero, losses):
-    partial = cuda.shared.array((ROWS, LANES), x.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), x.dtype)
     m = _row(x.shape[0])
     largest = _largest(partial, x, m)
     logarithm = math.log(_sum_of_powers(partial, x, m, largest, zero))
     whole, below = zero, zero
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         q = _probability(weight, target, m, k, of_target, of_all)
         whole += q
         below += q * (x[m, k] - largest)
-    whole = row_sum(partial, whole)
-    below = row_sum(partial, below)
-    if cuda.threadIdx.x == 0:
+    whole = _row_sum(partial, whole)
+    below = _row_sum(partial, below)
+    if cuda.threadIdx.x == 0 and not _repeats(x.shape[0]):
         losses[m] = logarithm * whole - below
 
 
@@ -301,15 +346,17 @@ def soft_cross_entropy(
 
 @kernel("T[::1], T[:, ::1], T[:, ::1], T[::1], T, T, T, T[:, ::1]")
 def _soft_cross_entropy_backward(dlosses, x, target, weight, of_target, of_all, zero, dx):
-    partial = cuda.shared.array((ROWS, LANES), x.dtype)
+    partial = cuda.shared.array((_ROWS, _LANES), x.dtype)
     m = _row(x.shape[0])
     largest = _largest(partial, x, m)
     total = _sum_of_powers(partial, x, m, largest, zero)
     whole = zero
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         whole += _probability(weight, target, m, k, of_target, of_all)
-    scale = row_sum(partial, whole) / total
-    for k in range(cuda.threadIdx.x, x.shape[1], LANES):
+    scale = _row_sum(partial, whole) / total
+    if _repeats(x.shape[0]):
+        return
+    for k in range(cuda.threadIdx.x, x.shape[1], _LANES):
         q = _probability(weight, target, m, k, of_target, of_all)
         dx[m, k] = dlosses[m] * (math.exp(x[m, k] - largest) * scale - q)
 
