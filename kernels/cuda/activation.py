@@ -10,9 +10,9 @@ from numba import cuda, float64, uint32
 from ..cpu import activation as cpu
 from . import checks
 from .arrays import DeviceArray, empty
+from .channel_sums import counters, fold, is_last, layout, place
 from .elementwise import CHUNK, binary, chunks, run, unary
 from .jit import THREADS, device_function, kernel
-from .reduction import counters, fold, is_last, layout, place
 from .twin import twin_of
 
 
