@@ -95,6 +95,9 @@ def conv2d_forward(
     y[n, i, j, f] = bias[f] + sum over kh, kw, c of
     x[n, i * stride + kh * dilation - padding, ..., c] * weight[kh, kw, c, f]
 
+    Products with the zeros of the padding may be left out: a weight that is NaN or infinite reaches all
+    outputs where it meets the image, and may reach those where it meets the padding.
+
     Parameters
     ----------
     x : (N, H, W, C) float32 or float64
@@ -182,6 +185,8 @@ def conv2d_backward_weight(
     accumulate: bool = False,
 ) -> np.ndarray:
     """Gradient of `conv2d_forward` with respect to the weight.
+
+    Products with the zeros of the padding may be left out, as they may there.
 
     Parameters
     ----------
