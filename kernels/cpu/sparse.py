@@ -12,6 +12,7 @@ For 2x2 windows that is a quarter of the multiplications of the dense sums, or l
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -276,17 +277,11 @@ def _work(layer: direct.Layer, images: int) -> float:
     return images * layer.multiply_adds / 40
 
 
-def add_weight_gradient(
-    dout: np.ndarray,
-    argmax: np.ndarray,
-    x: np.ndarray,
-    layer: direct.Layer,
-    e: Epilogue,
-    dweight: np.ndarray,
-    dbias: np.ndarray,
-) -> None:
-    """Add the gradients of weight and bias to `dweight` and `dbias`."""
-    images, dtype = x.shape[0], x.dtype
+@lru_cache(maxsize=512)
+def _weight_tables(
+    layer: direct.Layer, e: Epilogue, dtype: np.dtype
+) -> tuple[Sparse, np.ndarray, np.ndarray]:
+    """Sizes, where in a part's window each pooled pixel's own begins, and what an argmax adds to that."""
     s = _sizes(layer, e, dtype, 1, e.out_h)
     row_bytes = s.window_w * s.channels * dtype.itemsize
     extent = (s.kernel_h - 1) * s.dilation_h + 1
@@ -303,23 +298,35 @@ def add_weight_gradient(
         np.arange(rows, dtype=np.int32) * (s.pool_h * s.stride_h * pitch),
         np.arange(s.pooled_w, dtype=np.int32) * (s.pool_w * s.stride_w * s.channels),
     )
+    return s, bases.ravel(), places
+
+
+def add_weight_gradient(
+    dout: np.ndarray,
+    argmax: np.ndarray,
+    x: np.ndarray,
+    layer: direct.Layer,
+    e: Epilogue,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+) -> None:
+    """Add the gradients of weight and bias to `dweight` and `dbias`."""
+    images, dtype = x.shape[0], x.dtype
+    s, bases, places = _weight_tables(layer, e, dtype)
     pieces = min(images * s.blocks, _PIECES)
     parts = part_count(pieces, _work(layer, images))
     partial = scratch("partial", pieces * s.kernel_h * s.filters * s.padded_run, dtype).reshape(pieces, -1)
     biases = scratch("biases", pieces * s.filters, dtype).reshape(pieces, -1)
-    window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
-    windows = _parts("windows", parts, window_rows * pitch + s.padded_run, dtype)
-    entries = s.filters * rows * s.pooled_w + 1
-    values, offsets = (
-        _parts("values", parts, entries, dtype),
-        _parts("offsets", parts, entries, np.dtype(np.int32)),
-    )
+    window_rows = (s.rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
+    windows = _parts("windows", parts, window_rows * s.window_w * s.channels + s.padded_run, dtype)
+    entries = s.filters * bases.size + 1
+    values = _parts("values", parts, entries, dtype)
+    offsets = _parts("offsets", parts, entries, np.dtype(np.int32))
     counts = _parts("counts", parts, s.filters, np.dtype(np.uintp))
     flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
-    _weight(parts, *flat, s, bases.ravel(), places, partial, biases, windows, values, offsets, counts)
+    _weight(parts, *flat, s, bases, places, partial, biases, windows, values, offsets, counts)
     _reduce_weight(part_count(s.kernel_h * s.filters, partial.nbytes), partial, s, dweight.reshape(-1))
-    for bias in biases:
-        dbias += bias
+    dbias += np.add.reduce(biases)
 
 
 def input_gradient(

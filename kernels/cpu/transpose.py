@@ -17,7 +17,7 @@ from .vectors import pointer
 # Below so many elements NumPy's copy is done before a kernel has begun.
 _FEW = 4096
 # With fewer channels, vectors are too empty; but 3, which most images have, are another matter.
-_MANY = 12
+_MANY = 10
 
 
 def _transposed(emit, rows):

@@ -277,6 +277,13 @@ def _padded_filters(filters: int) -> int:
     return -(-filters // FILTERS) * FILTERS
 
 
+@lru_cache(maxsize=512)
+def _pooled_places(g: Tiling, lanes: int) -> np.ndarray:
+    """Where the vectors of a pooling window lie, from its first, in the rows of a tile."""
+    pixel = g.filters * lanes
+    return np.add.outer(np.arange(g.pool_h) * (TILE * pixel), np.arange(g.pool_w) * pixel).ravel()
+
+
 def _memory(parts: int, g: Tiling, e: Epilogue, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     """Scratch for each part, in the order in which `_convolve` takes it."""
     lanes = simd.lanes(dtype)
@@ -319,10 +326,8 @@ def forward(
     if bias is not None:
         start[padded : padded + g.filters] = bias
     parts = part_count(-(-images // lanes) * g.bands, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-    pixel = g.filters * lanes
-    pool = np.add.outer(np.arange(g.pool_h) * (TILE * pixel), np.arange(g.pool_w) * pixel).ravel()
     memory = _memory(parts, g, e, x.dtype)
-    flat = (y.reshape(-1), g, e, pool, argmax.reshape(-1), memory)
+    flat = (y.reshape(-1), g, e, _pooled_places(g, lanes), argmax.reshape(-1), memory)
     _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
 
 
