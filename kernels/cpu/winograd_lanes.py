@@ -37,6 +37,9 @@ _CUT = 7
 _FEWEST_TAPS, _MOST_TAPS = 3, 8
 # A window of a band of tiles should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
+# What is kept of transformed windows must lie in the second-level cache, or the gradient to the input takes
+# twice as long as by `few_channels`, which streams: measured with 32 and 64 filters.
+_SPECTRA_BYTES = 640 * 1024
 # Tasks that a batch is cut into at least, if its images have enough rows of tiles.
 _TASKS = 16
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
@@ -284,6 +287,11 @@ def _pooled_places(g: Tiling, lanes: int) -> np.ndarray:
     return np.add.outer(np.arange(g.pool_h) * (TILE * pixel), np.arange(g.pool_w) * pixel).ravel()
 
 
+def _spectra(g: Tiling) -> int:
+    """Vectors of the transformed windows that are kept at a time: those under a row of tiles."""
+    return g.cuts * (g.tiles_w + g.cuts - 1) * g.size * g.size * g.channels
+
+
 def _memory(parts: int, g: Tiling, e: Epilogue, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     """Scratch for each part, in the order in which `_convolve` takes it."""
     lanes = simd.lanes(dtype)
@@ -294,7 +302,7 @@ def _memory(parts: int, g: Tiling, e: Epilogue, dtype: np.dtype) -> tuple[np.nda
     sizes = {
         "windows": ((g.rows + g.cuts - 2) * TILE + g.size) * g.pitch + lanes * lanes,
         "columns": g.window_w * g.channels * g.size * lanes,
-        "spectra": g.cuts * (g.tiles_w + g.cuts - 1) * g.size * g.size * g.channels * lanes,
+        "spectra": _spectra(g) * lanes,
         "products": filters * TILE * g.size * lanes,
         "rows": TILE * TILE * g.filters * lanes if e.pool_h else 1,
         "results": results,
@@ -367,7 +375,11 @@ def _input_pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
     sides = layer.rows, layer.columns
     if not fits(layer) or any(max(side.padding) >= side.kernel for side in sides):
         return False
-    return _cycles(_adjoint(layer), images, dtype) < image_lanes.input_cycles(layer, images, dtype)
+    adjoint = _adjoint(layer)
+    g, _ = tiling(adjoint, images, dtype, NO_EPILOGUE)
+    if _spectra(g) * simd.lanes(dtype) * dtype.itemsize > _SPECTRA_BYTES:
+        return False
+    return _cycles(adjoint, images, dtype) < image_lanes.input_cycles(layer, images, dtype)
 
 
 @lru_cache(maxsize=512)
