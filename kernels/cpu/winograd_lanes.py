@@ -15,7 +15,7 @@ in an image makes NaN of all its outputs whose tile has it in a window.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,26 +77,23 @@ class Tiling(NamedTuple):
     bands: int  # of an image
 
 
-@kernel
-def _transform_inputs(size, source, s0, source_step, target, t0, target_step):
-    keep_in_line()
-    if size == SIZES[0]:
-        transform(SIZES[0], INPUT, source, s0, source_step, target, t0, target_step)
-    elif size == SIZES[1]:
-        transform(SIZES[1], INPUT, source, s0, source_step, target, t0, target_step)
-    else:
-        transform(SIZES[2], INPUT, source, s0, source_step, target, t0, target_step)
+def transformer(which: int) -> Any:
+    """The kernel that does the transform `which` of any of `SIZES`."""
+
+    def transform_any(size, source, s0, source_step, target, t0, target_step):
+        keep_in_line()
+        if size == SIZES[0]:
+            transform(SIZES[0], which, source, s0, source_step, target, t0, target_step)
+        elif size == SIZES[1]:
+            transform(SIZES[1], which, source, s0, source_step, target, t0, target_step)
+        else:
+            transform(SIZES[2], which, source, s0, source_step, target, t0, target_step)
+
+    return kernel(transform_any)
 
 
-@kernel
-def _transform_outputs(size, source, s0, source_step, target, t0, target_step):
-    keep_in_line()
-    if size == SIZES[0]:
-        transform(SIZES[0], OUTPUT, source, s0, source_step, target, t0, target_step)
-    elif size == SIZES[1]:
-        transform(SIZES[1], OUTPUT, source, s0, source_step, target, t0, target_step)
-    else:
-        transform(SIZES[2], OUTPUT, source, s0, source_step, target, t0, target_step)
+_transform_inputs = transformer(INPUT)
+_transform_outputs = transformer(OUTPUT)
 
 
 @kernel

@@ -25,9 +25,9 @@ from .epilogue import NO_EPILOGUE
 from .image_lanes import fill_window
 from .image_tiles import TAP_FILTERS, gather_images, taps_tile
 from .simd import VECTOR_BITS
-from .vectors import all_lanes, keep_in_line, load, pointer, total, zeros
-from .winograd_lanes import SIZES, Tiling, transform_row
-from .winograd_points import GRADIENT, TILE, matrices, transform
+from .vectors import all_lanes, load, pointer, total, zeros
+from .winograd_lanes import Tiling, transform_row, transformer
+from .winograd_points import GRADIENT, TILE, matrices
 from .workspace import clear, scratch
 
 # Filters of a tile of products, and its taps: those of the fewest tiles are taken.
@@ -79,15 +79,7 @@ def _read_gradients(dout, n0, images, g, first, rows, gradients):
         clear(gradients, m * line + size * lanes, line - size * lanes)
 
 
-@kernel
-def _transform_tile(size, source, s0, source_step, target, t0, target_step):
-    keep_in_line()
-    if size == SIZES[0]:
-        transform(SIZES[0], GRADIENT, source, s0, source_step, target, t0, target_step)
-    elif size == SIZES[1]:
-        transform(SIZES[1], GRADIENT, source, s0, source_step, target, t0, target_step)
-    else:
-        transform(SIZES[2], GRADIENT, source, s0, source_step, target, t0, target_step)
+_transform_gradient = transformer(GRADIENT)
 
 
 @kernel
@@ -104,10 +96,10 @@ def _transform_gradients(gradients, g, rows, first, columns, spectrum):
             source, target = corner + (first + f) * lanes, (tile * _FILTERS + f) * lanes
             for m in range(TILE):
                 s, t = source + m * pixel, m * vectors
-                _transform_tile(g.size, gradients, s, line, columns, t, lanes)
+                _transform_gradient(g.size, gradients, s, line, columns, t, lanes)
             for i in range(g.size):
                 s, t = i * lanes, target + i * point
-                _transform_tile(g.size, columns, s, vectors, spectrum, t, g.size * point)
+                _transform_gradient(g.size, columns, s, vectors, spectrum, t, g.size * point)
 
 
 @kernel
