@@ -9,7 +9,8 @@ No threading runtime lies underneath that a fork, a second Python thread or anot
 forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No
 result depends on any of it: kernels cut their work by its shape, and sum in a fixed order.
 
-A `Recording` notes jobs while they are done, and does all of them again in one call into compiled code.
+A `Recording` notes jobs while they are done, and does all of them again in one call into compiled code, or a
+few: what is done `between_jobs` comes at its place.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from _thread import LockType, allocate_lock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -163,8 +164,8 @@ class _Team:
             self.lock.release()
         _check(succeeded)
 
-    def play(self, jobs: np.ndarray, parts: int) -> None:
-        """Do recorded jobs of at most `parts` parts, as `run` does one."""
+    def play(self, jobs: np.ndarray, parts: int, blocks: list[np.ndarray]) -> None:
+        """Do recorded jobs of at most `parts` parts, as `run` does one; `blocks` keep their arguments."""
         if not self.lock.acquire(blocking=False):
             _check(_play(_control_block(), jobs, 0))
             return
@@ -254,6 +255,38 @@ def is_recording() -> bool:
     return _active.recording is not None
 
 
+def recording() -> Recording | None:
+    """The recording that notes this thread's jobs, if there is one."""
+    return _active.recording
+
+
+def between_jobs(function: Callable, *args: Any) -> None:
+    """Call a function that is no job, now and whenever a recording that is under way is played.
+
+    Everything that depends on the numbers in arrays, and not on their sizes alone, must be a job or come by
+    here. A recording without calls leaves it out: see there.
+    """
+    under_way = _active.recording
+    if under_way is None:
+        function(*args)
+        return
+    # What it does on its own account is not to be noted twice.
+    _active.recording = None
+    try:
+        function(*args)
+    finally:
+        _active.recording = under_way
+    under_way.note_call(function, args)
+
+
+def decide(function: Callable, *args: Any) -> bool:
+    """The answer of a function to which numbers matter; a recording holds as long as it stays the same."""
+    answer = bool(function(*args))
+    if _active.recording is not None:
+        _active.recording.note_decision(function, args, answer)
+    return answer
+
+
 class NotRecordedError(RuntimeError):
     """A computation was to be recorded that does something beside jobs."""
 
@@ -261,15 +294,21 @@ class NotRecordedError(RuntimeError):
 class Recording:
     """Jobs of this thread, noted while they are done in a ``with`` block, to be done again by `play`.
 
-    Numbers and addresses are those of the first time; the arrays are kept alive. What NumPy computes between
-    the jobs is not done again.
+    Numbers and addresses are those of the first time; the arrays are kept alive.
+
+    Parameters
+    ----------
+    calls : bool
+        Whether what is done `between_jobs` is done again too; only this thread may then play, whose scratch
+        memory the jobs use. Without, `play` is one call into compiled code, and it is the caller's to know
+        that those numbers, biases and statistics of layers, are what they were.
     """
 
-    def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+    def __init__(self, calls: bool = False) -> None:
+        self.calls = calls
+        self._steps: list[Any] = []
         self._arguments: list[tuple] = []
-        self._jobs = np.empty((0, 3), np.int64)
-        self._most_parts = 1
+        self._decisions: list[tuple[Callable, tuple, bool]] = []
 
     def __enter__(self) -> Recording:
         if is_recording():
@@ -279,20 +318,58 @@ class Recording:
 
     def __exit__(self, *exception: Any) -> None:
         _active.recording = None
-        jobs = [block[JOB : JOB + 3] for block in self._blocks]
-        self._jobs = np.array(jobs, np.int64).reshape(-1, 3)
-        self._most_parts = max((int(parts) for _, _, parts in jobs), default=1)
+        steps: list[Any] = []
+        blocks: list[np.ndarray] = []
+        for step in (*self._steps, None):
+            if isinstance(step, np.ndarray):
+                blocks.append(step)
+                continue
+            if blocks:
+                jobs = np.array([block[JOB : JOB + 3] for block in blocks], np.int64)
+                # The blocks hold the jobs' arguments.
+                steps.append((_team.play, (jobs, int(jobs[:, 2].max()), blocks)))
+                blocks = []
+            if step is not None:
+                steps.append(step)
+        self._steps = steps
 
     def note(self, driver: Callable, parts: int, args: tuple) -> None:
         """Do a job, and remember it."""
         block = _control_block()
         _check(driver(block, parts, 0, *args))
-        self._blocks.append(block)
+        self._steps.append(block)
         self._arguments.append(args)
 
+    def note_call(self, function: Callable, args: tuple) -> None:
+        """Remember what was done between two jobs."""
+        if self.calls:
+            self._steps.append((function, args))
+
+    def note_decision(self, function: Callable, args: tuple, answer: bool) -> None:
+        """Remember what the jobs depend on."""
+        if self.calls:
+            self._decisions.append((function, args, answer))
+
+    def holds(self) -> bool:
+        """Whether the same jobs would be done now."""
+        return all(bool(function(*args)) is answer for function, args, answer in self._decisions)
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All that jobs read and write, some of it more than once."""
+        open_ends: list[Any] = [*self._arguments, *(args for _, args in self._steps)]
+        while open_ends:
+            value = open_ends.pop()
+            if isinstance(value, np.ndarray):
+                yield value
+            elif isinstance(value, (tuple, list)):
+                open_ends.extend(value)
+
+    # As in kernels, overflow ends in inf or NaN, and not in a warning of NumPy's.
+    @np.errstate(all="ignore")
     def play(self) -> None:
-        """Do all jobs again, in their order."""
-        _team.play(self._jobs, self._most_parts)
+        """Do all of it again, in its order."""
+        for function, args in self._steps:
+            function(*args)
 
 
 class Parallel:

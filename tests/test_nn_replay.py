@@ -11,8 +11,6 @@ import pytest
 
 import fastcnn
 from fastcnn import models, nn
-from fastcnn.kernels.cpu import relu_forward, transpose
-from fastcnn.kernels.threads import NotRecordedError, Recording, is_recording
 
 SHAPES = {
     "emotion": (1, 48, 48),
@@ -355,25 +353,3 @@ def test_only_small_inputs_and_few_shapes_are_recorded():
             net(np.zeros((1, 1, 300, 300), np.float32))
             net(np.zeros((2, 1, 8, 8), np.float32))
         assert net._replay._passes == before
-
-
-def test_a_recording_does_its_jobs_again():
-    x, y = np.array([-1, 2], np.float32), np.empty(2, np.float32)
-    with Recording() as jobs:
-        assert is_recording()
-        relu_forward(x, out=y)
-    assert not is_recording()
-    assert y.tolist() == [0, 2]
-    x[...] = 3, -4
-    jobs.play()
-    assert y.tolist() == [3, 0]
-    Recording().play()
-
-
-def test_a_recording_refuses_what_it_does_not_see():
-    with pytest.raises(NotRecordedError), Recording():
-        transpose.copy(np.ones((3, 4)).T, np.empty((4, 3)))
-    assert not is_recording()
-    with pytest.raises(RuntimeError, match="under way"), Recording(), Recording():
-        pass
-    assert not is_recording()

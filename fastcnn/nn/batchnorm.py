@@ -8,6 +8,7 @@ import numpy as np
 
 from .._device import device_of
 from ..kernels import checks
+from ..kernels.threads import between_jobs
 from ._arrays import channels_first, channels_last, float_dtype, floats, gradient
 from .module import Module
 from .parameter import Parameter
@@ -114,7 +115,8 @@ class _BatchNorm(Module):
         track = self.training and self.track_running_stats
         momentum = self.momentum
         if track:
-            self.num_batches_tracked[...] += 1
+            count = self.num_batches_tracked
+            between_jobs(np.add, count, 1, count)
             if momentum is None:
                 momentum = 1 / int(self.num_batches_tracked)
         running = (self.running_mean, self.running_var) if track or not batch_statistics else (None, None)

@@ -13,7 +13,7 @@ from .._grad_mode import is_grad_enabled
 from ._arrays import floats, inverse, memory_order
 from .fusion import Plan, Run
 from .module import Module
-from .replay import Replay
+from .replay import Replay, layer_by_layer
 
 
 def trainable(module: Module) -> bool:
@@ -174,13 +174,13 @@ class Sequential(_Container):
     def forward(self, input: np.ndarray) -> Any:
         """Run the layers, first to last; some of them in one pass, see `set_fusion`.
 
-        What is known of a small input's shape from earlier calls is used again, see `replay`.
+        What is known of an input's shape from earlier calls is used again, see `replay`.
         """
-        if not is_grad_enabled():
-            y = self._replay.forward(self, input)
-            if y is not None:
-                return y
-        return self._run(input)
+        y = self._replay.forward(self, input)
+        if y is None:
+            with layer_by_layer():
+                y = self._run(input)
+        return y
 
     def _run(self, input: np.ndarray) -> Any:
         x: Any = input
@@ -204,6 +204,10 @@ class Sequential(_Container):
         Without `input_grad` it stops at the first layer with anything to train, whose input gradient is not
         computed either.
         """
+        played = self._replay.backward(self, dout, input_grad)
+        return self._run_backward(dout, input_grad) if played is None else played[0]
+
+    def _run_backward(self, dout: np.ndarray, input_grad: bool) -> np.ndarray | None:
         layers, runs, kept = self._kept()
         kept = list(kept)
         stop = -1

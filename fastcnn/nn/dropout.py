@@ -6,8 +6,13 @@ import numpy as np
 
 from .._device import device_of
 from .._random import draw_seed
+from ..kernels.threads import between_jobs
 from ._arrays import contiguous, floats, gradient, inverse, memory_order
 from .module import Module
+
+
+def _draw(seed: np.ndarray) -> None:
+    seed[...] = draw_seed()
 
 
 class Dropout(Module):
@@ -45,7 +50,8 @@ class Dropout(Module):
         stored = contiguous(x.transpose(order))
         on = device_of(x)
         y = on.empty(stored.shape, x.dtype)
-        seed = draw_seed()
+        seed = np.empty((), np.uint64)
+        between_jobs(_draw, seed)
         on.kernels.dropout_forward(stored, self.p, seed, out=y)
         self._keep(order, x.shape, x.dtype, seed)
         return y.transpose(inverse(order))

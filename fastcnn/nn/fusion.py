@@ -25,6 +25,7 @@ import numpy as np
 
 from .._device import device_of, host
 from .._grad_mode import is_grad_enabled
+from ..kernels.threads import decide
 from ._arrays import images, shown, stored
 from .activation import LeakyReLU, PReLU, ReLU
 from .batchnorm import BatchNorm2d
@@ -250,7 +251,7 @@ class Later:
         """The result, and what backward needs."""
         activation = self.activation
         slope = activation.weight.memory if isinstance(activation, PReLU) else activation.negative_slope
-        if (host(slope) > 0).all():
+        if decide(_is_positive, slope):
             x, saved = self.run.forward(input)
             return activation(x), saved
         for layer in self.layers:
@@ -267,6 +268,10 @@ class Later:
         for layer in reversed(self.layers):
             grad = layer.backward(grad, input_grad=input_grad or layer is not self.layers[0])
         return grad
+
+
+def _is_positive(slope: np.ndarray | float) -> bool:
+    return bool((host(slope) > 0).all())
 
 
 Run = ConvPool | NormPool | ConvNorm | Later

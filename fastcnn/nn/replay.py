@@ -1,24 +1,34 @@
-"""Forward passes of one image, recorded once and then played again.
+"""Passes through a network, recorded once and then played again.
 
-What a small network computes on one image takes less time than Python takes to call its kernels: checks,
-output shapes, the choice of a way, Numba's look at every argument. All of that follows from the layers'
-settings and the input's shape. So the second forward pass of a shape without gradients is recorded (see
-`kernels.threads.Recording`), and those after it copy the image in, do the recorded jobs, and copy the result
+What a small network computes takes little more time, or for one image less, than Python takes to call its
+kernels: checks, output shapes, the choice of a way, Numba's look at every argument. All of that follows from
+the layers' settings and the input's shape. So the second pass of a shape is recorded (see
+`kernels.threads.Recording`), and those after it copy the input in, do the recorded jobs, and copy the result
 out. The jobs are the same, hence also the bits of the result.
 
-Nothing is recorded but what the jobs can be trusted with. Layers are of classes known to leave all work on
-images to kernels. Weights are read where they lie, whenever the jobs are done, so that they may change. What
+Two kinds of passes are recorded: forward passes of one image without gradients, as one call into compiled
+code; and training steps, forward and backward, whose jobs alternate with what NumPy does to a layer's few
+biases or statistics.
+
+Nothing is recorded but what can be trusted. Layers are of classes known to leave all work to kernels. Weights
+are read where they lie, whenever the jobs are done, so that they may change. In the pass of one image what
 NumPy prepares (biases, slopes, statistics) is compared with what it was, and recorded anew when it differs.
+What layers keep between forward and backward is put back as the recorded pass left it, so that a backward
+pass that is not recorded finds everything, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import _buffers
+from .._grad_mode import is_grad_enabled
+from ..kernels.cpu import transpose
 from ..kernels.cpu.winograd import get_winograd
 from ..kernels.threads import NotRecordedError, Recording, get_num_threads, is_recording
 from . import activation, batchnorm, conv, dropout, linear, pooling
@@ -31,8 +41,12 @@ if TYPE_CHECKING:
     from .container import Sequential
     from .module import Module
 
-# Elements of an input: larger ones keep their kernels busy for much longer than Python takes.
-_LARGEST = 1 << 16
+# Elements of an input, of one image and of a batch: larger ones keep their kernels busy for much longer than
+# Python takes.
+_LARGEST_IMAGE = 1 << 16
+_LARGEST_BATCH = 1 << 21
+# Bytes that the jobs of one pass may keep: there are more only where a step takes long.
+_MOST_BYTES = 1 << 28
 # Recordings of a network, each with memory for all of its activations.
 _MOST = 4
 
@@ -51,47 +65,126 @@ _LAYERS = (
 )
 
 
-def _is_playable(module: Module) -> bool:
-    """Whether all that a layer does to one image in a forward pass is done by kernels."""
+def _is_playable(module: Module, trains: bool) -> bool:
+    """Whether all that a layer does in a pass is known to a recording."""
     if type(module) not in _LAYERS or {"forward", "backward"} & vars(module).keys():
         return False
     if isinstance(module, conv.Conv2d):
-        return module.padding_mode == "zeros" and module.groups == 1
+        return module.padding_mode == "zeros" and (trains or module.groups == 1)
     if isinstance(module, batchnorm.BatchNorm2d):
+        # Without a momentum each batch counts less than the one before it.
+        if trains:
+            return module.momentum is not None
         return not module.training and module.track_running_stats
     if isinstance(module, dropout.Dropout):
-        return not module.training or module.p == 0
+        return trains or not module.training or module.p == 0
     return not (isinstance(module, pooling.MaxPool2d) and module.return_indices)
 
 
-class _Pass:
-    """One recorded forward pass."""
+class _Input:
+    """Memory that lies still, into which an input or a gradient is copied."""
 
-    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray]):
-        self._lock = threading.Lock()
+    def __init__(self, array: np.ndarray) -> None:
+        self._order = memory_order(array)
+        self._memory = _buffers.empty(array.transpose(self._order).shape, array.dtype)
+        self.array = self._memory.transpose(inverse(self._order))
+        self.set(array)
+
+    def set(self, array: np.ndarray) -> None:
+        transpose.copy(array.transpose(self._order), self._memory)
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    """A result as the caller gets it: in memory of its own."""
+    return _Input(array).array
+
+
+class _Backward:
+    """One recorded backward pass, done for the first time."""
+
+    def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool) -> None:
+        self._dout = _Input(dout)
+        with Recording(calls=True) as self.jobs:
+            self._grad = net._run_backward(self._dout.array, input_grad)
+
+    def result(self) -> np.ndarray | None:
+        return None if self._grad is None else _copied(self._grad)
+
+    def play(self, dout: np.ndarray) -> np.ndarray | None:
+        self._dout.set(dout)
+        self.jobs.play()
+        return self.result()
+
+
+class _Pass:
+    """One recorded forward pass, done for the first time, and the backward passes that follow it."""
+
+    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], trains: bool) -> None:
+        self.lock = threading.Lock()
         self._small = small
         self._values = [array.tobytes() for array in small]
-        order = memory_order(input)
-        memory = _buffers.empty(input.transpose(order).shape, input.dtype)
-        self._input = memory.transpose(inverse(order))
-        np.copyto(self._input, input)
-        with Recording() as self._jobs:
-            self._output = net._run(self._input)
+        self._input = _Input(input)
+        with Recording(calls=trains) as self.jobs:
+            self._output = net._run(self._input.array)
+        self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
+        self.net_kept = vars(net)["_saved"]
+        # None for a gradient that was seen once.
+        self.backward: dict[Any, _Backward | None] = {}
 
     def holds(self) -> bool:
-        """Whether what NumPy prepared would be the same now."""
-        return [array.tobytes() for array in self._small] == self._values
+        """Whether the same jobs, on what NumPy prepared, would be done now."""
+        return [array.tobytes() for array in self._small] == self._values and self.jobs.holds()
+
+    def result(self) -> np.ndarray:
+        return _copied(self._output)
 
     def play(self, input: np.ndarray) -> np.ndarray | None:
         """The result for another input; None while another thread is at it."""
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return None
         try:
-            np.copyto(self._input, input)
-            self._jobs.play()
-            return self._output.copy("K")
+            self._input.set(input)
+            self.jobs.play()
+            for attributes, kept in self._kept:
+                attributes["_saved"] = kept
+            return self.result()
         finally:
-            self._lock.release()
+            self.lock.release()
+
+
+def _bytes(jobs: Recording) -> int:
+    """Of all memory that the jobs keep."""
+    owners = {id(owner): owner for owner in map(_owner, jobs.arrays())}
+    return sum(owner.nbytes for owner in owners.values())
+
+
+def _owner(array: Any) -> Any:
+    while isinstance(getattr(array, "base", None), np.ndarray):
+        array = array.base
+    return array
+
+
+def _state() -> tuple:
+    """All that a recording depends on beside a network and its input."""
+    return structure_version(), layout_version(), get_num_threads(), get_fusion(), get_winograd()
+
+
+class _Run(threading.local):
+    depth = 0
+
+
+_run = _Run()
+
+
+@contextlib.contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Networks inside of one that runs its layers one after the other are not recorded on their own: their
+    results, of all sizes, would be copied."""
+    _run.depth += 1
+    try:
+        yield
+    finally:
+        _run.depth -= 1
 
 
 class Replay:
@@ -100,44 +193,83 @@ class Replay:
     def __init__(self, container: type[Sequential]) -> None:
         self._container = container
         self._state: tuple = ()
+        # Of a network that is played without gradients, and with: all of its modules' attributes.
+        self._playable = {False: False, True: False}
         self._attributes: list[dict[str, Any]] = []
-        self._playable = False
         self._small: list[np.ndarray] = []
         # None for an input that was seen once.
         self._passes: dict[Any, _Pass | None] = {}
+        # The pass whose backward pass may come next.
+        self._latest: _Pass | None = None
 
     def forward(self, net: Sequential, input: Any) -> np.ndarray | None:
-        """`net`'s result without gradients; None where its layers are to be run one after the other."""
-        if type(input) is not np.ndarray or not 0 < input.size <= _LARGEST or is_recording():
+        """`net`'s result; None where its layers are to be run one after the other."""
+        trains = is_grad_enabled()
+        if type(input) is not np.ndarray or is_recording():
             return None
-        state = (structure_version(), layout_version(), get_num_threads(), get_fusion(), get_winograd())
+        if not 0 < input.size <= (_LARGEST_BATCH if trains else _LARGEST_IMAGE) or (trains and _run.depth):
+            return None
+        state = _state()
         if state != self._state:
             self._begin(net, state)
-        if not self._playable or (input.ndim == 4 and len(input) > 1):
+        if not self._playable[trains] or not (trains or input.ndim != 4 or len(input) == 1):
             return None
-        key = (input.shape, input.strides, input.dtype)
+        # A training step uses the scratch memory of its thread.
+        key = (input.shape, input.strides, input.dtype, threading.get_ident() if trains else 0)
         known = self._passes.get(key)
         if known is None or not known.holds():
-            return self._record(net, input, key)
-        # As every forward pass without gradients does.
+            return self._record(net, input, key, trains)
+        self._latest = known
+        return known.play(input)
+
+    def backward(self, net: Sequential, dout: Any, input_grad: bool) -> tuple[np.ndarray | None] | None:
+        """What `net`'s backward pass returns; None where its layers are to be run one after the other."""
+        latest = self._latest
+        if latest is None or vars(net)["_saved"] is not latest.net_kept or latest.net_kept is None:
+            return None
+        if type(dout) is not np.ndarray or not dout.size or is_recording() or self._state != _state():
+            return None
+        key = (dout.shape, dout.strides, dout.dtype, bool(input_grad), threading.get_ident())
+        if key not in latest.backward:
+            if len(latest.backward) < _MOST:
+                latest.backward[key] = None
+            return None
+        if not latest.lock.acquire(blocking=False):
+            return None
+        try:
+            known = latest.backward[key]
+            if known is None or not known.jobs.holds():
+                known = latest.backward[key] = _Backward(net, dout, input_grad)
+                if _bytes(known.jobs) > _MOST_BYTES:
+                    self._give_up(True)
+                return (known.result(),)
+            grad = known.play(dout)
+        finally:
+            latest.lock.release()
         for attributes in self._attributes:
             attributes["_saved"] = None
-        return known.play(input)
+        return (grad,)
+
+    def _give_up(self, trains: bool) -> None:
+        self._playable[trains] = False
+        self._passes = {}
+        self._latest = None
 
     def _begin(self, net: Sequential, state: tuple) -> None:
         self._state = state
         self._passes = {}
+        self._latest = None
         modules = list(net.modules())
         self._attributes = [vars(module) for module in modules]
-        self._playable = all(
-            module is net or type(module) is self._container or _is_playable(module) for module in modules
-        )
+        layers = [module for module in modules if module is not net and type(module) is not self._container]
         memories = [parameter.memory for _, parameter in net.named_parameters()]
-        self._playable &= all(isinstance(memory, np.ndarray) for memory in memories)
+        on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
+        for trains in self._playable:
+            self._playable[trains] = on_cpu and all(_is_playable(layer, trains) for layer in layers)
         self._small = [memory for memory in memories if memory.ndim < 2]
         self._small += [buffer for _, buffer in net.named_buffers()]
 
-    def _record(self, net: Sequential, input: np.ndarray, key: Any) -> np.ndarray | None:
+    def _record(self, net: Sequential, input: np.ndarray, key: Any, trains: bool) -> np.ndarray | None:
         """Note an input that is seen for the first time; record the pass of one that was seen before."""
         if input.dtype not in FLOATS or not input.dtype.isnative:
             return None
@@ -147,9 +279,12 @@ class Replay:
             self._passes[key] = None
             return None
         try:
-            done = _Pass(net, input, self._small)
+            done = _Pass(net, input, [] if trains else self._small, trains)
         except NotRecordedError:
-            self._playable = False
+            self._give_up(trains)
             return None
-        self._passes[key] = done
-        return done.play(input)
+        if _bytes(done.jobs) > _MOST_BYTES:
+            self._give_up(trains)
+        else:
+            self._passes[key] = self._latest = done
+        return done.result()

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from .elementwise import channelwise, elementwise
 from .pieces import fill, fold, piece_bounds, piece_count, row_width
 from .vectors import like, load, select
@@ -193,10 +193,9 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     x = checks.floating("x", x)
     weight = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
-    if weight.size == 1:
-        _leaky_relu(y, weight[0], x)
-    elif x.size:
-        _prelu(y, (weight,), x)
+    if x.size:
+        columns = -1, weight.size
+        _prelu(y.reshape(columns), (weight,), x.reshape(columns))
     return y
 
 
@@ -256,7 +255,7 @@ def prelu_backward(
     dout, x = _alike(dout, "x", x)
     weight = _slopes(x, weight)
     slopes = scratch("slopes", row_width(max(weight.size, 1)), x.dtype)
-    slopes.reshape(-1, max(weight.size, 1))[...] = weight
+    between_jobs(np.copyto, slopes.reshape(-1, max(weight.size, 1)), weight)
     dx = checks.output("out", out, dout.shape, dout.dtype)
     dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
     pieces = piece_count(x.size)
@@ -264,5 +263,5 @@ def prelu_backward(
     _prelu_backward(
         part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), slopes, dx.reshape(-1), slabs
     )
-    fold(slabs, dweight, int(accumulate and out_dweight is not None))
+    between_jobs(fold, slabs, dweight, int(accumulate and out_dweight is not None))
     return dx, dweight

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from ..windows import windows
 from .moments import batch_sums
 from .simd import VECTOR_BITS
@@ -236,7 +236,7 @@ def conv2d_backward_bias(
     accumulate = accumulate and out is not None
     if not dout.size:
         if not accumulate:
-            dbias[...] = 0
+            between_jobs(dbias.fill, 0)
         return dbias
     batch_sums(dout, dbias, accumulate)
     return dbias

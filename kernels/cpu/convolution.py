@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..threads import between_jobs
 from . import (
     depthwise,
     direct,
@@ -210,7 +211,7 @@ def conv2d_backward_weight(
     shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
     if not accumulate or out is None:
-        dweight.fill(0)
+        between_jobs(dweight.fill, 0)
     if dweight.size and dout.size:
         way = _weight_way(layer, images, dout.dtype, winograd.get_winograd())
         way(layer, dout, x, dweight)

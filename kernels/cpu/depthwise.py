@@ -19,7 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .geometry import Axis
@@ -405,9 +405,9 @@ def _run(
     if of.repeats > 1:
         flat = weight.reshape(-1, 1, channels)
         weight = scratch("weights", flat.size * of.repeats, x.dtype).reshape(len(flat), of.repeats, channels)
-        weight[...] = flat
+        between_jobs(np.copyto, weight, flat)
     start = scratch("start", channels * of.repeats, x.dtype)
-    start.reshape(of.repeats, channels)[...] = 0 if bias is None else bias
+    between_jobs(np.copyto, start.reshape(of.repeats, channels), 0 if bias is None else bias)
     parts = _parts(layer, images, images * len(of.bands))
     _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, y.reshape(-1), of)
 
@@ -420,7 +420,7 @@ def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
     if layer.rows.skips or layer.columns.skips:
-        dx.fill(0)
+        between_jobs(dx.fill, 0)
     for classes in _input_classes(layer, dout.dtype):
         _run(layer, dout, weight, None, dx, classes)
 
@@ -435,10 +435,10 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     parts = _parts(layer, images, pieces)
     _weight(parts, x.reshape(-1), images, dout.reshape(-1), partial, of)
     if of.repeats == 1:
-        fold(partial, dweight.reshape(-1), 1)
+        between_jobs(fold, partial, dweight.reshape(-1), 1)
         return
     # Pixels that count as one have sums of their own too.
     taps = layer.rows.kernel * layer.columns.kernel
     sums = partial.reshape(pieces, taps, -1)
     for tap, gradient in enumerate(dweight.reshape(taps, -1)):
-        fold(sums[:, tap], gradient, 1)
+        between_jobs(fold, sums[:, tap], gradient, 1)

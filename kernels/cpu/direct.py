@@ -15,13 +15,13 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import geometry, simd
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import overwrite_ranges
-from .workspace import clear, copy, scratch
+from .workspace import clear, copy, scratch, set_start
 
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 MULTIPLY_ADDS_PER_BYTE = 10
@@ -300,9 +300,7 @@ class Layer:
         columns = (self.channels if transposed else self.filters) // self.groups
         packed = self._packed(weight, positions, transposed, columns)
         start = scratch("start", packed.shape[0] * packed.shape[1] * packed.shape[3], x.dtype)
-        start[:] = 0
-        if bias is not None:
-            start.reshape(self.groups, -1)[:, :columns] = bias.reshape(self.groups, columns)
+        between_jobs(set_start, start.reshape(self.groups, -1), bias)
         b = table.blocks
         images = x.shape[0]
         items = images * b.blocks * packed.shape[0] * packed.shape[1]
@@ -408,7 +406,7 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     layer = column_of_pixels(layer, dout.shape[0])
     dout = dout.reshape(-1, *layer.out_image, layer.filters)
     if layer.rows.skips or layer.columns.skips:
-        dx.fill(0)
+        between_jobs(dx.fill, 0)
     for table, positions in layer.input_tables:
         layer.run(dout, table, weight, positions, True, None, dx)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import geometry, simd
 from .direct import (
     MULTIPLY_ADDS_PER_BYTE,
@@ -311,5 +311,10 @@ def add_weight_gradient(
     _reduce(part_count(len(flat), partial.nbytes), partial, cut, columns, flat)
     if dbias is not None:
         # The slices of a group have each summed up the same.
-        for bias in biases[:, :: cut.slices].reshape(cut.pieces, layer.groups, -1):
-            dbias += bias[:, :columns].ravel()
+        sums = biases[:, :: cut.slices].reshape(cut.pieces, layer.groups, -1)[:, :, :columns]
+        between_jobs(_add_all, sums, dbias)
+
+
+def _add_all(pieces: np.ndarray, dbias: np.ndarray) -> None:
+    for piece in pieces:
+        dbias += piece.ravel()

@@ -52,7 +52,7 @@ def _dropout(part, parts, x, threshold, scale, seed, y):
     lo, hi = span_elements(part, parts, x.size)
     source, target = x[lo:hi], y[lo:hi]
     zero = x.dtype.type(0)
-    first = seed + np.uint64(lo)
+    first = seed[0] + np.uint64(lo)
     for i in range(source.size):
         dropped = random_bits(first + np.uint64(i)) < threshold
         target[i] = zero if dropped else source[i] * scale
@@ -62,12 +62,14 @@ def _run(name: str, x: np.ndarray, p: float, seed: int, out: np.ndarray | None) 
     x = checks.floating(name, x)
     if not 0 <= p <= 1:
         raise ValueError(f"p: {p} is not in [0, 1]")
-    key = seed64(seed)
+    key = seed if isinstance(seed, np.ndarray) and seed.dtype == np.uint64 else np.array(seed64(seed))
     y = checks.output("out", out, x.shape, x.dtype)
     # The numbers are whole multiples of 2**-24: u < p is bits < ceil(p * 2**24).
     threshold = np.uint64(math.ceil(p * 2**RANDOM_BITS))
     scale = x.dtype.type(1 / (1 - p) if p < 1 else 0)
-    _dropout(part_count(blocks(x.size), x.size), x.reshape(-1), threshold, scale, key, y.reshape(-1))
+    _dropout(
+        part_count(blocks(x.size), x.size), x.reshape(-1), threshold, scale, key.reshape(1), y.reshape(-1)
+    )
     return y
 
 
@@ -83,6 +85,7 @@ def dropout_forward(x: np.ndarray, p: float, seed: int, *, out: np.ndarray | Non
     p : float in [0, 1]
         1 gives zeros.
     seed : int in [0, 2**64)
+        Or a uint64 array without axes, from which a recorded call reads it anew.
     out : array of x's shape, optional
         Overwritten with the result.
 

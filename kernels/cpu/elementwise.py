@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from .pieces import blocks, span_elements
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
@@ -171,12 +171,17 @@ class Channelwise:
         channels, many = y.shape[-1], lanes(y.dtype)
         length = row_length(channels, many)
         tables = scratch("channels", len(values) * length, y.dtype).reshape(len(values), length)
-        for table, value in zip(tables.reshape(len(values), -1, channels), values, strict=True):
-            table[...] = value
+        between_jobs(set_rows, tables.reshape(len(values), -1, channels), *values)
         around = length % many == 0 and passes_caches(y, 1 + len(inputs))
         parts = part_count(-(-y.size // max(_BLOCK, length)), y.size)
         flat = tuple(array.reshape(-1) for array in inputs)
         self._run(parts, y.reshape(-1), tuple(tables), int(around), flat)
+
+
+def set_rows(tables: np.ndarray, *values: np.ndarray | float) -> None:
+    """Repeat each value, or each row of values, throughout the table of its number."""
+    for table, value in zip(tables, values, strict=True):
+        table[...] = value
 
 
 def channelwise(function: Callable) -> Channelwise:

@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .simd import TILE_ROWS
@@ -252,9 +252,10 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     of, sums = _shares(layer, min(images, _BLOCKS), dout.dtype)
     width = simd.panel_width(dout.dtype)
     line = of.sizes.line
-    packed = _packed(weight, width)
+    panels = -(-weight[..., 0].size // width)
+    packed = scratch("weights", panels * layer.filters * width, weight.dtype).reshape(panels, -1, width)
     start = scratch("start", width, dout.dtype)
-    start.fill(0)
+    between_jobs(_prepare, weight, packed, start)
     parts = part_count(images * len(of.blocks), images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
     products = scratch("products", parts * (of.pixels.size + TILE_ROWS) * line, dout.dtype)
     _scatter(
@@ -270,14 +271,12 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     )
 
 
-def _packed(weight: np.ndarray, width: int) -> np.ndarray:
-    """The weights as panels of columns (kh, kw, c), `width` in each, of rows f."""
-    filters = weight.shape[3]
+def _prepare(weight: np.ndarray, packed: np.ndarray, start: np.ndarray) -> None:
+    """The weights as panels of columns (kh, kw, c), a panel's width in each, of rows f; sums start at 0."""
+    panels, filters, width = packed.shape
     flat = weight.reshape(-1, filters)
-    panels = -(-len(flat) // width)
-    packed = scratch("weights", panels * filters * width, weight.dtype).reshape(panels, filters, width)
     packed[-1] = 0
     for p in range(panels):
         columns = flat[p * width : (p + 1) * width]
         packed[p, :, : len(columns)] = columns.T
-    return packed
+    start.fill(0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import few_channels, simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, pool_vector
@@ -32,7 +32,7 @@ from .image_tiles import (
 )
 from .simd import TILE_ROWS, VECTOR_BITS
 from .vectors import all_lanes, load, pointer, total, zeros
-from .workspace import clear, scratch
+from .workspace import clear, scratch, set_start
 
 # A block's window should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
@@ -373,25 +373,21 @@ def _run(
     layer: Layer,
     x: np.ndarray,
     weight: np.ndarray,
+    positions: np.ndarray | None,
     bias: np.ndarray | None,
     y: np.ndarray,
     of: Tables,
     e: Epilogue = NO_EPILOGUE,
     argmax: np.ndarray = _NOWHERE,
 ) -> None:
-    """Correlate with `weight` (taps and channels, filters), through the epilogue `e`."""
+    """Correlate with `weight`, from filters to channels by the taps at `positions` if they are given, through
+    the epilogue `e`."""
     g = of.grid
     size = _tile_size(g.filters, FILTERS)
     tiles = -(-g.filters // size)
-    weights = scratch("weights", tiles * len(weight) * size, x.dtype).reshape(tiles, -1, size)
-    weights[-1] = 0
-    for t in range(tiles):
-        columns = weight[:, t * size : (t + 1) * size]
-        weights[t, :, : columns.shape[1]] = columns
+    weights = scratch("weights", tiles * of.taps.size * size, x.dtype).reshape(tiles, -1, size)
     start = scratch("start", tiles * size, x.dtype)
-    start.fill(0)
-    if bias is not None:
-        start[: g.filters] = bias
+    between_jobs(_prepare, weight, positions, bias, weights, start)
     images = len(x)
     block = VECTORS * simd.lanes(x.dtype)
     parts = part_count(-(-images // block) * g.blocks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
@@ -421,6 +417,27 @@ def _run(
         spares,
         places,
     )
+
+
+def _prepare(
+    weight: np.ndarray,
+    positions: np.ndarray | None,
+    bias: np.ndarray | None,
+    weights: np.ndarray,
+    start: np.ndarray,
+) -> None:
+    """The weights as panels of columns, and what sums start with; see `_run`."""
+    if positions is None:
+        flat = weight.reshape(-1, weight.shape[3])
+    else:
+        taps = weight.reshape(-1, *weight.shape[2:])[positions]
+        flat = taps.transpose(0, 2, 1).reshape(-1, weight.shape[2])
+    tiles, _, size = weights.shape
+    weights[-1] = 0
+    for t in range(tiles):
+        columns = flat[:, t * size : (t + 1) * size]
+        weights[t, :, : columns.shape[1]] = columns
+    set_start(start[np.newaxis], bias)
 
 
 def _padded(count: int, size: int) -> int:
@@ -533,17 +550,15 @@ def forward(
 ) -> None:
     """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
     of = _forward_tables(layer, len(x), VECTORS, x.dtype, e)
-    _run(layer, x, weight.reshape(-1, layer.filters), bias, y, of, e, argmax)
+    _run(layer, x, weight, None, bias, y, of, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
     if layer.rows.skips or layer.columns.skips:
-        dx.fill(0)
-    flat = weight.reshape(-1, layer.channels, layer.filters)
+        between_jobs(dx.fill, 0)
     for of, positions in _input_tables(layer, len(dout), dout.dtype):
-        turned = flat[positions].transpose(0, 2, 1).reshape(-1, layer.channels)
-        _run(layer, dout, turned, None, dx, of)
+        _run(layer, dout, weight, positions, None, dx, of)
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:

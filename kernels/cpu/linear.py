@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import get_num_threads, parallel, part_count, span
+from ..threads import between_jobs, get_num_threads, parallel, part_count, span
 from . import simd
 from .image_tiles import gather_images
 from .runs import add_runs
@@ -21,7 +21,7 @@ from .simd import TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
 from .vectors import all_lanes, first_lanes, load, multiply_add, pointer, prefetch, store, total, zeros
 from .winograd_transforms import transpose_square
-from .workspace import clear, copy, scratch
+from .workspace import clear, copy, scratch, set_start
 
 _BLOCK_K = 256
 _BLOCK_ROWS = 168
@@ -292,7 +292,7 @@ def _few_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.
     rows, columns = y.shape
     if bias is None:
         bias = scratch("start", columns, y.dtype)
-        bias.fill(0)
+        between_jobs(bias.fill, 0)
     parts = part_count(-(-columns // _CHUNK), rows * weight.size / _MULTIPLY_ADDS_PER_BYTE * 4)
     starts = _row_starts(*weight.shape)
     _multiply_few(parts, x.reshape(-1), rows, weight.reshape(-1), starts, bias, y.reshape(-1), columns)
@@ -358,9 +358,7 @@ def _product(
         accumulate=int(accumulate),
     )
     start = scratch("start", -(-columns // width) * width, c.dtype)
-    start[:] = 0
-    if bias is not None:
-        start[:columns] = bias
+    between_jobs(set_start, start[np.newaxis], bias)
     tasks = -(-columns // width) * -(-rows // block)
     parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
     if parts == tasks:

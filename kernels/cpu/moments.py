@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ..jit import entry, keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from .elementwise import row_length
 from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
@@ -129,24 +129,24 @@ def _merge(slabs, total, squares, count):
                 count[c] += counts[c]
 
 
-def _run(x: np.ndarray) -> np.ndarray:
-    """What `_moments` writes, (pieces, 3, width), for an array that is not empty."""
+def batch_moments(x: np.ndarray) -> np.ndarray:
+    """What `merged` takes, (pieces, 3, width), of an array that is not empty."""
     pieces, width = piece_count(x.size), column_width(x.shape[-1], x.dtype)
     slabs = scratch("moments", 3 * pieces * width, np.float64).reshape(pieces, 3, width)
     _moments(part_count(pieces, x.size), x.reshape(-1), slabs)
     return slabs
 
 
-def batch_moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sum of squared distances from it, in float64, of each channel of a batch that is not empty."""
-    total, squares, count = np.empty((3, x.shape[-1]))
-    _merge(_run(x), total, squares, count)
+def merged(slabs: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared distances from it, in float64, of each channel, from `batch_moments`."""
+    total, squares, count = np.empty((3, channels))
+    _merge(slabs, total, squares, count)
     return total / count, squares
 
 
 def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
     """Overwrite `out` with each channel's sum, or add to it; `x` is not empty."""
-    fold(_run(x)[:, 0], out, int(accumulate))
+    between_jobs(fold, batch_moments(x)[:, 0], out, int(accumulate))
 
 
 @kernel
@@ -199,10 +199,10 @@ def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[
     channels = x.shape[-1]
     pieces, width = piece_count(x.size), row_length(channels, lanes(x.dtype))
     row = scratch("center", width, x.dtype)
-    row.reshape(-1, channels)[...] = center
+    between_jobs(np.copyto, row.reshape(-1, channels), center)
     slabs = scratch("products", pieces * 2 * width, np.float64).reshape(pieces, 2 * width)
     _products(part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), row, slabs)
     total, product = np.empty((2, channels))
-    fold(slabs[:, :width], total, 0)
-    fold(slabs[:, width:], product, 0)
+    between_jobs(fold, slabs[:, :width], total, 0)
+    between_jobs(fold, slabs[:, width:], product, 0)
     return total, product

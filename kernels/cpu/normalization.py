@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .. import checks
+from ..threads import between_jobs
 from . import normalized
 from .elementwise import channelwise
-from .moments import batch_moments, gradient_sums
+from .moments import batch_moments, gradient_sums, merged
 from .vectors import load, multiply_add
 
 
@@ -86,7 +87,7 @@ def batch_norm_forward(
     inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
     _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
     if y.size:
-        _normalize(y, (mean, inv_std * affine[0], affine[1]), x)
+        _normalize(y, (mean, _scaled(inv_std, affine[0]), affine[1]), x)
     return y, mean, inv_std
 
 
@@ -118,30 +119,51 @@ def _statistics(
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running is not None:
             _vector(name, running, x)
-    channels = x.shape[-1]
-    count = x.size // channels if channels else 0
-    if training:
-        if count == 1:
-            raise ValueError(f"x: shape {x.shape} has one value per channel, training needs more")
-        batch_mean, squares = batch_moments(x) if count else np.zeros((2, channels))
-        batch_var = squares / max(count, 1)
-        if count:
-            _move("running_mean", running_mean, momentum, batch_mean)
-            _move("running_var", running_var, momentum, squares / (count - 1))
-    else:
+            if training and not running.flags.writeable:
+                raise ValueError(f"{name}: must be writable, training updates it in place")
+    if not training:
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: needed where training is False")
-        batch_mean, batch_var = running_mean, running_var.astype(np.float64)
-    mean[...] = batch_mean
-    inv_std[...] = 1 / np.sqrt(batch_var + eps)
-
-
-def _move(name: str, running: np.ndarray | None, momentum: float, batch: np.ndarray) -> None:
-    if running is None:
+        between_jobs(_write_statistics, running_mean, running_var, eps, mean, inv_std)
         return
-    if not running.flags.writeable:
-        raise ValueError(f"{name}: must be writable, training updates it in place")
-    running[...] = (1 - momentum) * running + momentum * batch
+    channels = x.shape[-1]
+    count = x.size // channels if channels else 0
+    if count == 1:
+        raise ValueError(f"x: shape {x.shape} has one value per channel, training needs more")
+    if count:
+        moving = running_mean, running_var
+        between_jobs(_take_statistics, batch_moments(x), count, moving, momentum, eps, mean, inv_std)
+    else:
+        _write_statistics(np.zeros(channels), np.zeros(channels), eps, mean, inv_std)
+
+
+def _take_statistics(
+    slabs: np.ndarray,
+    count: int,
+    running: tuple[np.ndarray | None, np.ndarray | None],
+    momentum: float,
+    eps: float,
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+) -> None:
+    batch_mean, squares = merged(slabs, mean.size)
+    for array, batch in zip(running, (batch_mean, squares / (count - 1)), strict=True):
+        if array is not None:
+            array[...] = (1 - momentum) * array + momentum * batch
+    _write_statistics(batch_mean, squares / count, eps, mean, inv_std)
+
+
+def _write_statistics(
+    batch_mean: np.ndarray, batch_var: np.ndarray, eps: float, mean: np.ndarray, inv_std: np.ndarray
+) -> None:
+    mean[...] = batch_mean
+    inv_std[...] = 1 / np.sqrt(batch_var.astype(np.float64) + eps)
+
+
+def _scaled(inv_std: np.ndarray, factor: np.ndarray | float) -> np.ndarray:
+    scale = np.empty_like(inv_std)
+    between_jobs(np.multiply, inv_std, factor, scale)
+    return scale
 
 
 @_quiet
@@ -229,20 +251,39 @@ def _gradients(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run `sums` and `back`; returns dweight and dbias. `given` holds weight, mean and inv_std."""
     factor = 1 if given[0] is None else _vector("weight", given[0], x)
-    mean, inv_std = _vector("mean", given[1], x), _vector("inv_std", given[2], x).astype(np.float64)
+    mean, inv_std = _vector("mean", given[1], x), _vector("inv_std", given[2], x)
     channels = x.shape[-1]
     dweight = checks.output("out_dweight", out[0], (channels,), x.dtype)
     dbias = checks.output("out_dbias", out[1], (channels,), x.dtype)
     total, product = np.zeros((2, channels))
     if x.size:
         total, product = sums(mean)
-        count = x.size // channels
-        scale = inv_std * factor
-        back([scale, mean, -scale * total / count, -scale * product * inv_std**2 / count])
-        product *= inv_std
+        spread = np.empty((4, channels))
+        between_jobs(_write_spread, mean, inv_std, factor, total, product, x.size // channels, spread)
+        back(list(spread))
     for array, target, result in ((out[0], dweight, product), (out[1], dbias, total)):
-        target[...] = target + result if accumulate and array is not None else result
+        between_jobs(_give, result, target, accumulate and array is not None)
     return dweight, dbias
+
+
+def _write_spread(
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+    factor: np.ndarray | float,
+    total: np.ndarray,
+    product: np.ndarray,
+    count: int,
+    spread: np.ndarray,
+) -> None:
+    """The values for `_spread`, from the sums of dout and of dout * (x - mean), which become dweight."""
+    inv_std = inv_std.astype(np.float64)
+    scale = inv_std * factor
+    spread[...] = scale, mean, -scale * total / count, -scale * product * inv_std**2 / count
+    product *= inv_std
+
+
+def _give(result: np.ndarray, target: np.ndarray, accumulate: bool) -> None:
+    target[...] = target + result if accumulate else result
 
 
 def _pool(x: np.ndarray, pool_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -320,7 +361,7 @@ def batch_norm_pool_forward(
     inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
     _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
     if y.size:
-        values: list[np.ndarray | float] = [mean, inv_std * affine[0], affine[1]]
+        values: list[np.ndarray | float] = [mean, _scaled(inv_std, affine[0]), affine[1]]
         rows = normalized.table("normalize", values, g, x.shape[-1], x.dtype)
         normalized.run_forward(x, y, argmax, rows, g)
     return y, argmax, mean, inv_std

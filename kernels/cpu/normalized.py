@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
+from .elementwise import set_rows
 from .moments import AHEAD, column_width
 from .pieces import fill, fold
 from .simd import VECTOR_BITS
@@ -84,8 +85,7 @@ def table(
 ) -> np.ndarray:
     """The values for the channels, repeated over g.channels, of the first of `rows`, then of the next."""
     result = scratch(use, len(rows) * g.channels, dtype)
-    for target, values in zip(result.reshape(len(rows), -1, channels), rows, strict=True):
-        target[...] = values
+    between_jobs(set_rows, result.reshape(len(rows), -1, channels), *rows)
     return result
 
 
@@ -219,8 +219,8 @@ def run_sums(
     parts = part_count(pieces, x.size)
     _sums(parts, dout.reshape(-1), argmax.reshape(-1), x.reshape(-1), center, slabs, taps(g), g)
     total, product = np.empty((2, channels))
-    fold(slabs[:, : g.channels], total, 0)
-    fold(slabs[:, g.channels :], product, 0)
+    between_jobs(fold, slabs[:, : g.channels], total, 0)
+    between_jobs(fold, slabs[:, g.channels :], product, 0)
     return total, product
 
 

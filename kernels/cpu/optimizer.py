@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count
+from ..threads import between_jobs, parallel, part_count
 from .pieces import BLOCK, blocks, fill, span_elements
 from .vectors import (
     LONG,
@@ -151,7 +151,7 @@ def sgd_update(
     else:
         moving = _state("velocity", velocity, param)
     if first:
-        moving.fill(0)
+        between_jobs(moving.fill, 0)
         dampening = 0.0
     step = Sgd(
         number(lr),

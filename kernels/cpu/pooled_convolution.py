@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..threads import between_jobs
 from . import (
     direct,
     direct_weights,
@@ -256,7 +257,7 @@ def conv2d_pool_backward_weight(
     dbias = checks.output("out_bias", out_bias, (filters,), dout.dtype)
     for gradient, given in ((dweight, out), (dbias, out_bias)):
         if not accumulate or given is None:
-            gradient.fill(0)
+            between_jobs(gradient.fill, 0)
     if not dweight.size or not dout.size:
         return dweight, dbias
     way = _ways(layer, e, x.shape[0], dout.dtype)[0]

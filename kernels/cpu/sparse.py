@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import direct, simd
 from .direct import fill_window
 from .epilogue import DEAD, Epilogue
@@ -326,6 +326,10 @@ def add_weight_gradient(
     flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
     _weight(parts, *flat, s, bases, places, partial, biases, windows, values, offsets, counts)
     _reduce_weight(part_count(s.kernel_h * s.filters, partial.nbytes), partial, s, dweight.reshape(-1))
+    between_jobs(_add_all, biases, dbias)
+
+
+def _add_all(biases: np.ndarray, dbias: np.ndarray) -> None:
     dbias += np.add.reduce(biases)
 
 

@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 from .. import checks
 from ..jit import keep_out_of_line
-from ..threads import NotRecordedError, is_recording, parallel, part_count, span
+from ..threads import NotRecordedError, between_jobs, parallel, part_count, recording, span
 from .simd import VECTOR_BITS, lanes
 from .tile import Emitter
 from .vectors import pointer
@@ -173,7 +173,10 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
 
     Faster than NumPy where `array` shows channels-last memory as (N, C, ...) or the other way round.
     """
-    few, many = (1, 1) if is_recording() else (_FEW, _MANY)
+    under_way = recording()
+    # Otherwise the copy would be NumPy's, which a recording without calls does not see.
+    jobs_only = under_way is not None and not under_way.calls
+    few, many = (1, 1) if jobs_only else (_FEW, _MANY)
     if array.size >= few and array.ndim > 2 and array.dtype in checks.FLOATS and array.flags.aligned:
         last, first = np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1)
         for stored, channels in ((last, array.shape[1]), (first, array.shape[-1])):
@@ -182,7 +185,7 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
                 if stored is first:
                     shape = channels, stored[0].size // channels
                 return _transpose_all(stored, out, *shape)
-    if is_recording():
+    if jobs_only:
         raise NotRecordedError("a recording does not see what NumPy copies")
-    np.copyto(out, array)
+    between_jobs(np.copyto, out, array)
     return None

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
@@ -35,7 +35,7 @@ from .winograd_transforms import (
     transpose_square,
     weight_vector,
 )
-from .workspace import clear, scratch
+from .workspace import clear, scratch, set_start
 
 _AREA = WINDOW * WINDOW
 # Fewer channels or filters leave too little to multiply between the transforms.
@@ -427,9 +427,7 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
     panels = -(-g.filters // g.panel)
     start = scratch("start", panels * g.panel, x.dtype)
-    start[:] = 0
-    if bias is not None:
-        start[: g.filters] = bias
+    between_jobs(set_start, start[np.newaxis], bias)
     x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
     end = (e, _window_taps(e, g.panel), argmax.reshape(-1))
     run = _run_few if g.chunk else _run_many

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..jit import entry, keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import direct, image_lanes, simd, winograd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
@@ -316,30 +316,49 @@ def forward(
     y: np.ndarray,
     e: Epilogue = NO_EPILOGUE,
     argmax: np.ndarray = _NOWHERE,
+    turned: bool = False,
 ) -> None:
-    """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
+    """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it.
+
+    The weights may be those of the other direction, `turned` then, with channels and filters exchanged.
+    """
     images, lanes = len(x), simd.lanes(x.dtype)
     g, taps = tiling(layer, images, x.dtype, e)
     padded = _padded_filters(g.filters)
     weights = scratch("weights", padded * taps.shape[1] * g.size * g.size, x.dtype)
-    weights.fill(0)
-    matrix = matrices(g.size)[2]
-    _transform_weights(weight, g, matrix, scratch("rows", matrix.size, matrix.dtype), weights)
     # What is added to the products at the point 1 of the rows: nothing, and the bias.
     start = scratch("start", 2 * padded, x.dtype)
-    start.fill(0)
-    if bias is not None:
-        start[padded : padded + g.filters] = bias
+    rows = scratch("rows", matrices(g.size)[2].size, np.float64)
+    between_jobs(_prepare, weight, turned, bias, g, rows, weights, start)
     parts = part_count(-(-images // lanes) * g.bands, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
     memory = _memory(parts, g, e, x.dtype)
     flat = (y.reshape(-1), g, e, _pooled_places(g, lanes), argmax.reshape(-1), memory)
     _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
 
 
+def _prepare(
+    weight: np.ndarray,
+    turned: bool,
+    bias: np.ndarray | None,
+    g: Tiling,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    start: np.ndarray,
+) -> None:
+    """The transformed weights, and what sums start with; see `forward`."""
+    if turned:
+        weight = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
+    weights.fill(0)
+    _transform_weights(weight, g, matrices(g.size)[2], rows, weights)
+    start.fill(0)
+    if bias is not None:
+        padded = start.size // 2
+        start[padded : padded + g.filters] = bias
+
+
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
-    turned = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-    forward(_adjoint(layer), dout, turned, None, dx)
+    forward(_adjoint(layer), dout, weight, None, dx, turned=True)
 
 
 def fits(layer: Layer) -> bool:

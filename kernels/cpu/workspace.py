@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import kernel
-from ..threads import is_recording
+from ..threads import recording
 
 _ALIGNMENT = 64
 
@@ -23,9 +23,11 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     """`size` elements of uninitialised memory, 1-D, valid until this thread asks for the same `use` again.
 
     There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
-    a training step allocates nothing after its first. Jobs that are recorded get memory of their own.
+    a training step allocates nothing after its first. In a recording without calls each job gets memory of
+    its own, in which what was prepared for it stays.
     """
-    if is_recording():
+    under_way = recording()
+    if under_way is not None and not under_way.calls:
         return _aligned(max(size, 1), dtype)[:size]
     buffers: dict[Any, np.ndarray] = _local.__dict__
     key = use, dtype
@@ -39,6 +41,14 @@ def _aligned(size: int, dtype: np.dtype | type) -> np.ndarray:
     # A vector load from memory that is not aligned meets two cache lines and takes twice as long.
     raw = np.empty(size * np.dtype(dtype).itemsize + _ALIGNMENT, np.uint8)
     return np.frombuffer(raw.data, dtype, size, -raw.ctypes.data % _ALIGNMENT)
+
+
+def set_start(start: np.ndarray, bias: np.ndarray | None) -> None:
+    """What sums start with: for each group of filters a row, of its biases and then zeros."""
+    start.fill(0)
+    if bias is not None:
+        groups = len(start)
+        start[:, : bias.size // groups] = bias.reshape(groups, -1)
 
 
 @kernel
