@@ -32,7 +32,7 @@ def twins(make):
 def is_played(net):
     """Whether forward and backward passes of `net` are recorded."""
     passes = [known for known in net._replay._passes.values() if known is not None]
-    return any(backward is not None for known in passes for backward in known.backward.values())
+    return any(known.backward for known in passes)
 
 
 def grads(net):

@@ -128,8 +128,7 @@ class _Pass:
             self._output = net._run(self._input.array)
         self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
         self.net_kept = vars(net)["_saved"]
-        # None for a gradient that was seen once.
-        self.backward: dict[Any, _Backward | None] = {}
+        self.backward: dict[Any, _Backward] = {}
 
     def holds(self) -> bool:
         """Whether the same jobs, on what NumPy prepared, would be done now."""
@@ -188,11 +187,15 @@ def layer_by_layer() -> Iterator[None]:
 
 
 class Replay:
-    """The recorded passes of one Sequential, forgotten when any module anywhere has changed."""
+    """The recorded passes of one Sequential, forgotten when any module anywhere has changed.
+
+    The first pass after a change is neither recorded nor counted.
+    """
 
     def __init__(self, container: type[Sequential]) -> None:
         self._container = container
         self._state: tuple = ()
+        self._known = False
         # Of a network that is played without gradients, and with: all of its modules' attributes.
         self._playable = {False: False, True: False}
         self._attributes: list[dict[str, Any]] = []
@@ -211,7 +214,10 @@ class Replay:
             return None
         state = _state()
         if state != self._state:
-            self._begin(net, state)
+            self._forget(state)
+            return None
+        if not self._known:
+            self._look_at(net)
         if not self._playable[trains] or not (trains or input.ndim != 4 or len(input) == 1):
             return None
         # A training step uses the scratch memory of its thread.
@@ -227,17 +233,17 @@ class Replay:
         latest = self._latest
         if latest is None or vars(net)["_saved"] is not latest.net_kept or latest.net_kept is None:
             return None
-        if type(dout) is not np.ndarray or not dout.size or is_recording() or self._state != _state():
+        if type(dout) is not np.ndarray or not dout.size or dout.dtype not in FLOATS or is_recording():
+            return None
+        if self._state != _state() or not dout.dtype.isnative:
             return None
         key = (dout.shape, dout.strides, dout.dtype, bool(input_grad), threading.get_ident())
-        if key not in latest.backward:
-            if len(latest.backward) < _MOST:
-                latest.backward[key] = None
+        known = latest.backward.get(key)
+        if known is None and len(latest.backward) >= _MOST:
             return None
         if not latest.lock.acquire(blocking=False):
             return None
         try:
-            known = latest.backward[key]
             if known is None or not known.jobs.holds():
                 known = latest.backward[key] = _Backward(net, dout, input_grad)
                 if _bytes(known.jobs) > _MOST_BYTES:
@@ -255,10 +261,15 @@ class Replay:
         self._passes = {}
         self._latest = None
 
-    def _begin(self, net: Sequential, state: tuple) -> None:
+    def _forget(self, state: tuple) -> None:
         self._state = state
+        self._known = False
         self._passes = {}
         self._latest = None
+
+    def _look_at(self, net: Sequential) -> None:
+        """Find out what may be recorded; not before a state is seen again, since some change all the time."""
+        self._known = True
         modules = list(net.modules())
         self._attributes = [vars(module) for module in modules]
         layers = [module for module in modules if module is not net and type(module) is not self._container]
@@ -275,7 +286,8 @@ class Replay:
             return None
         if key not in self._passes or self._passes[key] is not None:
             while len(self._passes) >= _MOST:
-                del self._passes[next(iter(self._passes))]
+                # Another thread may be at it.
+                self._passes.pop(next(iter(self._passes), None), None)
             self._passes[key] = None
             return None
         try:
