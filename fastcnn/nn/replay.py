@@ -7,8 +7,8 @@ the layers' settings and the input's shape. So the second pass of a shape is rec
 out. The jobs are the same, hence also the bits of the result.
 
 Two kinds of passes are recorded: forward passes of one image without gradients, as one call into compiled
-code; and training steps, forward and backward, whose jobs alternate with what NumPy does to a layer's few
-biases or statistics.
+code; and those of batches, forward and in training backward, whose jobs alternate with what NumPy does to a
+layer's few biases or statistics.
 
 Nothing is recorded but what can be trusted. Layers are of classes known to leave all work to kernels. Weights
 are read where they lie, whenever the jobs are done, so that they may change. In the pass of one image what
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 # Python takes.
 _LARGEST_IMAGE = 1 << 16
 _LARGEST_BATCH = 1 << 21
-# Bytes that the jobs of one pass may keep: there are more only where a step takes long.
-_MOST_BYTES = 1 << 28
+# Bytes that the jobs of one pass may keep: there are more only where a pass takes long.
+_MOST_BYTES = 1 << 27
 # Recordings of a network, each with memory for all of its activations.
 _MOST = 4
 
@@ -65,19 +65,19 @@ _LAYERS = (
 )
 
 
-def _is_playable(module: Module, trains: bool) -> bool:
-    """Whether all that a layer does in a pass is known to a recording."""
+def _is_playable(module: Module, batches: bool) -> bool:
+    """Whether all that a layer does in a pass, of one image or of batches, is known to a recording."""
     if type(module) not in _LAYERS or {"forward", "backward"} & vars(module).keys():
         return False
     if isinstance(module, conv.Conv2d):
-        return module.padding_mode == "zeros" and (trains or module.groups == 1)
+        return module.padding_mode == "zeros" and (batches or module.groups == 1)
     if isinstance(module, batchnorm.BatchNorm2d):
         # Without a momentum each batch counts less than the one before it.
-        if trains:
+        if batches:
             return module.momentum is not None
         return not module.training and module.track_running_stats
     if isinstance(module, dropout.Dropout):
-        return trains or not module.training or module.p == 0
+        return batches or not module.training or module.p == 0
     return not (isinstance(module, pooling.MaxPool2d) and module.return_indices)
 
 
@@ -119,12 +119,12 @@ class _Backward:
 class _Pass:
     """One recorded forward pass, done for the first time, and the backward passes that follow it."""
 
-    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], trains: bool) -> None:
+    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], batches: bool) -> None:
         self.lock = threading.Lock()
         self._small = small
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
-        with Recording(calls=trains) as self.jobs:
+        with Recording(calls=batches) as self.jobs:
             self._output = net._run(self._input.array)
         self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
         self.net_kept = vars(net)["_saved"]
@@ -196,8 +196,9 @@ class Replay:
         self._container = container
         self._state: tuple = ()
         self._known = False
-        # Of a network that is played without gradients, and with: all of its modules' attributes.
+        # For one image, and for batches.
         self._playable = {False: False, True: False}
+        # Of all of the network's modules.
         self._attributes: list[dict[str, Any]] = []
         self._small: list[np.ndarray] = []
         # None for an input that was seen once.
@@ -207,10 +208,10 @@ class Replay:
 
     def forward(self, net: Sequential, input: Any) -> np.ndarray | None:
         """`net`'s result; None where its layers are to be run one after the other."""
-        trains = is_grad_enabled()
-        if type(input) is not np.ndarray or is_recording():
+        if type(input) is not np.ndarray or not 0 < input.size <= _LARGEST_BATCH or is_recording():
             return None
-        if not 0 < input.size <= (_LARGEST_BATCH if trains else _LARGEST_IMAGE) or (trains and _run.depth):
+        batches = is_grad_enabled() or input.size > _LARGEST_IMAGE or (input.ndim == 4 and len(input) > 1)
+        if batches and _run.depth:
             return None
         state = _state()
         if state != self._state:
@@ -218,13 +219,14 @@ class Replay:
             return None
         if not self._known:
             self._look_at(net)
-        if not self._playable[trains] or not (trains or input.ndim != 4 or len(input) == 1):
+        if not self._playable[batches]:
             return None
-        # A training step uses the scratch memory of its thread.
-        key = (input.shape, input.strides, input.dtype, threading.get_ident() if trains else 0)
+        # Passes of batches use the scratch memory of their thread.
+        place = (is_grad_enabled(), threading.get_ident()) if batches else ()
+        key = (input.shape, input.strides, input.dtype, *place)
         known = self._passes.get(key)
         if known is None or not known.holds():
-            return self._record(net, input, key, trains)
+            return self._record(net, input, key, batches)
         self._latest = known
         return known.play(input)
 
@@ -256,8 +258,8 @@ class Replay:
             attributes["_saved"] = None
         return (grad,)
 
-    def _give_up(self, trains: bool) -> None:
-        self._playable[trains] = False
+    def _give_up(self, batches: bool) -> None:
+        self._playable[batches] = False
         self._passes = {}
         self._latest = None
 
@@ -275,12 +277,12 @@ class Replay:
         layers = [module for module in modules if module is not net and type(module) is not self._container]
         memories = [parameter.memory for _, parameter in net.named_parameters()]
         on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
-        for trains in self._playable:
-            self._playable[trains] = on_cpu and all(_is_playable(layer, trains) for layer in layers)
+        for batches in self._playable:
+            self._playable[batches] = on_cpu and all(_is_playable(layer, batches) for layer in layers)
         self._small = [memory for memory in memories if memory.ndim < 2]
         self._small += [buffer for _, buffer in net.named_buffers()]
 
-    def _record(self, net: Sequential, input: np.ndarray, key: Any, trains: bool) -> np.ndarray | None:
+    def _record(self, net: Sequential, input: np.ndarray, key: Any, batches: bool) -> np.ndarray | None:
         """Note an input that is seen for the first time; record the pass of one that was seen before."""
         if input.dtype not in FLOATS or not input.dtype.isnative:
             return None
@@ -291,12 +293,12 @@ class Replay:
             self._passes[key] = None
             return None
         try:
-            done = _Pass(net, input, [] if trains else self._small, trains)
+            done = _Pass(net, input, [] if batches else self._small, batches)
         except NotRecordedError:
-            self._give_up(trains)
+            self._give_up(batches)
             return None
         if _bytes(done.jobs) > _MOST_BYTES:
-            self._give_up(trains)
+            self._give_up(batches)
         else:
             self._passes[key] = self._latest = done
         return done.result()
