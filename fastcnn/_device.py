@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _buffers
 from .kernels import cpu
-from .kernels.cpu import transpose
+from .kernels.cpu import arithmetic, transpose
 
 # Elements of a piece of an array that stays in the cache.
 _PIECE = 8192
@@ -30,16 +30,12 @@ class Cpu:
     empty = staticmethod(_buffers.empty)
     zeros = staticmethod(_buffers.aligned_zeros)
     copy = staticmethod(transpose.copy)
+    add = staticmethod(arithmetic.add)
 
     @staticmethod
     def array(array: Any) -> np.ndarray:
         """`array`, copied if it is on another device."""
         return host(array)
-
-    @staticmethod
-    def add(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-        """Overwrite `out` with a + b; all have one memory layout."""
-        np.add(a, b, out=out)
 
     @staticmethod
     def multiply(a: np.ndarray, factor: float, out: np.ndarray) -> None:

@@ -18,6 +18,7 @@ SHAPES = {
     "cifar-batchnorm": (3, 32, 32),
     "mnist-prelu": (1, 28, 28),
     "chapter9": (1, 28, 28),
+    "resnet9": (3, 32, 32),
 }
 
 

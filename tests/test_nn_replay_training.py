@@ -87,6 +87,12 @@ def test_in_float64(name):
     assert is_played(net)
 
 
+def test_a_network_with_skip_connections():
+    net, plain = twins(lambda: models.create("resnet9", (3, 32, 32), 10, seed=0))
+    compare(net, plain, (2, 3, 32, 32), np.float32, steps=4)
+    assert is_played(net)
+
+
 BLOCKS = {
     "1x1": lambda: [nn.Conv2d(8, 20, 1)],
     "strided": lambda: [nn.Conv2d(8, 20, 3, stride=2, padding=1), nn.LeakyReLU(0.1)],
@@ -101,6 +107,10 @@ BLOCKS = {
     "dropout": lambda: [nn.Dropout(0.3), nn.Conv2d(8, 4, 3), nn.Dropout(0.5), nn.Dropout(1.0)],
     "rows": lambda: [nn.Flatten(2), nn.Linear(180, 40), nn.Linear(40, 3, bias=False), nn.ReLU()],
     "deep": lambda: [nn.Conv2d(8, 40, 3), nn.Conv2d(40, 80, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
+    "residual": lambda: [
+        nn.Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()), activation=nn.ReLU()),
+        nn.Residual(nn.Conv2d(8, 4, 1, bias=False), nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))),
+    ],
     "nested": lambda: [nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Identity()],
 }
 
@@ -335,7 +345,7 @@ def test_layers_of_other_classes_are_run():
 
 def test_networks_in_networks_are_recorded_as_one():
     inner = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-    net = nn.Sequential(inner, nn.Residual(nn.Sequential(nn.Conv2d(4, 4, 1))), nn.Flatten())
+    net = nn.Sequential(inner, nn.Softmax(1), nn.Flatten())
     for _ in range(4):
         step(net, batch_of(2), np.ones_like)
     assert not is_played(net)

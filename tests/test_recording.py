@@ -76,7 +76,22 @@ def test_what_is_between_jobs_comes_at_its_place():
     jobs.play()
     words = [("before", [9, 9]), ("behind", [0, 2]), ("before", [0, 2]), ("behind", [5, 5])]
     assert order == words
-    assert sum(array.size == 1 and array.dtype == np.float32 for array in jobs.arrays()) == 0
+
+
+def test_a_recording_is_given_up_when_it_keeps_too_much_memory():
+    x, y = np.ones(100, np.float32), np.empty(100, np.float32)
+    with Recording(most_bytes=1000) as jobs:
+        cpu.relu_forward(x, out=y)
+        cpu.relu_forward(x[:50], out=y[50:])
+        assert jobs.complete
+        cpu.relu_forward(y, out=np.empty(100, np.float32))
+        assert not jobs.complete
+        cpu.relu_forward(-x, out=y)
+    assert y.max() == 0
+    assert not jobs.complete
+    y[...] = 3
+    jobs.play()
+    assert y.max() == 3
 
 
 def test_calls_are_left_out_unless_they_are_asked_for():

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._device import device_of
 from .._grad_mode import is_grad_enabled
-from ._arrays import floats, inverse, memory_order
+from ._arrays import contiguous, floats, inverse, memory_order
 from .fusion import Plan, Run
 from .module import Module
 from .replay import Replay, layer_by_layer
@@ -79,7 +79,7 @@ class Sequential(_Container):
     def __init__(self, *layers: Any):
         super().__init__()
         self._plan = Plan()
-        self._replay = Replay(Sequential)
+        self._replay = Replay((Sequential, Residual))
         named: Iterable[tuple[str, Any]]
         if len(layers) == 1 and isinstance(layers[0], dict):
             named = layers[0].items()
@@ -166,7 +166,7 @@ class Sequential(_Container):
         return tuple(input_shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_plan": Plan(), "_replay": Replay(Sequential)}
+        return super().__getstate__() | {"_plan": Plan(), "_replay": Replay((Sequential, Residual))}
 
     def _runs(self, layers: list[Module]) -> list[tuple[int, int, Run | None]]:
         return self._plan.runs(layers, lambda layer: id(layer) in self._shared)
@@ -311,5 +311,5 @@ def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     shape = a.transpose(order).shape
     on = device_of(a)
     total = on.empty(shape, a.dtype)
-    on.add(a.transpose(order), b.transpose(order), total)
+    on.add(contiguous(a.transpose(order)), contiguous(b.transpose(order)), total)
     return total.transpose(inverse(order))

@@ -104,7 +104,7 @@ class _Backward:
 
     def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool) -> None:
         self._dout = _Input(dout)
-        with Recording(calls=True) as self.jobs:
+        with Recording(calls=True, most_bytes=_MOST_BYTES) as self.jobs:
             self._grad = net._run_backward(self._dout.array, input_grad)
 
     def result(self) -> np.ndarray | None:
@@ -124,7 +124,7 @@ class _Pass:
         self._small = small
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
-        with Recording(calls=batches) as self.jobs:
+        with Recording(calls=batches, most_bytes=_MOST_BYTES) as self.jobs:
             self._output = net._run(self._input.array)
         self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
         self.net_kept = vars(net)["_saved"]
@@ -149,18 +149,6 @@ class _Pass:
             return self.result()
         finally:
             self.lock.release()
-
-
-def _bytes(jobs: Recording) -> int:
-    """Of all memory that the jobs keep."""
-    owners = {id(owner): owner for owner in map(_owner, jobs.arrays())}
-    return sum(owner.nbytes for owner in owners.values())
-
-
-def _owner(array: Any) -> Any:
-    while isinstance(getattr(array, "base", None), np.ndarray):
-        array = array.base
-    return array
 
 
 def _state() -> tuple:
@@ -192,8 +180,8 @@ class Replay:
     The first pass after a change is neither recorded nor counted.
     """
 
-    def __init__(self, container: type[Sequential]) -> None:
-        self._container = container
+    def __init__(self, containers: tuple[type[Module], ...]) -> None:
+        self._containers = containers
         self._state: tuple = ()
         self._known = False
         # For one image, and for batches.
@@ -248,7 +236,7 @@ class Replay:
         try:
             if known is None or not known.jobs.holds():
                 known = latest.backward[key] = _Backward(net, dout, input_grad)
-                if _bytes(known.jobs) > _MOST_BYTES:
+                if not known.jobs.complete:
                     self._give_up(True)
                 return (known.result(),)
             grad = known.play(dout)
@@ -269,12 +257,16 @@ class Replay:
         self._passes = {}
         self._latest = None
 
+    def _contains(self, module: Module) -> bool:
+        """Whether a module does nothing but to run others, and to add up what they return."""
+        return type(module) in self._containers and not {"forward", "backward"} & vars(module).keys()
+
     def _look_at(self, net: Sequential) -> None:
         """Find out what may be recorded; not before a state is seen again, since some change all the time."""
         self._known = True
         modules = list(net.modules())
         self._attributes = [vars(module) for module in modules]
-        layers = [module for module in modules if module is not net and type(module) is not self._container]
+        layers = [module for module in modules if module is not net and not self._contains(module)]
         memories = [parameter.memory for _, parameter in net.named_parameters()]
         on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
         for batches in self._playable:
@@ -297,8 +289,8 @@ class Replay:
         except NotRecordedError:
             self._give_up(batches)
             return None
-        if _bytes(done.jobs) > _MOST_BYTES:
-            self._give_up(batches)
-        else:
+        if done.jobs.complete:
             self._passes[key] = self._latest = done
+        else:
+            self._give_up(batches)
         return done.result()
