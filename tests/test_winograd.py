@@ -47,13 +47,28 @@ CASES = [
     pytest.param((1, 2, 290, 195), 209, 1, id="few tiles, many weights, in cut vectors"),
 ]
 
+OTHER_FILTERS = [
+    # x, filters, padding, kernel, dilation
+    pytest.param((3, 13, 15, 32), 48, 2, (3, 3), 2, id="dilated"),
+    pytest.param((2, 11, 14, 33), 49, ((1, 2), (0, 3)), (3, 3), (2, 3), id="dilated by rows and columns"),
+    pytest.param((2, 9, 30, 32), 32, 0, (3, 3), (1, 4), id="dilated along rows"),
+    pytest.param((2, 3, 9, 32), 32, 5, (3, 3), 5, id="phases without pixels"),
+    pytest.param((7, 12, 12, 256), 256, 2, (3, 3), 2, id="few tiles, many weights, dilated"),
+    pytest.param((2, 16, 16, 32), 32, 2, (5, 5), 1, id="5 x 5"),
+    pytest.param((3, 13, 11, 35), 41, ((0, 2), (3, 1)), (5, 5), 1, id="5 x 5, cut vectors"),
+    pytest.param((2, 12, 13, 128), 128, 2, (5, 5), 1, id="5 x 5, the most channels"),
+    pytest.param((2, 14, 14, 32), 32, 3, (7, 7), 1, id="7 x 7"),
+    pytest.param((3, 13, 14, 32), 48, 2, (5, 8), (1, 2), id="5 x 8, dilated"),
+    pytest.param((3, 13, 14, 48), 33, 1, (3, 2), 1, id="3 x 2"),
+]
 
-def arguments(x_shape, filters, padding, dtype=np.float32):
+
+def arguments(x_shape, filters, padding, kernel=(3, 3), dilation=1, dtype=np.float32):
     rng = np.random.default_rng(7)
     x = rng.standard_normal(x_shape)
-    weight = rng.standard_normal((3, 3, x_shape[3], filters))
+    weight = rng.standard_normal((*kernel, x_shape[3], filters))
     bias = rng.standard_normal(filters)
-    layer = direct.layer(x_shape, (3, 3), x_shape[3], filters, 1, padding, 1, 1)
+    layer = direct.layer(x_shape, kernel, x_shape[3], filters, 1, padding, dilation, 1)
     dout = rng.standard_normal((x_shape[0], *layer.out_image, filters))
     return layer, *(array.astype(dtype) for array in (x, weight, bias, dout))
 
@@ -81,9 +96,23 @@ def test_error_is_within_the_documented_bound(x_shape, filters, padding):
     assert error(dweight, reference.conv2d_backward_weight(dout, x, 3, padding=padding)) < BOUND
 
 
-@pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)
-def test_threads_do_not_change_a_bit(x_shape, filters, padding, team):
-    layer, *arrays = arguments(x_shape, filters, padding)
+@pytest.mark.parametrize(("x_shape", "filters", "padding", "kernel", "dilation"), OTHER_FILTERS)
+def test_error_of_other_filters_is_within_the_same_bound(x_shape, filters, padding, kernel, dilation):
+    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation)
+    y, dx, dweight = passes(layer, *arrays)
+    x, weight, bias, dout = (array.astype(np.float64) for array in arrays)
+    how = {"padding": padding, "dilation": dilation}
+    assert error(y, reference.conv2d_forward(x, weight, bias, **how)) < BOUND
+    assert error(dx, reference.conv2d_backward_input(dout, weight, x_shape, **how)) < BOUND
+    assert error(dweight, reference.conv2d_backward_weight(dout, x, kernel, **how)) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "filters", "padding", "kernel", "dilation"),
+    [*(pytest.param(*case.values, (3, 3), 1, id=case.id) for case in CASES), *OTHER_FILTERS],
+)
+def test_threads_do_not_change_a_bit(x_shape, filters, padding, kernel, dilation, team):
+    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation)
     results = []
     for count in (1, 2):
         team(count)
@@ -123,9 +152,13 @@ def test_switch_takes_a_bool():
 UNFIT = [
     # x, filters, kernel, stride, padding, dilation, groups
     pytest.param((8, 8, 8, 64), 64, 3, 2, 1, 1, 1, id="stride 2"),
-    pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 2, 1, id="dilation 2"),
+    pytest.param((8, 8, 8, 64), 64, 3, 1, 4, 4, 1, id="dilated tiles of few pixels"),
     pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 1, 2, id="groups"),
-    pytest.param((8, 8, 8, 64), 64, 5, 1, 1, 1, 1, id="5 x 5"),
+    pytest.param((8, 8, 8, 64), 64, 4, 1, 1, 1, 1, id="4 x 4"),
+    pytest.param((8, 8, 8, 64), 64, 1, 1, 1, 1, 1, id="1 x 1"),
+    pytest.param((8, 8, 8, 64), 64, (1, 7), 1, 3, 1, 1, id="1 x 7"),
+    pytest.param((8, 8, 8, 64), 64, 7, 1, 3, 1, 1, id="7 x 7 of too many channels"),
+    pytest.param((5, 8, 8, 64), 64, 5, 1, 2, 1, 1, id="5 x 5 of few tiles"),
     pytest.param((8, 8, 8, 15), 64, 3, 1, 1, 1, 1, id="few channels"),
     pytest.param((8, 8, 8, 64), 15, 3, 1, 1, 1, 1, id="few filters"),
     pytest.param((1, 8, 8, 64), 64, 3, 1, 1, 1, 1, id="few tiles"),
@@ -233,13 +266,27 @@ def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
     assert np.all(expected | np.isfinite(direct_result))
 
 
-def test_nan_in_an_image_reaches_the_gradients_of_its_channel():
-    layer, x, weight, _, dout = arguments((2, 12, 12, 48), 32, 1)
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"), [((3, 3), 1, 1), ((3, 3), 2, 2), ((5, 5), 2, 1), ((7, 7), 3, 1)]
+)
+def test_nan_in_an_image_reaches_the_gradients_of_its_channel(kernel, padding, dilation):
+    layer, x, weight, _, dout = arguments((2, 12, 12, 48), 32, padding, kernel, dilation)
     x[1, 5, 6, 40] = np.nan
     dweight = np.zeros_like(weight)
     winograd_weights.add_weight_gradient(layer, dout, x, dweight)
     assert np.isnan(dweight[:, :, 40]).all()
     assert np.isfinite(np.delete(dweight, 40, axis=2)).all()
+
+
+@pytest.mark.parametrize(("padding", "kernel", "dilation"), [(2, (3, 3), 2), (2, (5, 5), 1), (3, (7, 7), 1)])
+def test_nan_in_an_image_reaches_all_that_it_should(padding, kernel, dilation):
+    layer, x, weight, bias, dout = arguments((2, 13, 12, 32), 32, padding, kernel, dilation)
+    x[1, 5, 6, 3] = np.nan
+    y = np.empty_like(dout)
+    winograd.forward(layer, x, weight, bias, y)
+    expected = np.isnan(reference.conv2d_forward(x, weight, bias, padding=padding, dilation=dilation))
+    assert np.isnan(y[expected]).all()
+    assert np.isfinite(y[0]).all()
 
 
 def test_nan_in_the_weights_reaches_its_filter():

@@ -1,14 +1,19 @@
-"""Convolution with 3x3 filters in a quarter of the multiplications: Winograd's F(4x4, 3x3).
+"""Convolution in a quarter to a half of the multiplications: Winograd's F(4x4, 3x3).
 
 Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4. The output is cut into
 tiles of 4x4 pixels, counted in one row over all images. A thread transforms the windows of one block of tiles
 (see `winograd_transforms`), multiplies each of their 36 elements by its own matrix of transformed weights, a
 panel of filters at a time, and transforms the products back. Block and panel fit the second-level cache.
 
+Larger filters are cut into pieces of 3x3, the last filled up with zeros. A piece sees the image moved by its
+place in the filter, so that the pieces count as more channels: 5x5 filters as four times as many, for which
+16 outputs take 144 products instead of 400. With dilation a tile's pixels are so far apart, and the tiles
+interleave.
+
 Sums of products that differ in size cost accuracy: for standard normal images and weights the largest error
-is below 2e-5 of the largest output, at 16 to 512 channels; that of direct convolution is about a tenth of it.
-A NaN in the image, or an infinity, which the transform turns into NaN, makes all outputs NaN whose tile has
-it in its 6x6 window.
+is below 2e-5 of the largest output, at 16 to 512 channels, those of all pieces counted; that of direct
+convolution is about a tenth of it. A NaN in the image, or an infinity, which the transform turns into NaN,
+makes all outputs NaN whose tile has it in its 6x6 window, or in that of one piece.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from .winograd_transforms import (
     transpose_square,
     weight_vector,
 )
-from .workspace import clear, scratch, set_start
+from .workspace import clear, copy, scratch, set_start
 
 _AREA = WINDOW * WINDOW
 # Fewer channels or filters leave too little to multiply between the transforms.
@@ -43,6 +48,12 @@ _FEWEST_CHANNELS = 16
 # Fewer tiles don't repay the transform of the weights, nor do tiles with fewer pixels in use, on average.
 _FEWEST_TILES = 8
 _FEWEST_PIXELS = 7
+# Of filters that are cut into pieces, which have more weights to transform.
+_FEWEST_TILES_CUT = 24
+# Products that pieces of 3x3 must spare, as a ratio, for what their transforms take.
+_LEAST_GAIN = 2
+# The most channels, those of all pieces counted, for which the error was measured.
+_MOST_CUT_CHANNELS = 512
 # Tiles in a block, about: the transformed weights stream past once for each.
 _BLOCK = 32
 # Rows of so many tiles are not cut.
@@ -61,7 +72,7 @@ _enabled = True
 def set_winograd(enabled: bool) -> None:
     """Use Winograd's algorithm for float32 convolutions where it is faster, or never.
 
-    It takes filters of 3x3, and of up to 8x8 where there are few. It is on from the start. Results differ
+    It takes filters of more than one row and column, with stride 1. It is on from the start. Results differ
     from direct convolution's by up to 2e-5 of the largest of them, and a NaN or an infinity spreads to the
     whole tiles of 4x4 outputs that it has a part in.
     """
@@ -87,7 +98,13 @@ class Tiling(NamedTuple):
     out_height: int
     out_width: int
     filters: int
-    tile_rows: int  # in an image
+    dilation_h: int  # pixels from one of a tile, or of a filter, to the next
+    dilation_w: int
+    cuts: int  # pieces of a filter, and how many of them are beside each other
+    cuts_w: int
+    depth: int  # channels of all pieces
+    phase_rows: int  # rows of tiles that begin at the same one of `dilation_h` x `dilation_w` pixels
+    tile_rows: int  # in an image, phase after phase
     tile_columns: int
     tiles: int  # in all images
     block: int  # tiles that are multiplied together
@@ -120,36 +137,84 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     for c in range(0, many, lanes):
         if transposed:
             for tap in range(9):
-                source = ((8 - tap) * g.filters + filter0 + c) * g.channels + k0
-                transpose_square(weight, source, g.channels, square, tap * lanes * lanes, lanes)
+                source = ((8 - tap) * g.filters + filter0 + c) * g.depth + k0
+                transpose_square(weight, source, g.depth, square, tap * lanes * lanes, lanes)
         for i in range(lanes):
             place = u0 + i * g.panel + c
             if transposed:
                 weight_vector(square, i * lanes, lanes * lanes, u, place, g.weight_step)
             else:
                 source = (k0 + i) * g.filters + filter0 + c
-                weight_vector(weight, source, g.channels * g.filters, u, place, g.weight_step)
+                weight_vector(weight, source, g.depth * g.filters, u, place, g.weight_step)
+
+
+@kernel
+def piece_tap(part, height, width, cuts_w):
+    """The place of the piece's tap `part`, counted through all pieces, in the filter; -1 if it has none."""
+    cut, tap = part // 9, part % 9
+    kh, kw = cut // cuts_w * 3 + tap // 3, cut % cuts_w * 3 + tap % 3
+    return kh * width + kw if kh < height and kw < width else -1
+
+
+@parallel
+def _cut_filters(part, parts, weight, height, width, channels, filters, cuts_h, cuts_w, transposed, pieces):
+    """Copy the filters by pieces of 3x3, those of the mirror image if `transposed`, filled up with zeros."""
+    keep_out_of_line()
+    cuts = cuts_h * cuts_w
+    lo, hi = span(part, parts, 9 * cuts)
+    for task in range(lo, hi):
+        tap = piece_tap(task, height, width, cuts_w)
+        runs = channels if transposed else 1
+        size = channels * filters // runs
+        cut = task // 9
+        # The mirror images' taps will be read backwards.
+        first = (8 - task % 9 if transposed else task % 9) * cuts * channels * filters + cut * size
+        source = (height * width - 1 - tap if transposed else tap) * channels * filters
+        for run in range(runs):
+            target = first + run * cuts * size
+            if tap < 0:
+                clear(pieces, target, size)
+            else:
+                copy(weight, source + run * size, pieces, target, size)
 
 
 @parallel
 def _transform_all_weights(part, parts, weight, transposed, g, u, squares):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
-    slices = (g.channels + lanes - 1) // lanes
+    slices = (g.depth + lanes - 1) // lanes
     lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
     for task in range(lo, hi):
         panel = task // slices
-        k0 = min((task - panel * slices) * lanes, g.channels - lanes)
+        k0 = min((task - panel * slices) * lanes, g.depth - lanes)
         place = panel * 36 * g.weight_step + k0 * g.panel
         _transform_weights(weight, transposed, g, panel, k0, u, place, squares[part])
 
 
 @kernel
-def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch):
+def row_origin(g, row):
+    """The image of a row of tiles, and its first pixel's row and column."""
+    n = row // g.tile_rows
+    r = row - n * g.tile_rows
+    if g.phase_rows == g.tile_rows:
+        return n, r * 4, 0
+    phase = r // g.phase_rows
+    top = phase // g.dilation_w
+    return n, top + (r - phase * g.phase_rows) * 4 * g.dilation_h, phase - top * g.dilation_w
+
+
+@kernel
+def steps_to(distance, step):
+    """Steps that reach `distance` or pass it: 0 and less for one that is not positive."""
+    return (distance + step - 1) // step
+
+
+@kernel
+def transform_input(x, g, cut, first, last, c0, c1, offsets, zeros, columns, v, pitch):
     """B^T d B of the tiles from `first` to `last`, the channels from `c0` to `c1`, to rows of `pitch` in `v`.
 
-    It is done by row of tiles and vector of channels, of which there is one at least. The last vector begins
-    earlier where they don't fill it.
+    The tiles are those that the piece `cut` of the filters sees. It is done by row of tiles and vector of
+    channels, of which there is one at least. The last vector begins earlier where they don't fill it.
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
@@ -159,21 +224,21 @@ def transform_input(x, g, first, last, c0, c1, offsets, zeros, columns, v, pitch
         row = tile // g.tile_columns
         tw = tile - row * g.tile_columns
         many = min(g.tile_columns - tw, last - tile)
-        n = row // g.tile_rows
-        h0 = (row - n * g.tile_rows) * 4 - g.top
-        w0 = tw * 4 - g.left
+        n, top, left = row_origin(g, row)
+        h0 = top - g.top + cut // g.cuts_w * 3 * g.dilation_h
+        w0 = left + tw * 4 * g.dilation_w - g.left + cut % g.cuts_w * 3 * g.dilation_w
         window = 4 * many + 2
-        before = min(max(-w0, 0), window)
-        w0 = max(w0, 0)
-        inside = max(min(g.width - w0, window - before), 0)
+        before = min(max(steps_to(-w0, g.dilation_w), 0), window)
+        w0 += before * g.dilation_w
+        inside = max(min(steps_to(g.width - w0, g.dilation_w), window - before), 0)
         for i in range(6):
-            h = h0 + i
+            h = h0 + i * g.dilation_h
             offsets[i] = ((n * g.height + h) * g.width + w0) * g.channels if 0 <= h < g.height else -1
         clear(columns, 0, before * column)
         clear(columns, (before + inside) * column, (window - before - inside) * column)
         for begin in range(c0, c1, lanes):
             c = min(begin, c1 - lanes)
-            input_columns(x, offsets, c, g.channels, inside, zeros, columns, before * column)
+            input_columns(x, offsets, c, g.channels * g.dilation_w, inside, zeros, columns, before * column)
             place = (tile - first) * pitch + c - c0
             for k in range(many):
                 input_tile(columns, k * 4 * column, v, place + k * pitch, g.input_step)
@@ -191,9 +256,8 @@ def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel
     lanes = VECTOR_BITS // (8 * y.itemsize)
     for tile in range(first, last):
         row = tile // g.tile_columns
-        w = (tile - row * g.tile_columns) * 4
-        n = row // g.tile_rows
-        h = (row - n * g.tile_rows) * 4
+        n, h, left = row_origin(g, row)
+        w = left + (tile - row * g.tile_columns) * 4 * g.dilation_w
         place = y0 + (n * height + h) * line + w * pixel
         for c in range(0, many, lanes):
             output_tile(
@@ -204,10 +268,10 @@ def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel
                 filter0 + c,
                 y,
                 place + c,
-                line,
-                pixel,
-                g.out_height - h,
-                g.out_width - w,
+                line * g.dilation_h,
+                pixel * g.dilation_w,
+                steps_to(g.out_height - h, g.dilation_h),
+                steps_to(g.out_width - w, g.dilation_w),
             )
 
 
@@ -261,7 +325,11 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
         last = min(first + g.block, g.tiles)
         # Not the literal 0, for which Numba would compile a second version.
         c0, channels = span(0, 1, g.channels)
-        transform_input(x, g, first, last, c0, channels, offsets[part], zeros, columns[part], v, channels)
+        for cut in range(g.cuts):
+            target = v[cut * channels :]
+            transform_input(
+                x, g, cut, first, last, c0, channels, offsets[part], zeros, columns[part], target, g.depth
+            )
         for panel in range(begin, stop):
             for element in range(36):
                 overwrite_panel(
@@ -271,7 +339,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     tables[1],
                     0,
                     last - first,
-                    channels,
+                    g.depth,
                     u,
                     (panel * 36 + element) * g.weight_step,
                     g.panel,
@@ -295,7 +363,7 @@ def _transform_all_input(part, parts, x, g, zeros, offsets, columns, v):
     for chunk in range(lo, hi):
         c0, c1 = span(chunk, chunks, g.channels)
         target = v[chunk * 36 * g.input_step :]
-        transform_input(x, g, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
+        transform_input(x, g, 0, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
 
 
 @parallel
@@ -348,9 +416,34 @@ def _block_tiles(tile_columns: int, tiles: int) -> int:
     return min(min(counts, key=waste.__getitem__), tiles)
 
 
+def _tiles(size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int]:
+    """Rows of tiles of a phase of an image, those of all phases, and tiles in a row."""
+    rows, columns = (-(-length // (step * TILE)) for length, step in zip(size, dilation, strict=True))
+    return rows, rows * dilation[0] * dilation[1], columns
+
+
+class Filters(NamedTuple):
+    """What `tiling` needs to know of a layer's filters."""
+
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Pieces of 3x3, in height and in width."""
+        return -(-self.kernel[0] // TAPS), -(-self.kernel[1] // TAPS)
+
+
+@lru_cache(maxsize=256)
+def filters_of(layer: Layer) -> Filters:
+    """Sizes of a layer's filters."""
+    sides = layer.rows, layer.columns
+    return Filters((sides[0].kernel, sides[1].kernel), (sides[0].dilation, sides[1].dilation))
+
+
 @lru_cache(maxsize=256)
 def tiling(
-    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int]
+    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int], of: Filters
 ) -> tuple[Tiling, tuple[np.ndarray, ...]]:
     """The sizes, and the engine's tables: rows of the transformed input, channels, rows of the products.
 
@@ -358,32 +451,43 @@ def tiling(
     """
     images, height, width, channels = x_shape
     out_height, out_width, filters = out_shape
-    tile_rows, tile_columns = -(-out_height // TILE), -(-out_width // TILE)
+    phase_rows, tile_rows, tile_columns = _tiles((out_height, out_width), of.dilation)
     tiles = images * tile_rows * tile_columns
-    few = tiles <= _FEW_TILES and channels * filters >= _MANY_WEIGHTS
+    cuts = of.cuts[0] * of.cuts[1]
+    depth = cuts * channels
+    few = cuts == 1 and tiles <= _FEW_TILES and channels * filters >= _MANY_WEIGHTS
     block = tiles if few else _block_tiles(tile_columns, tiles)
     rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
     panel, lanes = simd.panel_width(np.float32), simd.lanes(np.float32)
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     chunk = -(-channels // -(-channels // _CHUNK)) if few else 0
-    inner = chunk or channels
+    inner = chunk or depth
     steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
     image = (height, width, channels, *padding, out_height, out_width, filters)
-    g = Tiling(*image, tile_rows, tile_columns, tiles, block, panel, chunk, *steps)
+    pieces = (*of.dilation, cuts, of.cuts[1], depth)
+    g = Tiling(*image, *pieces, phase_rows, tile_rows, tile_columns, tiles, block, panel, chunk, *steps)
     return g, (rows * inner, np.arange(inner), rows * panel)
 
 
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether Winograd's algorithm can do a layer's passes, is faster, and is wanted."""
-    sides = (layer.rows, layer.columns)
     if not _enabled or dtype != np.float32 or layer.groups != 1:
         return False
-    if any((side.kernel, side.stride, side.dilation) != (TAPS, 1, 1) for side in sides):
+    if layer.rows.stride > 1 or layer.columns.stride > 1:
         return False
     if not all(_fills_vectors(size) for size in (layer.channels, layer.filters)):
         return False
+    of = filters_of(layer)
     # The passes differ in their tiles by the padding only.
-    return all(_repays(images, *image) for image in (layer.image, layer.out_image))
+    return _gains(of, layer) and all(_repays(images, image, of) for image in (layer.image, layer.out_image))
+
+
+def _gains(of: Filters, layer: Layer) -> bool:
+    """Whether the pieces of a layer's filters have enough taps, and few enough channels."""
+    cuts = of.cuts[0] * of.cuts[1]
+    if TILE * TILE * of.kernel[0] * of.kernel[1] < _LEAST_GAIN * _AREA * cuts:
+        return False
+    return cuts == 1 or cuts * max(layer.channels, layer.filters) <= _MOST_CUT_CHANNELS
 
 
 def _fills_vectors(size: int) -> bool:
@@ -392,13 +496,17 @@ def _fills_vectors(size: int) -> bool:
     return whole and size >= _FEWEST_CHANNELS
 
 
-def _repays(images: int, height: int, width: int) -> bool:
-    tiles = images * -(-height // TILE) * -(-width // TILE)
-    return tiles >= _FEWEST_TILES and images * height * width >= _FEWEST_PIXELS * tiles
+def _repays(images: int, image: tuple[int, int], of: Filters) -> bool:
+    _, rows, columns = _tiles(image, of.dilation)
+    tiles = images * rows * columns
+    fewest = _FEWEST_TILES if of.cuts == (1, 1) else _FEWEST_TILES_CUT
+    return tiles >= fewest and images * image[0] * image[1] >= _FEWEST_PIXELS * tiles
 
 
 def pools(layer: Layer, e: Epilogue) -> bool:
     """Whether `forward` can end in `e`: no window may reach from one block of tiles into the next."""
+    if layer.rows.dilation > 1 or layer.columns.dilation > 1:
+        return False
     return TILE % e.pool_h == 0 and -(-layer.out_image[1] // TILE) <= _WIDEST
 
 
@@ -413,15 +521,35 @@ def forward(
 ) -> None:
     """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`; see `suits` and `pools`."""
     image = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
-    g, tables = tiling(x.shape, (*image, layer.filters), (layer.rows.padding[0], layer.columns.padding[0]))
+    of = filters_of(layer)
+    padding = layer.rows.padding[0], layer.columns.padding[0]
+    g, tables = tiling(x.shape, (*image, layer.filters), padding, of)
+    weight = _in_pieces(weight, of, False)
     _convolve(g, tables, x, weight, False, bias, y, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input: `dout` convolved with the filters' mirror images."""
-    top, left = (TAPS - 1 - side.padding[0] for side in (layer.rows, layer.columns))
-    g, tables = tiling(dout.shape, dx.shape[1:], (top, left))
+    sides = layer.rows, layer.columns
+    top, left = (side.dilation * (side.kernel - 1) - side.padding[0] for side in sides)
+    of = filters_of(layer)
+    g, tables = tiling(dout.shape, dx.shape[1:], (top, left), of)
+    weight = _in_pieces(weight, of, True)
     _convolve(g, tables, dout, weight, True, None, dx, NO_EPILOGUE, _NOWHERE)
+
+
+def _in_pieces(weight: np.ndarray, of: Filters, transposed: bool) -> np.ndarray:
+    """The filters as (3, 3, cuts * C, F), or as (3, 3, C, cuts * F) if the passes' roles are exchanged."""
+    if of.kernel == (TAPS, TAPS):
+        return weight
+    _, _, channels, filters = weight.shape
+    cuts = of.cuts[0] * of.cuts[1]
+    pieces = scratch("pieces", TAPS**2 * cuts * channels * filters, weight.dtype)
+    flat = weight.reshape(-1)
+    _cut_filters(
+        part_count(TAPS**2 * cuts, pieces.nbytes), flat, *weight.shape, *of.cuts, int(transposed), pieces
+    )
+    return pieces
 
 
 def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
@@ -436,9 +564,9 @@ def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
 
 def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
     u = scratch("weights", panels * _AREA * g.weight_step, x.dtype)
-    parts = part_count(panels * -(-g.channels // simd.lanes(x.dtype)), u.nbytes)
+    parts = part_count(panels * -(-g.depth // simd.lanes(x.dtype)), u.nbytes)
     _transform_all_weights(parts, weight, transposed, g, u, _squares(parts))
-    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * _AREA * g.channels * g.filters)
+    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * _AREA * g.depth * g.filters)
     vs = _shares("input", parts, _AREA * g.input_step)
     zeros = np.zeros(g.panel, x.dtype)
     memory = (zeros, *windows(g, parts), vs, *_products(g, end[0], parts))

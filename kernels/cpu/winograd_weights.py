@@ -1,4 +1,4 @@
-"""The gradient to 3x3 filters in a quarter of the multiplications: the adjoint of Winograd's F(4x4, 3x3).
+"""The gradient to the filters in a quarter of the multiplications: the adjoint of Winograd's F(4x4, 3x3).
 
 Forward is linear in the filters, Y = A^T [(G g G^T) * (B^T d B)] A; hence
 
@@ -22,8 +22,19 @@ from . import simd
 from .direct import Layer
 from .simd import VECTOR_BITS
 from .tile import add_panel, add_rows, padded_rows
-from .winograd import Tiling, panel_filters, tiling, transform_input, windows
-from .winograd_transforms import WINDOW, add_filter_gradient, output_gradient_tile
+from .winograd import (
+    Filters,
+    Tiling,
+    filters_of,
+    panel_filters,
+    piece_tap,
+    row_origin,
+    steps_to,
+    tiling,
+    transform_input,
+    windows,
+)
+from .winograd_transforms import TAPS, WINDOW, add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
 
 _AREA = WINDOW * WINDOW
@@ -46,20 +57,18 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
     """A dY A^T of the tiles from `first` to `last` and a panel of filters."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dout.itemsize)
-    line = g.out_width * g.filters
+    line = g.out_width * g.filters * g.dilation_h
+    pixel = g.filters * g.dilation_w
     filter0, many = panel_filters(g, panel, lanes)
     for tile in range(first, last):
         row = tile // g.tile_columns
-        left = (tile - row * g.tile_columns) * 4
-        n = row // g.tile_rows
-        top = (row - n * g.tile_rows) * 4
+        n, top, phase = row_origin(g, row)
+        left = phase + (tile - row * g.tile_columns) * 4 * g.dilation_w
         d0 = ((n * g.out_height + top) * g.out_width + left) * g.filters + filter0
-        rows = g.out_height - top
-        columns = g.out_width - left
+        rows = steps_to(g.out_height - top, g.dilation_h)
+        columns = steps_to(g.out_width - left, g.dilation_w)
         for f in range(0, many, lanes):
-            output_gradient_tile(
-                dout, d0 + f, line, g.filters, rows, columns, zeros, w, w0 + f, g.weight_step
-            )
+            output_gradient_tile(dout, d0 + f, line, pixel, rows, columns, zeros, w, w0 + f, g.weight_step)
         w0 += g.panel
 
 
@@ -76,11 +85,24 @@ def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, column
         begin = first + piece * cut.tiles
         end = min(begin + cut.tiles, last)
         if slab < cut.slabs:
+            slabs = cut.slabs // g.cuts
+            piece_of_filter = slab // slabs
             # The last begins earlier where the channels don't fill it.
-            c = min(slab * lanes, g.channels - lanes)
+            c = min((slab - piece_of_filter * slabs) * lanes, g.channels - lanes)
             target = v[(slab * g.block + begin - first) * lanes :]
             transform_input(
-                x, g, begin, end, c, c + lanes, offsets[part], zeros, columns[part], target, lanes
+                x,
+                g,
+                piece_of_filter,
+                begin,
+                end,
+                c,
+                c + lanes,
+                offsets[part],
+                zeros,
+                columns[part],
+                target,
+                lanes,
             )
         else:
             panel = slab - cut.slabs
@@ -97,9 +119,9 @@ def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
     for task in range(lo, hi):
         element = task // cut.panels
         panel = task - element * cut.panels
-        s0 = element * g.product_step + panel * g.channels * g.panel
+        s0 = element * g.product_step + panel * g.depth * g.panel
         if is_first:
-            clear(sums, s0, g.channels * g.panel)
+            clear(sums, s0, g.depth * g.panel)
         add_panel(
             v,
             element * g.input_step,
@@ -118,64 +140,88 @@ def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
         )
 
 
+@kernel
+def _add_piece(taps, piece, height, width, g, dweight, target):
+    """Add those taps of a piece that the filter has, a vector each, to the gradient."""
+    lanes = VECTOR_BITS // (8 * taps.itemsize)
+    for t in range(9):
+        tap = piece_tap(piece * 9 + t, height, width, g.cuts_w)
+        if tap >= 0:
+            place = target + tap * g.channels * g.filters
+            values, places = taps[t * lanes : (t + 1) * lanes], dweight[place : place + lanes]
+            for i in range(places.size):
+                places[i] += values[i]
+
+
 @parallel
-def _finish(part, parts, g, cut, sums, dweight):
-    """Add G^T M G to the gradient, M being the sums."""
+def _finish(part, parts, g, height, width, cut, sums, taps, dweight):
+    """Add G^T M G to the gradient of filters of `height` x `width`, M being the sums."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dweight.itemsize)
-    lo, hi = span(part, parts, g.channels)
+    lo, hi = span(part, parts, g.depth)
     for c in range(lo, hi):
+        piece = c // g.channels
         for panel in range(cut.panels):
             filter0, many = panel_filters(g, panel, lanes)
             shared = panel * g.panel - filter0
             for f in range(0, many, lanes):
-                source = (panel * g.channels + c) * g.panel + f
-                target = c * g.filters + filter0 + f
-                tap = g.channels * g.filters
-                add_filter_gradient(sums, source, g.product_step, dweight, target, tap, shared - f)
+                source = (panel * g.depth + c) * g.panel + f
+                target = (c - piece * g.channels) * g.filters + filter0 + f
+                if height == 3 and width == 3:
+                    tap = g.channels * g.filters
+                    add_filter_gradient(sums, source, g.product_step, dweight, target, tap, shared - f)
+                else:
+                    clear(taps[part], 0, 9 * lanes)
+                    add_filter_gradient(sums, source, g.product_step, taps[part], 0, lanes, shared - f)
+                    _add_piece(taps[part], piece, height, width, g, dweight, target)
 
 
 @lru_cache(maxsize=256)
 def _cut(
-    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int]
+    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int], of: Filters
 ) -> tuple[Tiling, Cut, tuple[np.ndarray, ...]]:
     """The sizes, and the engine's tables: channels, tiles, and channels in the sums."""
-    g, _ = tiling(x_shape, out_shape, padding)
+    g, _ = tiling(x_shape, out_shape, padding, of)
     lanes = simd.lanes(np.float32)
     slabs, panels = -(-g.channels // lanes), -(-g.filters // g.panel)
     rounds = -(-g.tiles // _ROUND)
     block = -(-g.tiles // rounds)
-    cut = Cut(slabs, panels, min(_TASK, block))
+    cut = Cut(g.cuts * slabs, panels, min(_TASK, block))
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     g = g._replace(
         block=block,
-        input_step=slabs * block * lanes + lanes,
+        input_step=cut.slabs * block * lanes + lanes,
         weight_step=panels * block * g.panel + lanes,
-        product_step=panels * g.channels * g.panel + lanes,
+        product_step=panels * g.depth * g.panel + lanes,
     )
     channel = np.arange(g.channels)
     slab = channel // lanes
     places = slab * block * lanes + channel - np.minimum(slab * lanes, g.channels - lanes)
-    rows = add_rows(g.channels)
-    tables = (padded_rows(places, rows), np.arange(block) * lanes, padded_rows(channel * g.panel, rows))
-    return g, cut, tables
+    places = np.add.outer(np.arange(g.cuts) * slabs * block * lanes, places).ravel()
+    rows = add_rows(g.depth)
+    sums = padded_rows(np.arange(g.depth) * g.panel, rows)
+    return g, cut, (padded_rows(places, rows), np.arange(block) * lanes, sums)
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient to the filters to `dweight`; see `winograd.suits`."""
     padding = (layer.rows.padding[0], layer.columns.padding[0])
-    g, cut, tables = _cut(x.shape, dout.shape[1:], padding)
+    of = filters_of(layer)
+    g, cut, tables = _cut(x.shape, dout.shape[1:], padding, of)
     v = scratch("input", _AREA * g.input_step, x.dtype)
     w = scratch("gradients", _AREA * g.weight_step, x.dtype)
     sums = scratch("sums", _AREA * g.product_step, x.dtype)
     x, dout = x.reshape(-1), dout.reshape(-1)
-    zeros = np.zeros(simd.lanes(x.dtype), x.dtype)
+    lanes = simd.lanes(x.dtype)
+    zeros = np.zeros(lanes, x.dtype)
     tasks = -(-g.block // cut.tiles) * (cut.slabs + cut.panels)
     transforms = part_count(tasks, v.nbytes + w.nbytes)
     memory = windows(g, transforms)
-    products = part_count(_AREA * cut.panels, g.block * _AREA * g.channels * g.filters)
+    products = part_count(_AREA * cut.panels, g.block * _AREA * g.depth * g.filters)
     for first in range(0, g.tiles, g.block):
         last = min(first + g.block, g.tiles)
         _transform(transforms, x, dout, g, cut, first, last, zeros, *memory, v, w)
         _add_products(products, v, w, g, cut, int(first == 0), last - first, tables, sums)
-    _finish(part_count(g.channels, sums.nbytes), g, cut, sums, dweight.reshape(-1))
+    parts = part_count(g.depth, sums.nbytes)
+    taps = scratch("squares", parts * TAPS**2 * lanes, x.dtype).reshape(parts, -1)
+    _finish(parts, g, *of.kernel, cut, sums, taps, dweight.reshape(-1))
