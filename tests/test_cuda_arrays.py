@@ -1,10 +1,15 @@
 """Arrays of the device: NumPy's views, no silent copies, memory used again, foreign arrays in place."""
 
+import gc
+import importlib
+import weakref
+
 import cuda_device
 import numpy as np
 import pytest
 
 cuda = cuda_device.module()
+pool = importlib.import_module("fastcnn.kernels.cuda.pool")
 pytestmark = cuda_device.marks
 
 VIEWS = [
@@ -178,3 +183,15 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
     assert cuda.empty(shape).pointer != pointer
     del row
     assert pointer in {cuda.empty(shape).pointer for _ in range(2)}
+
+
+def test_the_driver_s_memory_outlives_a_cycle_that_held_it():
+    # The collector of garbage calls the finalizers of all that is in a cycle before any `__del__`.
+    array = cuda.empty(5 * 1231)
+    pointer, freed, cycle = array.pointer, [], {"array": array}
+    cycle["itself"] = cycle
+    weakref.finalize(pool._pool.owners[pointer], freed.append, pointer)
+    del array, cycle
+    gc.collect()
+    assert not freed
+    assert cuda.empty(5 * 1231).pointer == pointer

@@ -22,7 +22,7 @@ GRAIN = 512
 
 
 def _new_block(size: int) -> tuple[int, Any]:
-    """Address and owner of `size` fresh bytes."""
+    """Address of `size` fresh bytes, and what frees them when it is gone."""
     if SIMULATED:
         raw = np.empty(size + GRAIN, np.uint8)
         address = raw.__array_interface__["data"][0]
@@ -32,54 +32,63 @@ def _new_block(size: int) -> tuple[int, Any]:
 
 
 class Memory:
-    """A block of the pool, which gets it back when the last array over it is gone."""
+    """A block of the pool, which gets it back when the last array over it is gone.
 
-    __slots__ = ("pointer", "raw", "size")
+    It does not hold the driver's allocation: the collector of garbage would free that first where both are
+    in a cycle, and then give the block back to the pool all the same.
+    """
 
-    def __init__(self, pointer: int, raw: Any, size: int):
+    __slots__ = ("pointer", "size")
+
+    def __init__(self, pointer: int, size: int):
         self.pointer = pointer
-        self.raw = raw
         self.size = size
 
     def __del__(self) -> None:
-        _pool.put(self.size, (self.pointer, self.raw))
+        _pool.put(self.size, self.pointer)
 
 
 class _Pool:
     def __init__(self) -> None:
-        self.free: dict[int, list[tuple[int, Any]]] = {}
+        # Addresses by size, and what owns the memory at each address, held or not.
+        self.free: dict[int, list[int]] = {}
+        self.owners: dict[int, Any] = {}
         self.lock = threading.Lock()
         self.hits = self.misses = self.bytes = 0
 
     def take(self, nbytes: int) -> Memory:
         size = -(-max(nbytes, 1) // GRAIN) * GRAIN
         with self.lock:
-            blocks = self.free.get(size)
-            if blocks:
+            addresses = self.free.get(size)
+            if addresses:
                 self.hits += 1
-                pointer, raw = blocks.pop()
-                return Memory(pointer, raw, size)
+                return Memory(addresses.pop(), size)
             self.misses += 1
-            self.bytes += size
         require_device()
         try:
-            pointer, raw = _new_block(size)
+            pointer, owner = _new_block(size)
         except Exception:
             # Perhaps out of memory, and what is kept for other sizes would do. If it wasn't that, the second
             # try says so.
             self.clear()
-            pointer, raw = _new_block(size)
-        return Memory(pointer, raw, size)
+            pointer, owner = _new_block(size)
+        self.owners[pointer] = owner
+        self.bytes += size
+        return Memory(pointer, size)
 
-    def put(self, size: int, block: tuple[int, Any]) -> None:
+    def put(self, size: int, pointer: int) -> None:
         # A list's append is atomic; a lock here could meet itself, when a collection of garbage runs inside
         # `take`.
-        self.free.setdefault(size, []).append(block)
+        self.free.setdefault(size, []).append(pointer)
 
     def clear(self) -> None:
         with self.lock:
             dropped, self.free = self.free, {}
-            self.bytes -= sum(size * len(blocks) for size, blocks in dropped.items())
+        for size, addresses in dropped.items():
+            for pointer in addresses:
+                # The driver frees it once what is queued is done.
+                del self.owners[pointer]
+                self.bytes -= size
 
 
 _pool = _Pool()
