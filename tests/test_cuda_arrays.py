@@ -1,7 +1,9 @@
 """Arrays of the device: NumPy's views, no silent copies, memory used again, foreign arrays in place."""
 
+import copy
 import gc
 import importlib
+import pickle
 import weakref
 
 import cuda_device
@@ -49,7 +51,7 @@ def test_views_are_numpy_s(view, dtype):
 def test_a_view_shares_memory_and_a_copy_does_not():
     host = np.zeros((3, 4), np.float32)
     device = cuda.from_numpy(host)
-    copy = device.copy()
+    other = device.copy()
     device[:, 1:3] = 5
     device.T[0] = np.array([1, 2, 3])
     device[2, 3:] = cuda.from_numpy(np.array([7], np.float32))
@@ -57,7 +59,7 @@ def test_a_view_shares_memory_and_a_copy_does_not():
     host.T[0] = [1, 2, 3]
     host[2, 3:] = 7
     assert np.array_equal(device.numpy(), host)
-    assert not copy.numpy().any()
+    assert not other.numpy().any()
     assert device.reshape(12).pointer == device.pointer
 
 
@@ -92,6 +94,28 @@ def test_which_copies_are_transposed_matrices():
     assert _matrices([(2, 315, 400), (35, 9, 1), (9, 1, 40)]) is None
     assert _matrices([(2, 105, 105), (35, 3, 1), (3, 1, 35)]) is None
     assert _matrices([(40, 1, 3)]) is None
+
+
+def test_copies_of_python_s_are_arrays_of_the_device():
+    array = cuda.from_numpy(np.arange(3.0))
+    for twin in (copy.copy(array), copy.deepcopy(array)):
+        assert isinstance(twin, cuda.DeviceArray)
+        assert twin.pointer != array.pointer
+        assert np.array_equal(twin.numpy(), array.numpy())
+    assert np.array_equal(pickle.loads(pickle.dumps(array)), [0, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [object, "U3", "M8[s]", np.complex128, np.longdouble])
+def test_dtypes_that_no_device_has_are_refused(dtype):
+    for make in (lambda: cuda.empty(2, dtype), lambda: cuda.from_numpy(np.zeros(2, dtype))):
+        with pytest.raises(TypeError, match=r"^dtype: "):
+            make()
+
+
+def test_negative_sizes_are_refused():
+    for shape in (-1, (2, -3)):
+        with pytest.raises(ValueError, match=r"^shape: .*negative"):
+            cuda.zeros(shape)
 
 
 def test_a_copy_onto_itself_reads_first():
@@ -172,6 +196,19 @@ def test_a_foreign_array_is_used_in_place():
     assert np.array_equal(cuda.relu_forward(strided).numpy(), np.maximum(device.numpy().T[::-1], 0))
     with pytest.raises(ValueError, match=r"^out: must be C-contiguous and writable"):
         cuda.relu_forward(device, out=Foreign(out, read_only=True))
+
+
+def test_a_foreign_array_that_is_not_aligned_is_refused():
+    device = cuda.from_numpy(np.arange(9, dtype=np.uint8))
+    foreign = Foreign(device)
+    interface = foreign.__cuda_array_interface__
+    foreign.__cuda_array_interface__ = interface | {
+        "typestr": "<f4",
+        "shape": (2,),
+        "data": (device.pointer + 1, False),
+    }
+    with pytest.raises(ValueError, match=r"^x: the address .* is no multiple of the 4 bytes of float32"):
+        cuda.relu_forward(foreign)
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():

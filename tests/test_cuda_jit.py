@@ -122,7 +122,6 @@ def test_an_index_out_of_bounds_is_an_error_with_and_without_barriers():
         each[1, 4](device.zeros(4))
 
 
-@simulated
 def test_blocks_above_the_launch_bounds_are_refused():
     @kernel("T[::1]", launch_bounds=64)
     def bound(y):

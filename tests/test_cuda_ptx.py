@@ -1,9 +1,14 @@
-"""Every CUDA kernel compiles for compute capability 8.0 and 9.0, and none spills registers, says ptxas."""
+"""Every CUDA kernel compiles for compute capability 8.0 and 9.0, and none spills registers, says ptxas.
 
+Kernels of float32 compute in float32, but for the sums that are to be exact.
+"""
+
+import functools
 import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +21,10 @@ if cuda_device.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 pytest.importorskip("numba_cuda", reason="needs fastcnn[cuda]")
 
+from numba.cuda import types
+
 from fastcnn.kernels.cuda import arithmetic as _arithmetic  # noqa: F401 (its kernels are compiled too)
+from fastcnn.kernels.cuda import driver
 from fastcnn.kernels.cuda.jit import KERNELS
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -44,12 +52,22 @@ SIGNATURES = [
 ]
 
 
-def report(kernel, argument_types, capability, folder):
-    """What ptxas says of one kernel: its numbers by the words around them."""
+@functools.cache
+def ptx(kernel, argument_types, capability):
+    """One kernel as PTX."""
     from numba import cuda
 
     options = {"launch_bounds": kernel.options.get("launch_bounds")}
-    source, _ = cuda.compile_ptx(kernel.function, argument_types, cc=capability, device=False, **options)
+    # Functions that kernels call are compiled for the device at hand, whichever the kernel is for.
+    device = SimpleNamespace(compute_capability=capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
+        source, _ = cuda.compile_ptx(kernel.function, argument_types, cc=capability, device=False, **options)
+    return source
+
+
+def report(source, kernel, capability, folder):
+    """What ptxas says of one kernel: its numbers by the words around them."""
     file = folder / "kernel.ptx"
     file.write_text(source)
     command = [
@@ -78,15 +96,49 @@ def report(kernel, argument_types, capability, folder):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 @pytest.mark.parametrize(("kernel", "argument_types"), SIGNATURES)
-def test_compiles_without_spills(kernel, argument_types, capability, tmp_path, monkeypatch):
-    # Functions that kernels call are compiled for the device at hand, whichever the kernel is for.
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
-    used = report(kernel, argument_types, capability, tmp_path)
+def test_compiles_without_spills(kernel, argument_types, capability, tmp_path):
+    used = report(ptx(kernel, argument_types, capability), kernel, capability, tmp_path)
     assert not used["spills"]
     assert not used["stack"]
     assert used["shared"] <= SHARED_BYTES
     assert used["registers"] * kernel.threads <= REGISTERS_PER_BLOCK
+
+
+# Where float64 is meant: a float constant of Python's, or one of its integers beside a float32, makes Numba
+# compute in float64, which on most devices takes 32 or 64 times as long.
+MEANT = {
+    "activation._prelu_backward": "the gradient of a slope is a sum over all images",
+    "arithmetic._squares": "the norm of all gradients",
+    "batch._augment": "the mean of an image",
+    "columns._add_sums": "the gradient of a bias is a sum over all pixels",
+    "columns._sum_rows": "the same",
+    "normalization._moments": "mean and variance over all pixels",
+    "normalization._given_moments": "one over a root, once for each channel",
+    "normalization._gradient_sums": "sums over all pixels",
+    "normalization.pooled_sums": "sums over all pixels",
+    "normalization._backward": "factors from those sums, once for each thread's channel",
+    "normalization.backward_pool": "the same",
+}
+ARITHMETIC = re.compile(
+    r"^\s*(?:@\S+\s+)?(?:add|sub|mul|div|fma|rcp|sqrt|cvt)\.[\w.]*f64[\w.]*\s", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("kernel", "argument_types"), SIGNATURES)
+def test_float32_is_computed_in_float32(kernel, argument_types):
+    first = next(kind for kind in argument_types if isinstance(kind, types.Array))
+    if first.dtype == types.float64:
+        return
+    found = ARITHMETIC.findall(ptx(kernel, argument_types, CAPABILITIES[-1]))
+    assert bool(found) == (kernel.name.partition("[")[0] in MEANT), found
+
+
+@pytest.mark.parametrize(("kernel", "argument_types"), SIGNATURES)
+def test_parameters_have_the_sizes_that_launches_give_them(kernel, argument_types):
+    letters = "".join(map(driver.letters, argument_types))
+    entry = ptx(kernel, argument_types, CAPABILITIES[-1]).partition(".entry")[2].partition(")")[0]
+    sizes = [int(bits) // 8 for bits in re.findall(r"\.param \.[usfb](\d+)", entry)]
+    assert sizes == [struct.calcsize(letter) for letter in letters]
 
 
 # No device here: what asks for one is told that it is of capability 9.0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,9 @@ from numba import cuda
 from . import pool, strided
 from .jit import SIMULATED, THREADS, kernel, stream
 from .strided import blocks
+
+if not SIMULATED:
+    from .driver import Staging, to_host
 
 
 class Flags(NamedTuple):
@@ -114,6 +117,9 @@ class DeviceArray:
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("a DeviceArray is copied to the host by its numpy(), not by np.asarray")
 
+    def __copy__(self) -> DeviceArray:
+        return self.copy()
+
     def __deepcopy__(self, memo: dict) -> DeviceArray:
         return self.copy()
 
@@ -198,11 +204,18 @@ class DeviceArray:
     # ---------------------------------------------------------------- contents
 
     @property
-    def native(self) -> Any:
-        """This C-contiguous array as Numba's launches take it."""
-        if SIMULATED:
-            return _simulated(self)
-        return _numba_array(self.pointer if self.size else 0, self.shape, self.dtype)
+    def parameters(self) -> tuple[int, ...]:
+        """What a kernel is given for this C-contiguous array; see `driver.letters`."""
+        itemsize = self.dtype.itemsize
+        return 0, 0, self.size, itemsize, self.pointer, *self.shape, *_c_strides(self.shape, itemsize)
+
+    @property
+    def simulated(self) -> np.ndarray:
+        """The memory of this C-contiguous array, which is the host's in the simulator."""
+        if not self.size:
+            return np.empty(self.shape, self.dtype)
+        memory = memoryview((ctypes.c_char * self.nbytes).from_address(self.pointer))
+        return np.ndarray(self.shape, self.dtype, memory)
 
     def numpy(self, out: np.ndarray | None = None) -> np.ndarray:
         """A copy on the host; waits for the device.
@@ -250,7 +263,11 @@ class DeviceArray:
         if isinstance(value, np.ndarray) and value.ndim:
             value = from_numpy(value.astype(target.dtype, copy=False))
         elif not hasattr(value, "__cuda_array_interface__"):
-            value = _broadcast(from_numpy(np.asarray(value, target.dtype)), target.shape)
+            number = np.asarray(value, target.dtype)
+            if number.ndim == 0 and target.is_contiguous:
+                strided.fill(target, number)
+                return
+            value = _broadcast(from_numpy(number), target.shape)
         source = as_device(value)
         if source.shape != target.shape or source.dtype != target.dtype:
             raise ValueError(f"{source.dtype} {source.shape} is not {target.dtype} {target.shape}")
@@ -263,41 +280,25 @@ def _broadcast(number: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
     return DeviceArray(number.pointer, number.owner, shape, number.dtype, (0,) * len(shape), False)
 
 
-@lru_cache(maxsize=1 << 16)
-def _numba_array(pointer: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """Numba's array over the memory, which it doesn't own.
-
-    Making one takes longer than a launch, and a training step makes the same ones over the same pooled
-    blocks.
-    """
-    interface = {"shape": shape, "typestr": dtype.str, "data": (pointer, False), "version": 3}
-    return cuda.from_cuda_array_interface(interface, sync=False)
-
-
-def _simulated(array: DeviceArray) -> np.ndarray:
-    """The array's memory, which is the host's."""
-    if not array.size:
-        return np.empty(array.shape, array.dtype)
-    memory = memoryview((ctypes.c_char * array.nbytes).from_address(array.pointer))
-    return np.ndarray(array.shape, array.dtype, memory)
+@cache
+def _staging() -> Staging:
+    return Staging(stream())
 
 
 def _to_host(array: DeviceArray, host: np.ndarray) -> None:
     """Copy to a C-contiguous array of the host, and wait for it."""
     if SIMULATED:
-        host[...] = array.native
+        host[...] = array.simulated
     else:
-        array.native.copy_to_host(host, stream=stream())
-        stream().synchronize()
+        to_host(host, array.pointer, stream())
 
 
 def _to_device(host: np.ndarray, array: DeviceArray) -> None:
     """Copy from a C-contiguous array of the host, which may change when this returns."""
     if SIMULATED:
-        array.native[...] = host
+        array.simulated[...] = host
     else:
-        # The driver has read pageable memory by the time that this returns.
-        array.native.copy_to_device(host, stream=stream())
+        _staging().send(host, array.pointer)
 
 
 def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
@@ -305,11 +306,19 @@ def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
 
     Raises
     ------
+    TypeError
+        If `dtype` is none of booleans or numbers of up to 8 bytes.
+    ValueError
+        If a size is negative.
     RuntimeError
         If there is no device.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
+    sizes = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape: {sizes} has a negative size")
     dtype = np.dtype(dtype)
+    if dtype.kind not in "biufc" or dtype.itemsize > 8:
+        raise TypeError(f"dtype: {dtype} is none of booleans or numbers of up to 8 bytes")
     memory = pool.take(math.prod(sizes) * dtype.itemsize)
     return DeviceArray(memory.pointer, memory, sizes, dtype)
 
@@ -322,7 +331,13 @@ def zeros(shape: int | Sequence[int], dtype: Any = np.float32) -> DeviceArray:
 
 
 def from_numpy(array: np.ndarray) -> DeviceArray:
-    """A copy on the device of a NumPy array, C-contiguous."""
+    """A copy on the device of a NumPy array, C-contiguous.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        Like `empty`.
+    """
     array = np.asarray(array)
     array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
     result = empty(array.shape, array.dtype)
@@ -344,6 +359,8 @@ def as_device(array: Any, name: str = "array") -> DeviceArray:
     ------
     TypeError
         If it is no array of a device.
+    ValueError
+        If its elements are not aligned to their size.
     """
     if type(array) is DeviceArray:
         return array
@@ -359,6 +376,10 @@ def as_device(array: Any, name: str = "array") -> DeviceArray:
     _wait_for(interface.get("stream"))
     pointer, read_only = interface["data"]
     dtype = np.dtype(interface["typestr"])
+    if pointer % dtype.itemsize:
+        raise ValueError(
+            f"{name}: the address {pointer} is no multiple of the {dtype.itemsize} bytes of {dtype}"
+        )
     strides = interface.get("strides")
     strides = None if strides is None else tuple(strides)
     return DeviceArray(pointer, array, tuple(interface["shape"]), dtype, strides, not read_only)

@@ -12,8 +12,8 @@ which CuPy and PyTorch work, and they for it.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -29,12 +29,17 @@ SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
 
 if SIMULATED:
     from .simulator import Simulated
+else:
+    from .driver import Launcher
 
 FLOATS = ("float32", "float64")
 _DTYPE = re.compile(r"\bT\b")
 
 # Of a block, where a kernel doesn't say otherwise in its ``launch_bounds``.
 THREADS = 256
+
+# Blocks of a grid along its axes, at most.
+_MOST_BLOCKS = 2**31 - 1, 65535, 65535
 
 # Every kernel by its name: what the tests compile.
 KERNELS: dict[str, Kernel] = {}
@@ -92,10 +97,15 @@ def _argument_types(signature: str) -> tuple[Any, ...]:
 
 
 def _scalar(kind: Any) -> Callable[[Any], Any]:
-    """How a number becomes an argument in the simulator; on a device Numba does it by the same type."""
+    """How a number becomes one of the argument's type."""
     if isinstance(kind, types.Float) or kind is types.uint64:
         return np.dtype(str(kind)).type
     return lambda value: value
+
+
+def _three(sizes: Dim) -> tuple[int, int, int]:
+    x, y, z = (*((sizes,) if isinstance(sizes, int) else sizes), 1, 1)[:3]
+    return int(x), int(y), int(z)
 
 
 class _Compiled:
@@ -105,47 +115,65 @@ class _Compiled:
         self._kernel = kernel
         self.argument_types = argument_types
         self.arrays = tuple(isinstance(kind, types.Array) for kind in argument_types)
+        self._tuples = tuple(isinstance(kind, types.BaseTuple) for kind in argument_types)
         self._convert = tuple(_scalar(kind) for kind in argument_types)
-        self._dispatcher: Any = None
-        self._configured: dict[tuple, Any] = {}
+        self._launcher: Any = None
+        # Grids and blocks that were found to be possible.
+        self._configured: dict[tuple[Dim, Dim], tuple[tuple[int, int, int], tuple[int, int, int]]] = {}
 
     def key(self) -> tuple:
         """What tells this signature from the kernel's others: dtype and rank of the arrays."""
         kinds = (kind for kind in self.argument_types if isinstance(kind, types.Array))
         return tuple((np.dtype(str(kind.dtype)), kind.ndim) for kind in kinds)
 
-    def _compile(self) -> Any:
-        require_device()
+    def compile(self) -> Any:
+        """Numba's kernel: from the cache on disk, or compiled."""
         dispatcher = cuda.jit(**self._kernel.options)(self._kernel.function)
         dispatcher._cache = _kernel_cache(self._kernel)
-        dispatcher.compile(self.argument_types)
-        # The only signature: launches need not look for it.
-        dispatcher._specialized = True
-        dispatcher.disable_compile()
-        return dispatcher
+        return dispatcher.compile(self.argument_types)
 
-    def _configure(self, grid: Dim, block: Dim) -> Any:
-        if self._dispatcher is None:
-            self._dispatcher = self._compile()
-        with warnings.catch_warnings():
-            # Few blocks are what small layers need; Numba warns of every grid below 128.
-            warnings.simplefilter("ignore")
-            return self._dispatcher[grid, block, stream()]
+    def _configure(self, grid: Dim, block: Dim) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        blocks, threads = _three(grid), _three(block)
+        name = self._kernel.name
+        if math.prod(threads) > self._kernel.threads:
+            raise ValueError(f"{name}: {block} threads are above its launch bounds {self._kernel.threads}")
+        if any(count > most for count, most in zip(blocks, _MOST_BLOCKS, strict=True)):
+            raise ValueError(f"{name}: a grid of {blocks} blocks is above the device's {_MOST_BLOCKS}")
+        self._configured[grid, block] = blocks, threads
+        return blocks, threads
 
     def launch(self, grid: Dim, block: Dim, arguments: Sequence[Any]) -> None:
-        values = [
-            (argument.native if is_array else convert(argument))
-            for argument, is_array, convert in zip(arguments, self.arrays, self._convert, strict=True)
-        ]
+        blocks, threads = self._configured.get((grid, block)) or self._configure(grid, block)
         if SIMULATED:
-            if np.prod(block) > self._kernel.threads:
-                raise ValueError(f"{self._kernel.name}: {block} threads are above its launch bounds")
-            self._kernel.simulated(grid, block, *values)
+            values = [
+                (argument.simulated if is_array else convert(argument))
+                for argument, is_array, convert in zip(arguments, self.arrays, self._convert, strict=True)
+            ]
+            self._kernel.simulated(blocks, threads, *values)
             return
-        configured = self._configured.get((grid, block))
-        if configured is None:
-            configured = self._configured[grid, block] = self._configure(grid, block)
-        configured(*values)
+        if self._launcher is None:
+            require_device()
+            handle = int(stream())
+            self._launcher = Launcher(self._kernel.name, self.compile(), self.argument_types, handle)
+        try:
+            self._launcher.launch(blocks, threads, self.parameters(arguments))
+        except OverflowError:
+            # A number that is infinite in the kernel's dtype.
+            with np.errstate(over="ignore"):
+                converted = [convert(a) for a, convert in zip(arguments, self._convert, strict=True)]
+            self._launcher.launch(blocks, threads, self.parameters(converted))
+
+    def parameters(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments with arrays and tuples taken apart."""
+        values: list[Any] = []
+        for argument, is_array, is_tuple in zip(arguments, self.arrays, self._tuples, strict=True):
+            if is_array:
+                values += argument.parameters
+            elif is_tuple:
+                values += argument
+            else:
+                values.append(argument)
+        return values
 
 
 def _kernel_cache(kernel: Kernel) -> Any:

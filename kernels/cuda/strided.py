@@ -70,6 +70,12 @@ def _transpose_words(target, source, batch, rows, columns):
         cuda.syncthreads()
 
 
+@kernel(*(f"{word}[::1], {word}" for word in ("uint8", "uint16", "uint32", "uint64")))
+def _fill_words(target, value):
+    for i in range(cuda.grid(1), target.size, cuda.gridsize(1)):
+        target[i] = value
+
+
 class _Span(NamedTuple):
     """The memory between an array's first and last byte, as words, and where in it the first element lies."""
 
@@ -125,6 +131,13 @@ def overlap(a: DeviceArray, b: DeviceArray) -> bool:
         low = array.pointer + sum(r for r in reach if r < 0)
         ends.append((low, array.pointer + sum(r for r in reach if r > 0) + array.itemsize))
     return bool(a.size and b.size) and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+
+
+def fill(target: DeviceArray, number: np.ndarray) -> None:
+    """Overwrite the C-contiguous `target` with an array without axes, of its dtype."""
+    word = np.dtype(f"u{target.itemsize}")
+    value = int(number.view(word))
+    _fill_words.launch(blocks(target.size), THREADS, _words(target, 0, target.size, word), value)
 
 
 def copy(target: DeviceArray, source: DeviceArray) -> None:
