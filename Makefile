@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 # What runs on a device, or on its simulator.
-CUDA_TESTS := $(filter-out tests/test_cuda_ptx.py tests/test_cuda_absent.py, $(wildcard tests/test_cuda_*.py))
+CUDA_TESTS := $(filter-out tests/test_cuda_ptx.py tests/test_cuda_driver.py tests/test_cuda_absent.py, $(wildcard tests/test_cuda_*.py))
 SOURCES := pyproject.toml .ci/constraints.txt
 
 .PHONY: train test test-bounds test-widths test-cuda test-gpu lint bench clean
@@ -29,7 +29,7 @@ test-widths: .venv/.installed-test
 # The CUDA kernels without a GPU: their results on Numba's simulator, and what the compiler makes of each.
 test-cuda: .venv/.installed-cuda
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest $(CUDA_TESTS)
-	$(BIN)/python -m pytest tests/test_cuda_ptx.py
+	$(BIN)/python -m pytest tests/test_cuda_ptx.py tests/test_cuda_driver.py
 
 # And on the GPU of this machine.
 test-gpu: .venv/.installed-cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ class Flags(NamedTuple):
     aligned: bool = True
 
 
-def _c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides = []
     for size in reversed(shape):
         strides.append(itemsize)
@@ -156,6 +157,8 @@ class DeviceArray:
     def reshape(self, *shape: Any) -> DeviceArray:
         """The elements in another shape: a view of a C-contiguous array, else of a copy."""
         wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if wanted == (-1,):
+            return self.ravel()
         if -1 in wanted:
             known = -math.prod(wanted)
             if wanted.count(-1) > 1 or known == 0 or self.size % known:
@@ -167,7 +170,9 @@ class DeviceArray:
         return DeviceArray(source.pointer, source.owner, wanted, self.dtype, None, source.writeable)
 
     def ravel(self) -> DeviceArray:
-        return self.reshape(-1) if self.size else self.reshape(0)
+        """The elements in one axis."""
+        source = contiguous(self)
+        return DeviceArray(source.pointer, source.owner, (self.size,), self.dtype, None, source.writeable)
 
     def __getitem__(self, key: Any) -> DeviceArray:
         """A view by integers, slices, None and an ellipsis."""
