@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count
 from .pieces import blocks, span_elements
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
@@ -19,7 +19,6 @@ from .vectors import (
     all_long_lanes,
     fence,
     first_long_lanes,
-    keep_in_line,
     lanes_of,
     loads,
     pointer,
@@ -32,9 +31,7 @@ from .workspace import scratch
 
 # So many vectors ahead are fetched where neither inputs nor output are in a cache.
 _AHEAD = 4
-# Elements that channels are gone through one after the other should stay in the first-level cache, as should
-# the channels' values.
-_BLOCK = 2048
+# The values of channels should stay in the first-level cache.
 _LONGEST = 1024
 
 
@@ -97,9 +94,10 @@ class Elementwise:
 
     def __call__(self, y: np.ndarray, number: Any, *inputs: np.ndarray) -> None:
         """Overwrite y; all arrays are C-contiguous and of one size."""
-        parts = part_count(blocks(y.size), y.size)
-        flat = tuple(array.reshape(-1) for array in inputs)
-        self._run(parts, y.reshape(-1), number, int(passes_caches(y, 1 + len(inputs))), flat)
+        size = y.size
+        around = int(passes_caches(y, 1 + len(inputs)))
+        flat = tuple([array.reshape(-1) for array in inputs])
+        self._run(part_count(blocks(size), size), y.reshape(-1), number, around, flat)
 
 
 def elementwise(function: Callable) -> Elementwise:
@@ -107,59 +105,49 @@ def elementwise(function: Callable) -> Elementwise:
     return Elementwise(function)
 
 
-def row_length(channels: int, lanes: int) -> int:
-    """Elements of a row that holds each channel equally often, in whole vectors if that isn't too long."""
-    for many in (LONG * lanes, lanes):
-        if math.lcm(channels, many) <= _LONGEST:
-            return math.lcm(channels, many)
-    return channels
+@lru_cache(maxsize=512)
+def _table(channels: int, dtype: np.dtype) -> tuple[int, int]:
+    """Elements after which channels, and if that isn't too long vectors, repeat; and elements of a table."""
+    many = lanes(dtype)
+    common = math.lcm(channels, many)
+    period = common if common <= _LONGEST else channels
+    # A long vector may begin anywhere in a period and then reach beyond its end.
+    width = LONG * many
+    return period, period if period % width == 0 else -(-(period + width) // period) * period
 
 
 class Channelwise:
     """A kernel ``y[..., c] = function(inputs[0][..., c], ..., values[0][c], ...)`` over channels-last arrays.
 
-    `function(sources, at, mask, values)` returns a vector; `values` are vectors.
+    `function(sources, at, mask, values)` returns a vector; `values` are vectors. Memory is gone through from
+    one end to the other, whatever the number of channels: the values lie in tables that repeat them, from
+    which a vector is loaded at any channel.
     """
 
     def __init__(self, function: Callable):
         step = kernel(function)
 
-        def column(sources, target, tables, start, rows, width, k, mask, around):
-            keep_in_line()
-            values = loads(tables, k, mask)
-            for row in range(rows):
-                at = start + row * width + k
+        def body(part, parts, y, tables, period, around, inputs):
+            keep_out_of_line()
+            sources, rows, target = pointers(inputs), pointers(tables), pointer(y)
+            width, everything = LONG * lanes_of(target), all_long_lanes(target)
+            lo, hi = span_elements(part, parts, y.size)
+            whole = lo + (hi - lo) // width * width
+            k, stride = lo % period, width % period
+            for at in range(lo, whole, width):
+                values = loads(rows, k, everything)
                 if around:
                     for source in sources:
-                        prefetch_long(source, at + _BLOCK)
-                    store_around(step(sources, at, mask, values), target, at)
+                        prefetch_long(source, at + _AHEAD * width)
+                    store_around(step(sources, at, everything, values), target, at)
                 else:
-                    store(step(sources, at, mask, values), target, at, mask)
-
-        _name_after(function, column, "column")
-        column = kernel(column)
-
-        def body(part, parts, y, tables, around, inputs):
-            keep_out_of_line()
-            sources, rows, target, length = pointers(inputs), pointers(tables), pointer(y), tables[0].size
-            everything, width = all_long_lanes(target), LONG * lanes_of(target)
-            block = max(1, _BLOCK // length) * length
-            lo, hi = span(part, parts, (y.size + block - 1) // block)
-            for start in range(lo * block, hi * block, block):
-                size = min(block, y.size - start)
-                count, rest = size // length, size % length
-                whole = length // width * width
-                for k in range(0, whole, width):
-                    if around:
-                        column(sources, target, rows, start, count, length, k, everything, True)
-                    else:
-                        column(sources, target, rows, start, count, length, k, everything, False)
-                if whole < length:
-                    some = first_long_lanes(target, length - whole)
-                    column(sources, target, rows, start, count, length, whole, some, False)
-                for k in range(0, rest, width):
-                    some = first_long_lanes(target, rest - k)
-                    column(sources, target, rows, start + count * length, 1, length, k, some, False)
+                    store(step(sources, at, everything, values), target, at, everything)
+                k += stride
+                if k >= period:
+                    k -= period
+            if whole < hi:
+                some = first_long_lanes(target, hi - whole)
+                store(step(sources, whole, some, loads(rows, k, some)), target, whole, some)
             fence()
 
         _name_after(function, body, "body")
@@ -168,14 +156,14 @@ class Channelwise:
 
     def __call__(self, y: np.ndarray, values: Sequence[np.ndarray | float], *inputs: np.ndarray) -> None:
         """Overwrite y, which is not empty; all arrays are C-contiguous, and `inputs` of the shape of y."""
-        channels, many = y.shape[-1], lanes(y.dtype)
-        length = row_length(channels, many)
-        tables = scratch("channels", len(values) * length, y.dtype).reshape(len(values), length)
+        channels, size = y.shape[-1], y.size
+        period, length = _table(channels, y.dtype)
+        tables = scratch("channels", len(values) * length, y.dtype)
         between_jobs(set_rows, tables.reshape(len(values), -1, channels), *values)
-        around = length % many == 0 and passes_caches(y, 1 + len(inputs))
-        parts = part_count(-(-y.size // max(_BLOCK, length)), y.size)
-        flat = tuple(array.reshape(-1) for array in inputs)
-        self._run(parts, y.reshape(-1), tuple(tables), int(around), flat)
+        around = int(passes_caches(y, 1 + len(inputs)))
+        flat = tuple([array.reshape(-1) for array in inputs])
+        rows = tuple(tables.reshape(len(values), length))
+        self._run(part_count(blocks(size), size), y.reshape(-1), rows, period, around, flat)
 
 
 def set_rows(tables: np.ndarray, *values: np.ndarray | float) -> None:

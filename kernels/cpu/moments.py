@@ -12,7 +12,6 @@ import numpy as np
 
 from ..jit import entry, keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
-from .elementwise import row_length
 from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
@@ -37,6 +36,8 @@ from .workspace import scratch
 _BLOCK = 4096
 # And so many elements ahead they are fetched from memory.
 AHEAD = 8192
+# A row of several pixels is no longer than this.
+_LONGEST = 1024
 # Channels from which on some lanes of a row's last vector may stay empty.
 _MANY = 64
 
@@ -194,10 +195,18 @@ def _products(part, parts, dout, x, center, slabs):
             _add_products(gradient, values, middle, start, 1, width, sums, k, some)
 
 
+def _row_length(channels: int, lanes: int) -> int:
+    """Elements of a row that holds each channel equally often, in whole vectors if that isn't too long."""
+    for many in (LONG * lanes, lanes):
+        if math.lcm(channels, many) <= _LONGEST:
+            return math.lcm(channels, many)
+    return channels
+
+
 def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each channel's sums, in float64, of dout and of dout * (x - center); the arrays are not empty."""
     channels = x.shape[-1]
-    pieces, width = piece_count(x.size), row_length(channels, lanes(x.dtype))
+    pieces, width = piece_count(x.size), _row_length(channels, lanes(x.dtype))
     row = scratch("center", width, x.dtype)
     between_jobs(np.copyto, row.reshape(-1, channels), center)
     slabs = scratch("products", pieces * 2 * width, np.float64).reshape(pieces, 2 * width)
