@@ -121,6 +121,9 @@ def _is_pair(value: Any) -> TypeGuard[tuple[int, int]]:
 
 def pair(name: str, value: Any, minimum: int = 0) -> tuple[int, int]:
     """An int, or two, as (height, width)."""
+    # As in `floating`: what layers hand over costs one look.
+    if type(value) is int and value >= minimum:
+        return value, value
     if _is_pair(value) and min(value) >= minimum:
         return value
     if np.ndim(value) == 0:
@@ -137,6 +140,9 @@ def padding2d(value: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """An int, (height, width), or ((top, bottom), (left, right)), as the last."""
     if isinstance(value, str):
         raise TypeError(f"padding: kernels take numbers, got {value!r}")
+    if type(value) is int or _is_pair(value):
+        height, width = pair("padding", value)
+        return (height, height), (width, width)
     if np.ndim(value) == 2:
         if np.shape(value) != (2, 2):
             raise ValueError(f"padding: expected ((top, bottom), (left, right)), got {value!r}")
@@ -149,7 +155,7 @@ def shape4(name: str, value: Any) -> tuple[int, int, int, int]:
     """The shape of a batch of images, (N, H, W, C)."""
     if len(value) != 4:
         raise ValueError(f"{name}: expected (N, H, W, C), got {value!r}")
-    n, h, w, c = (integer(name, size) for size in value)
+    n, h, w, c = (size if type(size) is int and size >= 0 else integer(name, size) for size in value)
     return n, h, w, c
 
 

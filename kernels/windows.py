@@ -98,7 +98,12 @@ def pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple
 
 def argmax_dtype(g: Windows) -> np.dtype:
     """The smallest dtype that holds every offset in a window."""
-    return np.min_scalar_type(g.kernel_h * g.kernel_w - 1)
+    return _smallest_dtype(g.kernel_h * g.kernel_w - 1)
+
+
+@lru_cache(maxsize=512)
+def _smallest_dtype(largest: int) -> np.dtype:
+    return np.min_scalar_type(largest)
 
 
 def pooled_windows(

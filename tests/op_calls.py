@@ -259,6 +259,7 @@ AVERAGE_POOLS = {
     "divisor": ((1, 5, 4, 15), (2, 3), 1, 1, False, True, 5),
     "negative divisor": ((1, 5, 4, 3), 2, 1, 0, False, False, -2),
     "kernel as large as the image": ((3, 4, 5, 3), (4, 5), None, 0, False, True, None),
+    "many channels": ((2, 11, 8, 525), 6, 5, 1, False, True, None),
     "no images": ((0, 4, 4, 3), 2, None, 0, False, True, None),
     "large": ((3, 32, 34, 16), 2, None, 0, False, True, None),
 }
@@ -290,6 +291,7 @@ ADAPTIVE_POOLS = {
     "uneven": ((1, 7, 5, 10), (3, 4)),
     "one": ((2, 5, 4, 17), 1),
     "more than there are": ((1, 3, 2, 33), (5, 7)),
+    "many channels": ((2, 7, 5, 512), 1),
     "no images": ((0, 4, 4, 3), 2),
     "large": ((3, 33, 32, 16), (7, 5)),
 }

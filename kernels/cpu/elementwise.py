@@ -23,7 +23,7 @@ from .vectors import (
     loads,
     pointer,
     pointers,
-    prefetch_long,
+    prefetch_vector,
     store,
     store_around,
 )
@@ -78,7 +78,7 @@ class Elementwise:
             if around:
                 for at in range(lo, whole, width):
                     for source in sources:
-                        prefetch_long(source, at + _AHEAD * width)
+                        prefetch_vector(source, at + _AHEAD * width, everything)
                     store_around(step(sources, at, everything, number), target, at)
                 fence()
             else:
@@ -138,7 +138,7 @@ class Channelwise:
                 values = loads(rows, k, everything)
                 if around:
                     for source in sources:
-                        prefetch_long(source, at + _AHEAD * width)
+                        prefetch_vector(source, at + _AHEAD * width, everything)
                     store_around(step(sources, at, everything, values), target, at)
                 else:
                     store(step(sources, at, everything, values), target, at, everything)

@@ -26,7 +26,7 @@ from .vectors import (
     multiply_add,
     pointer,
     prefetch,
-    prefetch_long,
+    prefetch_vector,
     store,
     wide,
 )
@@ -158,8 +158,8 @@ def _add_products(dout, x, center, start, rows, width, sums, k, mask):
     total, product = load(sums, k, mask), load(sums, width + k, mask)
     for row in range(rows):
         place = start + row * width + k
-        prefetch_long(dout, place + AHEAD)
-        prefetch_long(x, place + AHEAD)
+        prefetch_vector(dout, place + AHEAD, mask)
+        prefetch_vector(x, place + AHEAD, mask)
         gradient = wide(load(dout, place, mask))
         total = total + gradient
         product = multiply_add(gradient, wide(load(x, place, mask) - middle), product)

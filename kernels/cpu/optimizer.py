@@ -21,7 +21,7 @@ from .vectors import (
     load,
     multiply_add,
     pointer,
-    prefetch_long,
+    prefetch_vector,
     root,
     store,
 )
@@ -191,7 +191,7 @@ def _adam(part, parts, param, grad, exp_avg, exp_avg_sq, s):
     whole = lo + (hi - lo) // width * width
     for at in range(lo, whole, width):
         for stream in (p, g, m, v):
-            prefetch_long(stream, at + _AHEAD * width)
+            prefetch_vector(stream, at + _AHEAD * width, everything)
         _adam_vector(p, g, m, v, at, everything, s)
     if whole < hi:
         _adam_vector(p, g, m, v, whole, first_long_lanes(p, hi - whole), s)

@@ -27,6 +27,7 @@ from .vectors import (
     load,
     pointer,
     prefetch,
+    prefetch_vector,
     select,
     splat,
     store,
@@ -36,6 +37,9 @@ from .vectors import (
 # Processors foresee steps from one address to the next only, not from one row of an image to another: so many
 # elements ahead of the one in work they are told to fetch.
 _AHEAD = 8192
+# From so many channels and pixels of a window on, a mean is taken pixel by pixel.
+_MANY_CHANNELS = 512
+_MANY_PIXELS = 32
 
 
 class Taps(NamedTuple):
@@ -233,10 +237,37 @@ def _mean_vector(x, y, zero, factor, taps, source, target, mask):
     entry = 0
     while taps[entry + 1] >= 0:
         place = source + taps[entry]
-        prefetch(x, place + _AHEAD)
+        prefetch_vector(x, place + _AHEAD, mask)
         total = total + load(x, place, mask)
         entry += 2
     store(total * like(total, factor), y, target, mask)
+
+
+@kernel
+def _add_vector(x, y, is_first, factor, source, target, mask):
+    """Add a vector to the sums in y, or begin them, and multiply."""
+    keep_in_line()
+    total = load(x, source, mask)
+    if not is_first:
+        total = load(y, target, mask) + total
+    store(total * like(total, factor), y, target, mask)
+
+
+@kernel
+def _mean_by_pixels(x, y, factor, taps, source, target, channels):
+    """All channels of one window, pixel by pixel: memory is read from end to end, and sums wait in y."""
+    many, width = all_long_lanes(x), LONG * lanes_of(x)
+    whole = channels // width * width
+    some = first_long_lanes(x, channels - whole)
+    entry = 0
+    while taps[entry + 1] >= 0:
+        pixel, is_first = source + taps[entry], entry == 0
+        scale = factor if taps[entry + 3] < 0 else 1.0
+        for c in range(0, whole, width):
+            _add_vector(x, y, is_first, scale, pixel + c, target + c, many)
+        if whole < channels:
+            _add_vector(x, y, is_first, scale, pixel + whole, target + whole, some)
+        entry += 2
 
 
 @parallel
@@ -262,6 +293,10 @@ def mean_forward(part, parts, x, y, rows, columns, lists, g):
                 shape = (tall, wide)
                 _list_taps(lists[part], tall, wide, 0, g)
             s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
+            if channels >= _MANY_CHANNELS and tall * wide >= _MANY_PIXELS:
+                _mean_by_pixels(values, to, factor, taps, s, t, channels)
+                t += channels
+                continue
             for c in range(0, long, width):
                 _mean_vector(values, to, zero, factor, taps, s + c, t + c, many)
             for c in range(long, whole, lanes):

@@ -247,16 +247,15 @@ def all_lanes(typing_context, pointer):
 
 
 @intrinsic
-def prefetch_long(typing_context, source, index):
-    """As `prefetch`, for a vector of `LONG` registers from source[index] on."""
+def prefetch_vector(typing_context, source, index, mask):
+    """As `prefetch`, for source[index] and on, as many elements as `mask` has lanes."""
 
     def codegen(context, builder, signature, values):
-        line = 512 // source.dtype.bitwidth
-        for k in range(0, LONG * VECTOR_BITS // source.dtype.bitwidth, line):
+        for k in range(0, mask.lanes, 512 // source.dtype.bitwidth):
             _prefetch(builder, values[0], builder.add(values[1], ir.Constant(values[1].type, k)))
         return context.get_dummy_value()
 
-    return types.void(source, types.intp), codegen
+    return types.void(source, types.intp, mask), codegen
 
 
 @intrinsic
