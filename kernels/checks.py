@@ -28,6 +28,8 @@ class _Writable:
 def contiguous(array: np.ndarray) -> np.ndarray:
     """`array` as kernels take it: C-contiguous, aligned, native, writable; copied only where it must be."""
     array = np.asarray(array)
+    if type(array) is np.ndarray and array.flags.carray and array.dtype.isnative:
+        return array
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     array = np.require(array, requirements=["C", "A"])

@@ -65,25 +65,25 @@ def windows(
     ceil_mode: bool = False,
 ) -> Windows:
     """The geometry of a call; `padding` has been checked."""
-    _, height, width, channels = x_shape
-    kernel_h, kernel_w = checks.pair("kernel_size", kernel_size, 1)
-    stride_h, stride_w = checks.pair("stride", stride, 1)
-    dilation_h, dilation_w = checks.pair("dilation", dilation, 1)
-    return Windows(
-        height,
-        width,
-        channels,
-        window_count(height, kernel_h, stride_h, padding[0], dilation_h, ceil_mode),
-        window_count(width, kernel_w, stride_w, padding[1], dilation_w, ceil_mode),
-        kernel_h,
-        kernel_w,
-        stride_h,
-        stride_w,
-        padding[0][0],
-        padding[1][0],
-        dilation_h,
-        dilation_w,
-    )
+    kernel = checks.pair("kernel_size", kernel_size, 1)
+    step, spacing = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+    return _windows(tuple(x_shape[1:]), kernel, step, padding, spacing, bool(ceil_mode))
+
+
+@lru_cache(maxsize=512)
+def _windows(
+    image: tuple[int, int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Windows:
+    height, width, channels = image
+    out_h = window_count(height, kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
+    out_w = window_count(width, kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
+    first = padding[0][0], padding[1][0]
+    return Windows(height, width, channels, out_h, out_w, *kernel, *stride, *first, *dilation)
 
 
 def pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -63,6 +63,17 @@ class Apart(NamedTuple):
     kernel_h: int
 
 
+class Lattice(NamedTuple):
+    """How many windows there are, how far apart, and where the first begins, above and left of the image."""
+
+    out_h: int
+    out_w: int
+    stride_h: int
+    stride_w: int
+    top: int
+    left: int
+
+
 @kernel
 def _list_taps(taps, tall, wide, first, g):
     """Offsets of a window's pixels from its first, and their numbers from `first` on; then -1."""
@@ -227,6 +238,63 @@ def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channe
             elif left > 0:
                 _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, u, to, v, few)
             t += channels
+
+
+@kernel
+def _give(dout, argmax, dx, places, taps, row, rows, j0, j1, checked, g, at):
+    """Add to dx the gradient of the windows j0 to j1 of a line, which `dout` and `argmax` begin with.
+
+    The windows begin in `row` of the `rows` that `dx` begins with; `checked` leaves out what isn't in them.
+    """
+    keep_in_line()
+    channels, step = g.channels, at.stride_w * g.channels
+    source, target = j0 * channels, (row * g.width + j0 * at.stride_w - at.left) * channels
+    for j in range(j0, j1):
+        for c in range(channels):
+            tap = np.intp(argmax[source + c])
+            if tap >= taps:
+                continue
+            if checked:
+                h, w = row + places[3 * tap], j * at.stride_w - at.left + places[3 * tap + 1]
+                if h < 0 or h >= rows or w < 0 or w >= g.width:
+                    continue
+            dx[target + places[3 * tap + 2] + c] += dout[source + c]
+        source += channels
+        target += step
+
+
+@parallel
+def max_backward_narrow(part, parts, dout, argmax, dx, places, g, at):
+    """dx, overwritten, where channels are few: dout is added window by window, channel by channel.
+
+    Each part does rows of images, and all windows that reach them. `places` are the distances of a window's
+    pixels from its first: down, to the right and in elements.
+    """
+    keep_out_of_line()
+    of = pointer(places.reshape(-1))
+    line, out_line, taps = g.width * g.channels, at.out_w * g.channels, places.shape[0]
+    tall, wide = places[taps - 1, 0], places[taps - 1, 1]
+    # The windows of a line that lie inside of it.
+    j0 = min((at.left + at.stride_w - 1) // at.stride_w, at.out_w)
+    j1 = max(j0, min((g.width - 1 - wide + at.left) // at.stride_w + 1, at.out_w))
+    row, hi = span(part, parts, dx.size // line)
+    fill(dx[row * line : hi * line], 0)
+    while row < hi:
+        n = row // g.height
+        first = row - n * g.height
+        rows = min(g.height - first, hi - row)
+        to = pointer(dx[row * line :])
+        # The windows that reach these rows begin at most `tall` rows above the first of them.
+        i0 = max(0, (first + at.top - tall + at.stride_h - 1) // at.stride_h)
+        i1 = min(at.out_h, (first + rows - 1 + at.top) // at.stride_h + 1)
+        for i in range(i0, i1):
+            h, s = i * at.stride_h - at.top - first, (n * at.out_h + i) * out_line
+            gradient, where = pointer(dout[s:]), pointer(argmax[s:])
+            inside0, inside1 = (j0, j1) if h >= 0 and h + tall < rows else (0, 0)
+            _give(gradient, where, to, of, taps, h, rows, 0, inside0, True, g, at)
+            _give(gradient, where, to, of, taps, h, rows, inside0, inside1, False, g, at)
+            _give(gradient, where, to, of, taps, h, rows, inside1, at.out_w, True, g, at)
+        row += rows
 
 
 @kernel

@@ -34,6 +34,9 @@ from .workspace import scratch
 # In its place, every pixel of a window counts.
 _NO_ARGMAX = np.empty(0, np.uint8)
 
+# Below so many channels, the windows around a pixel take longer by vectors than channel by channel.
+_NARROW = 33
+
 
 def _lists(parts: int, taps: int) -> np.ndarray:
     """Room for each part's list of taps."""
@@ -167,6 +170,8 @@ def max_pool2d_backward(
         return dx
     if _are_apart(g):
         _scatter(dout, argmax, 1.0, dx, g)
+    elif g.channels < _NARROW:
+        _scatter_narrow(dout, argmax, dx, g)
     else:
         line = g.out_w * g.channels
         rows = (g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
@@ -202,6 +207,22 @@ def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray
     apart = pool_vectors.Apart(g.out_h, g.out_w, g.stride_h, g.stride_w, g.kernel_h)
     flat = dout.reshape(-1), argmax.reshape(-1), factor, dx.reshape(-1)
     pool_vectors.scatter(parts, *flat, apart, _lists(parts, g.kernel_h * g.kernel_w), _taps(g))
+
+
+@lru_cache(maxsize=512)
+def _distances(g: Windows) -> np.ndarray:
+    """Of each tap of a window from its first: down, to the right, and in elements."""
+    taps = np.arange(g.kernel_h * g.kernel_w)
+    down, right = taps // g.kernel_w * g.dilation_h, taps % g.kernel_w * g.dilation_w
+    return np.stack([down, right, (down * g.width + right) * g.channels], axis=1)
+
+
+def _scatter_narrow(dout: np.ndarray, argmax: np.ndarray, dx: np.ndarray, g: Windows) -> None:
+    """Overwrite dx with the gradient, one channel at a time."""
+    parts = part_count(dx.shape[0] * g.height, dx.size)
+    flat = dout.reshape(-1), argmax.reshape(-1), dx.reshape(-1)
+    at = pool_vectors.Lattice(g.out_h, g.out_w, g.stride_h, g.stride_w, g.top, g.left)
+    pool_vectors.max_backward_narrow(parts, *flat, _distances(g), _taps(g), at)
 
 
 @parallel
