@@ -96,6 +96,8 @@ CONVOLUTIONS = {
     "depthwise, 7 x 7": ((1, 19, 6, 32), 32, (7, 7), 1, 3, 1, 32),
     "depthwise, one channel": ((1, 40, 170, 1), 1, (7, 7), 1, 1, 1, 1),
     "depthwise, three channels": ((2, 9, 60, 3), 3, (3, 3), 1, 1, 2, 3),
+    "depthwise, 3 x 3, padding of 3": ((2, 6, 5, 20), 20, (3, 3), 1, 3, 1, 20),
+    "depthwise, 3 x 3, asymmetric": ((1, 12, 2, 16), 16, (3, 3), 1, ASYMMETRIC, 1, 16),
     "depthwise, two filters each": ((1, 5, 6, 17), 34, (3, 3), 1, 1, 1, 17),
     "more padding than kernel": ((1, 3, 3, 3), 3, (2, 2), 1, 3, 1, 1),
     "few pixels": ((1, 4, 5, 130), 120, (3, 3), 1, 1, 1, 1),

@@ -4,7 +4,7 @@ Output pixels that see the same taps of the kernel are one class: the inner pixe
 some lines along the border. Within a class a tile keeps several pixels in registers while it goes over the
 taps, or several taps while it goes over the pixels. Taps that fall into the padding are left out, so that the
 images are read in place. Where channels are too few for a vector, neighbouring pixels count as one with all
-of their channels, and the weights are repeated.
+of their channels, and the weights are repeated. Windows of 3 x 3 slide instead where they can (`sliding.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from .geometry import Axis
 from .loops import memory, sum_loop
 from .pieces import fold
 from .simd import TILE_ROWS, VECTOR_BITS
+from .sliding import ROWS, slide_band
 from .tile import Emitter
+from .vectors import pointer
 from .workspace import clear, scratch
 
 _I64 = ir.IntType(64)
@@ -63,6 +65,8 @@ class Classes(NamedTuple):
     weights: np.ndarray  # offset of each tap's weights
     steps: tuple[int, int, int, int]  # input: first row, next row; result: first row, next row
     repeats: int  # of the weights: pixels that count as one, at most
+    sliding: np.ndarray  # offsets of the nine weights of windows that slide; else empty
+    columns: tuple[int, int, int]  # of padding before the image, of the image, and of the result
 
 
 def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
@@ -125,6 +129,12 @@ def _classes(
         tables[2].append(_grid(rows.taps, columns.taps[seen], (pitch, channels)))
         steps = kernel_w * channels * repeats, channels * repeats
         tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
+    sliding = [
+        (kernel_rows[rows.taps.index(a)] * kernel_w + kernel_columns[columns.taps.index(b)]) * channels
+        for a in range(3)
+        for b in range(3)
+        if repeats == 1 and _is_sliding(rows) and _is_sliding(columns)
+    ]
     return Classes(
         np.array(bands, np.intp),
         np.array(spans, np.intp),
@@ -139,7 +149,14 @@ def _classes(
             rows.out_step * out_pitch,
         ),
         repeats,
+        np.array(sliding, np.intp),
+        (-columns.origin, width, columns.outputs),
     )
+
+
+def _is_sliding(axis: Axis) -> bool:
+    """Whether windows are three pixels long and one apart."""
+    return sorted(axis.taps) == [0, 1, 2] and axis.step == axis.out_step == 1
 
 
 def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
@@ -317,6 +334,22 @@ def _correlate(part, parts, x, images, weight, start, y, of):
         band = bands[task - n * len(bands)]
         x0 = n * (x.size // images) + in_first + band[0] * in_row
         y0 = n * (y.size // images) + out_first + band[0] * out_row
+        if of.sliding.size > 0 and band[1] >= ROWS and band[3] - band[2] == 3:
+            slide_band(
+                pointer(x),
+                pointer(weight),
+                pointer(of.sliding),
+                pointer(start),
+                pointer(y),
+                x0,
+                in_row,
+                y0,
+                out_row,
+                band[1],
+                start.size,
+                of.columns,
+            )
+            continue
         for s in range(len(spans)):
             begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
             channels = spans[s, 4]
