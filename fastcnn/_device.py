@@ -7,6 +7,7 @@ what it says, and are the same for both. CUDA's part is imported when it is firs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -55,6 +56,35 @@ class Cpu:
         return total
 
     @staticmethod
+    def padded(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Images (N, H, W, C) of which row i shows row ``rows[i]`` of `x`, and column j ``columns[j]``."""
+        for axis, source in ((1, rows), (2, columns)):
+            shape = (*x.shape[:axis], len(source), *x.shape[axis + 1 :])
+            # mode="clip" lets NumPy write to `out` directly; no index is out of range.
+            x = np.take(x, source, axis, out=_buffers.empty(shape, x.dtype), mode="clip")
+        return x
+
+    @staticmethod
+    def unpadded(
+        dout: np.ndarray, rows: np.ndarray, columns: np.ndarray, size: Sequence[int], corner: Sequence[int]
+    ) -> np.ndarray:
+        """The gradient of `padded` to images of `size`: each pixel has the sum of all that show it.
+
+        From pixel `corner` on, the padded images show the whole one.
+        """
+        for axis, source in ((2, columns), (1, rows)):
+            shape = (*dout.shape[:axis], size[axis - 1], *dout.shape[axis + 1 :])
+            dx = _buffers.empty(shape, dout.dtype)
+            sums, shown = np.moveaxis(dx, axis, 0), np.moveaxis(dout, axis, 0)
+            before = corner[axis - 1]
+            after = before + len(sums)
+            np.copyto(sums, shown[before:after])
+            for i in (*range(before), *range(after, len(source))):
+                sums[source[i]] += shown[i]
+            dout = dx
+        return dout
+
+    @staticmethod
     def is_finite(array: np.ndarray) -> bool:
         """Whether nothing of a flat array is NaN or infinite."""
         # One pass without a temporary. Only a sum of squares that is not finite needs the exact question.
@@ -68,19 +98,25 @@ class Cuda:
 
     def __init__(self) -> None:
         from .kernels import cuda
-        from .kernels.cuda import arithmetic
+        from .kernels.cuda import arithmetic, padding
         from .kernels.cuda.jit import require_device
 
         require_device()
         self.kernels: ModuleType = cuda
         self.empty, self.zeros = cuda.empty, cuda.zeros
         self.add, self.multiply = arithmetic.add, arithmetic.multiply
-        self._arithmetic = arithmetic
+        self.padded = padding.padded
+        self._arithmetic, self._padding = arithmetic, padding
 
     def array(self, array: Any) -> Any:
         if hasattr(array, "__cuda_array_interface__"):
             return self.kernels.as_device(array)
         return self.kernels.from_numpy(np.asarray(array))
+
+    def unpadded(
+        self, dout: Any, rows: np.ndarray, columns: np.ndarray, size: Sequence[int], corner: Sequence[int]
+    ) -> Any:
+        return self._padding.unpadded(dout, rows, columns, size)
 
     @staticmethod
     def copy(source: Any, target: Any) -> None:

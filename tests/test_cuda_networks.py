@@ -120,6 +120,31 @@ def test_training_and_inference_as_on_the_cpu(make, fusion):
         fastcnn.set_fusion(True)
 
 
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [((1, 2), (3, 0)), (0, 1)])
+def test_padding_modes(padding_mode, padding):
+    x, _ = batch()
+    results = []
+    for device in ("cuda", "cpu"):
+        net = seeded(lambda: nn.Conv2d(2, 3, (2, 3), padding=padding, padding_mode=padding_mode)).to(device)
+        y = net(images(x) if device == "cuda" else x)
+        dx = net.backward(y)
+        results.append([y, dx, *(parameter.grad for parameter in net.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_an_empty_batch():
+    x, _ = batch()
+    for make in (conv_pool, norm_pool, averages):
+        net = seeded(make).to("cuda")
+        net.eval()
+        assert net(images(x)[:0]).shape == (0, 3)
+    net = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect").to("cuda")
+    y = net(images(x)[:0])
+    assert net.backward(y).shape == (0, *x.shape[1:])
+
+
 def test_float64():
     x, y = batch(dtype=np.float64)
     there, here = seeded(conv_pool).to("cuda").double(), seeded(conv_pool).double()
@@ -243,8 +268,6 @@ def test_wrong_devices_are_refused_by_name():
         net([[1.0]])
     with pytest.raises(ValueError, match=r"^device: 'tpu'"):
         net.to("tpu")
-    with pytest.raises(ValueError, match=r"^padding_mode: 'reflect'"):
-        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect").to("cuda")(images(x))
     group = [*seeded(conv_pool).parameters(), *net.parameters()]
     with pytest.raises(TypeError, match=r"^params: .*devices"):
         optim.SGD(group, lr=0.1)

@@ -23,8 +23,10 @@ pytest.importorskip("numba_cuda", reason="needs fastcnn[cuda]")
 
 from numba.cuda import types
 
-from fastcnn.kernels.cuda import arithmetic as _arithmetic  # noqa: F401 (its kernels are compiled too)
+# Two of these for their kernels, which are compiled too.
+from fastcnn.kernels.cuda import arithmetic as _arithmetic  # noqa: F401
 from fastcnn.kernels.cuda import driver
+from fastcnn.kernels.cuda import padding as _padding  # noqa: F401
 from fastcnn.kernels.cuda.jit import KERNELS
 
 CAPABILITIES = [(8, 0), (9, 0)]

@@ -167,32 +167,18 @@ class Conv2d(Module):
         """The images for the kernel, and the zeros that it shall add itself."""
         if self.padding_mode == "zeros":
             return x, self._pads
-        on = device_of(x)
-        if on.name != "cpu":
-            raise ValueError(f"padding_mode: {self.padding_mode!r} is not known on the device {on.name!r}")
-        for axis in (1, 2):
-            source = self._source(x.shape[axis], self._pads[axis - 1])
-            shape = (*x.shape[:axis], len(source), *x.shape[axis + 1 :])
-            # mode="clip" lets NumPy write to `out` directly; no index is out of range.
-            x = np.take(x, source, axis, out=on.empty(shape, x.dtype), mode="clip")
-        return x, 0
+        return device_of(x).padded(x, *self._sources(x.shape)), 0
 
     def _unpad(self, dx: np.ndarray, x_shape: tuple[int, ...]) -> np.ndarray:
         """The adjoint of `_pad`: add the gradient of every padded pixel to that of the pixel it shows."""
         if self.padding_mode == "zeros":
             return dx
-        for axis in (2, 1):
-            source = self._source(x_shape[axis], self._pads[axis - 1])
-            before = self._pads[axis - 1][0]
-            size = x_shape[axis]
-            padded = np.moveaxis(dx, axis, 0)
-            shape = (*dx.shape[:axis], size, *dx.shape[axis + 1 :])
-            dx = device_of(dx).empty(shape, dx.dtype)
-            sums = np.moveaxis(dx, axis, 0)
-            np.copyto(sums, padded[before : before + size])
-            for i in (*range(before), *range(before + size, len(source))):
-                sums[source[i]] += padded[i]
-        return dx
+        (top, _), (left, _) = self._pads
+        return device_of(dx).unpadded(dx, *self._sources(x_shape), x_shape[1:3], (top, left))
+
+    def _sources(self, x_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        rows, columns = (self._source(x_shape[axis], self._pads[axis - 1]) for axis in (1, 2))
+        return rows, columns
 
     def _source(self, size: int, pads: tuple[int, int]) -> np.ndarray:
         """Which row of the image stands in each row of the padded one."""
