@@ -25,6 +25,8 @@ from .tile import TILE_ROWS, add_rows, padded_rows
 _WINDOW_BYTES = 256 * 1024
 _BLOCK_PIXELS = 512
 _GRADIENT_PIXELS = 1024
+# Of filters of one tap, whose windows don't overlap: both sides of a product stay near.
+_POINT_PIXELS = 128
 _ITEMSIZE = 4  # of float32; float64 windows are twice as large and do as well in the second-level cache
 # In shorter sums of taps nothing is left out: looking what a tile needs takes as long.
 _SHORTEST_SUM = 64
@@ -232,7 +234,8 @@ def gradient(
     Rows of the sums are `panel_width` apart. A block has a multiple of `multiple` rows.
     """
     height, width = image
-    b = _blocks(rows, columns, image, channels, group * groups, multiple, _GRADIENT_PIXELS)
+    most = _POINT_PIXELS if len(rows.taps) * len(columns.taps) == 1 else _GRADIENT_PIXELS
+    b = _blocks(rows, columns, image, channels, group * groups, multiple, most)
     # Where no padding is read, the image itself is the window.
     between = channels if b.in_place else b.channels
     pitch = b.window_w * between

@@ -2,13 +2,13 @@
 
 Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4. The output is cut into
 tiles of 4x4 pixels, counted in one row over all images. A thread transforms the windows of one block of tiles
-(see `winograd_transforms`), multiplies each of their 36 elements by its own matrix of transformed weights, a
+(see `winograd_transforms`), multiplies each of their elements by its own matrix of transformed weights, a
 panel of filters at a time, and transforms the products back. Block and panel fit the second-level cache.
 
-Larger filters are cut into pieces of 3x3, the last filled up with zeros. A piece sees the image moved by its
-place in the filter, so that the pieces count as more channels: 5x5 filters as four times as many, for which
-16 outputs take 144 products instead of 400. With dilation a tile's pixels are so far apart, and the tiles
-interleave.
+Filters of 4x4 and 5x5 take windows of 7x7 and 8x8. Larger ones are cut into pieces of 3x3 to 5x5, filled up
+with zeros. A piece sees the image moved by its place in the filter, so that the pieces count as more
+channels: 7x7 filters as four times as many of 4x4, for which 16 outputs take 196 products instead of 784.
+With dilation a tile's pixels are so far apart, and the tiles interleave.
 
 Sums of products that differ in size cost accuracy: for standard normal images and weights the largest error
 is below 2e-5 of the largest output, at 16 to 512 channels, those of all pieces counted; that of direct
@@ -30,10 +30,8 @@ from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel, overwrite_panel
+from .winograd_points import TILE
 from .winograd_transforms import (
-    TAPS,
-    TILE,
-    WINDOW,
     input_columns,
     input_tile,
     output_tile,
@@ -42,18 +40,20 @@ from .winograd_transforms import (
 )
 from .workspace import clear, copy, scratch, set_start
 
-_AREA = WINDOW * WINDOW
 # Fewer channels or filters leave too little to multiply between the transforms.
 _FEWEST_CHANNELS = 16
 # Fewer tiles don't repay the transform of the weights, nor do tiles with fewer pixels in use, on average.
 _FEWEST_TILES = 8
 _FEWEST_PIXELS = 7
-# Of filters that are cut into pieces, which have more weights to transform.
-_FEWEST_TILES_CUT = 24
-# Products that pieces of 3x3 must spare, as a ratio, for what their transforms take.
+# Of larger filters, which have more weights to transform.
+_FEWEST_TILES_LARGE = 24
+# Products that must be spared, as a ratio, for what the transforms take.
 _LEAST_GAIN = 2
 # The most channels, those of all pieces counted, for which the error was measured.
 _MOST_CUT_CHANNELS = 512
+# Rows and columns of the pieces of filters: more need more points, whose numbers differ more in size.
+PIECES = (3, 4, 5)
+WINDOW = PIECES[0] + TILE - 1
 # Tiles in a block, about: the transformed weights stream past once for each.
 _BLOCK = 32
 # Rows of so many tiles are not cut.
@@ -100,6 +100,9 @@ class Tiling(NamedTuple):
     filters: int
     dilation_h: int  # pixels from one of a tile, or of a filter, to the next
     dilation_w: int
+    form: tuple[int, ...]  # as many entries as a window has rows, and no more meaning
+    area: int  # elements of a window
+    taps: int  # rows of a piece of a filter
     cuts: int  # pieces of a filter, and how many of them are beside each other
     cuts_w: int
     depth: int  # channels of all pieces
@@ -110,7 +113,7 @@ class Tiling(NamedTuple):
     block: int  # tiles that are multiplied together
     panel: int  # filters that are multiplied together
     chunk: int  # channels whose weights are transformed together where they are used; 0: all are, beforehand
-    input_step: int  # from one of the 36 elements to the next in the transformed input,
+    input_step: int  # from one of a window's elements to the next in the transformed input,
     weight_step: int  # in a panel of the transformed weights
     product_step: int  # and in a panel of the products
 
@@ -136,42 +139,42 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     filter0, many = panel_filters(g, panel, lanes)
     for c in range(0, many, lanes):
         if transposed:
-            for tap in range(9):
-                source = ((8 - tap) * g.filters + filter0 + c) * g.depth + k0
+            for tap in range(g.taps * g.taps):
+                source = ((g.taps * g.taps - 1 - tap) * g.filters + filter0 + c) * g.depth + k0
                 transpose_square(weight, source, g.depth, square, tap * lanes * lanes, lanes)
         for i in range(lanes):
             place = u0 + i * g.panel + c
             if transposed:
-                weight_vector(square, i * lanes, lanes * lanes, u, place, g.weight_step)
+                weight_vector(g.form, square, i * lanes, lanes * lanes, u, place, g.weight_step)
             else:
                 source = (k0 + i) * g.filters + filter0 + c
-                weight_vector(weight, source, g.depth * g.filters, u, place, g.weight_step)
+                weight_vector(g.form, weight, source, g.depth * g.filters, u, place, g.weight_step)
 
 
 @kernel
-def piece_tap(part, height, width, cuts_w):
-    """The place of the piece's tap `part`, counted through all pieces, in the filter; -1 if it has none."""
-    cut, tap = part // 9, part % 9
-    kh, kw = cut // cuts_w * 3 + tap // 3, cut % cuts_w * 3 + tap % 3
+def piece_tap(cut, tap, height, width, cuts_w, side):
+    """The place of a tap of a piece with `side` rows in the filter; -1 if it has none."""
+    kh, kw = cut // cuts_w * side + tap // side, cut % cuts_w * side + tap % side
     return kh * width + kw if kh < height and kw < width else -1
 
 
 @parallel
-def _cut_filters(part, parts, weight, height, width, channels, filters, cuts_h, cuts_w, transposed, pieces):
-    """Copy the filters by pieces of 3x3, those of the mirror image if `transposed`, filled up with zeros."""
+def _cut_filters(part, parts, weight, height, width, channels, filters, g, transposed, pieces):
+    """Copy the filters by pieces, those of the mirror image if `transposed`, filled up with zeros."""
     keep_out_of_line()
-    cuts = cuts_h * cuts_w
-    lo, hi = span(part, parts, 9 * cuts)
+    taps = g.taps * g.taps
+    runs = channels if transposed else 1
+    size = channels * filters // runs
+    lo, hi = span(part, parts, taps * g.cuts)
     for task in range(lo, hi):
-        tap = piece_tap(task, height, width, cuts_w)
-        runs = channels if transposed else 1
-        size = channels * filters // runs
-        cut = task // 9
+        cut = task // taps
+        place = task - cut * taps
+        tap = piece_tap(cut, place, height, width, g.cuts_w, g.taps)
         # The mirror images' taps will be read backwards.
-        first = (8 - task % 9 if transposed else task % 9) * cuts * channels * filters + cut * size
+        first = (taps - 1 - place if transposed else place) * g.cuts * channels * filters + cut * size
         source = (height * width - 1 - tap if transposed else tap) * channels * filters
         for run in range(runs):
-            target = first + run * cuts * size
+            target = first + run * g.cuts * size
             if tap < 0:
                 clear(pieces, target, size)
             else:
@@ -187,7 +190,7 @@ def _transform_all_weights(part, parts, weight, transposed, g, u, squares):
     for task in range(lo, hi):
         panel = task // slices
         k0 = min((task - panel * slices) * lanes, g.depth - lanes)
-        place = panel * 36 * g.weight_step + k0 * g.panel
+        place = panel * g.area * g.weight_step + k0 * g.panel
         _transform_weights(weight, transposed, g, panel, k0, u, place, squares[part])
 
 
@@ -218,30 +221,33 @@ def transform_input(x, g, cut, first, last, c0, c1, offsets, zeros, columns, v, 
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    column = 6 * lanes
+    side = len(g.form)
+    column = side * lanes
     tile = first
     while tile < last:
         row = tile // g.tile_columns
         tw = tile - row * g.tile_columns
         many = min(g.tile_columns - tw, last - tile)
         n, top, left = row_origin(g, row)
-        h0 = top - g.top + cut // g.cuts_w * 3 * g.dilation_h
-        w0 = left + tw * 4 * g.dilation_w - g.left + cut % g.cuts_w * 3 * g.dilation_w
-        window = 4 * many + 2
+        h0 = top - g.top + cut // g.cuts_w * g.taps * g.dilation_h
+        w0 = left + tw * 4 * g.dilation_w - g.left + cut % g.cuts_w * g.taps * g.dilation_w
+        window = 4 * (many - 1) + side
         before = min(max(steps_to(-w0, g.dilation_w), 0), window)
         w0 += before * g.dilation_w
         inside = max(min(steps_to(g.width - w0, g.dilation_w), window - before), 0)
-        for i in range(6):
+        for i in range(side):
             h = h0 + i * g.dilation_h
             offsets[i] = ((n * g.height + h) * g.width + w0) * g.channels if 0 <= h < g.height else -1
         clear(columns, 0, before * column)
         clear(columns, (before + inside) * column, (window - before - inside) * column)
         for begin in range(c0, c1, lanes):
             c = min(begin, c1 - lanes)
-            input_columns(x, offsets, c, g.channels * g.dilation_w, inside, zeros, columns, before * column)
+            input_columns(
+                g.form, x, offsets, c, g.channels * g.dilation_w, inside, zeros, columns, before * column
+            )
             place = (tile - first) * pitch + c - c0
             for k in range(many):
-                input_tile(columns, k * 4 * column, v, place + k * pitch, g.input_step)
+                input_tile(g.form, columns, k * 4 * column, v, place + k * pitch, g.input_step)
         tile += many
 
 
@@ -261,6 +267,7 @@ def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel
         place = y0 + (n * height + h) * line + w * pixel
         for c in range(0, many, lanes):
             output_tile(
+                g.form,
                 m,
                 (tile - first) * g.panel + c,
                 g.product_step,
@@ -331,7 +338,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                 x, g, cut, first, last, c0, channels, offsets[part], zeros, columns[part], target, g.depth
             )
         for panel in range(begin, stop):
-            for element in range(36):
+            for element in range(g.area):
                 overwrite_panel(
                     v,
                     element * g.input_step,
@@ -341,7 +348,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     last - first,
                     g.depth,
                     u,
-                    (panel * 36 + element) * g.weight_step,
+                    (panel * g.area + element) * g.weight_step,
                     g.panel,
                     zeros,
                     0,
@@ -362,7 +369,7 @@ def _transform_all_input(part, parts, x, g, zeros, offsets, columns, v):
     lo, hi = span(part, parts, chunks)
     for chunk in range(lo, hi):
         c0, c1 = span(chunk, chunks, g.channels)
-        target = v[chunk * 36 * g.input_step :]
+        target = v[chunk * g.area * g.input_step :]
         transform_input(x, g, 0, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
 
 
@@ -386,10 +393,10 @@ def _correlate_few(
             for begin in range(k0, k1, lanes):
                 k = min(begin, k1 - lanes)
                 _transform_weights(weight, transposed, g, panel, k, u, (k - k0) * g.panel, squares[part])
-            for element in range(36):
+            for element in range(g.area):
                 add_panel(
                     v,
-                    (chunk * 36 + element) * g.input_step,
+                    (chunk * g.area + element) * g.input_step,
                     tables[0],
                     tables[1],
                     0,
@@ -427,18 +434,31 @@ class Filters(NamedTuple):
 
     kernel: tuple[int, int]
     dilation: tuple[int, int]
+    taps: int  # rows and columns of a piece
+
+    @property
+    def side(self) -> int:
+        """Rows and columns of a window."""
+        return self.taps + TILE - 1
 
     @property
     def cuts(self) -> tuple[int, int]:
-        """Pieces of 3x3, in height and in width."""
-        return -(-self.kernel[0] // TAPS), -(-self.kernel[1] // TAPS)
+        """Pieces in height and in width."""
+        return -(-self.kernel[0] // self.taps), -(-self.kernel[1] // self.taps)
+
+    @property
+    def products(self) -> int:
+        """Products for a tile, of each channel and filter."""
+        return self.side**2 * self.cuts[0] * self.cuts[1]
 
 
 @lru_cache(maxsize=256)
 def filters_of(layer: Layer) -> Filters:
-    """Sizes of a layer's filters."""
+    """Sizes of a layer's filters, in the pieces that need the fewest products."""
     sides = layer.rows, layer.columns
-    return Filters((sides[0].kernel, sides[1].kernel), (sides[0].dilation, sides[1].dilation))
+    kernel, dilation = zip(*((side.kernel, side.dilation) for side in sides), strict=True)
+    choices = [Filters(kernel, dilation, taps) for taps in PIECES]
+    return min(choices, key=lambda of: of.products)
 
 
 @lru_cache(maxsize=256)
@@ -464,7 +484,7 @@ def tiling(
     inner = chunk or depth
     steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
     image = (height, width, channels, *padding, out_height, out_width, filters)
-    pieces = (*of.dilation, cuts, of.cuts[1], depth)
+    pieces = (*of.dilation, (0,) * of.side, of.side**2, of.taps, cuts, of.cuts[1], depth)
     g = Tiling(*image, *pieces, phase_rows, tile_rows, tile_columns, tiles, block, panel, chunk, *steps)
     return g, (rows * inner, np.arange(inner), rows * panel)
 
@@ -484,9 +504,9 @@ def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
 
 def _gains(of: Filters, layer: Layer) -> bool:
     """Whether the pieces of a layer's filters have enough taps, and few enough channels."""
-    cuts = of.cuts[0] * of.cuts[1]
-    if TILE * TILE * of.kernel[0] * of.kernel[1] < _LEAST_GAIN * _AREA * cuts:
+    if TILE * TILE * of.kernel[0] * of.kernel[1] < _LEAST_GAIN * of.products:
         return False
+    cuts = of.cuts[0] * of.cuts[1]
     return cuts == 1 or cuts * max(layer.channels, layer.filters) <= _MOST_CUT_CHANNELS
 
 
@@ -499,7 +519,7 @@ def _fills_vectors(size: int) -> bool:
 def _repays(images: int, image: tuple[int, int], of: Filters) -> bool:
     _, rows, columns = _tiles(image, of.dilation)
     tiles = images * rows * columns
-    fewest = _FEWEST_TILES if of.cuts == (1, 1) else _FEWEST_TILES_CUT
+    fewest = _FEWEST_TILES if of.products == WINDOW**2 else _FEWEST_TILES_LARGE
     return tiles >= fewest and images * image[0] * image[1] >= _FEWEST_PIXELS * tiles
 
 
@@ -524,8 +544,7 @@ def forward(
     of = filters_of(layer)
     padding = layer.rows.padding[0], layer.columns.padding[0]
     g, tables = tiling(x.shape, (*image, layer.filters), padding, of)
-    weight = _in_pieces(weight, of, False)
-    _convolve(g, tables, x, weight, False, bias, y, e, argmax)
+    _convolve(g, tables, x, _in_pieces(weight, of, g, False), False, bias, y, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
@@ -534,21 +553,16 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     top, left = (side.dilation * (side.kernel - 1) - side.padding[0] for side in sides)
     of = filters_of(layer)
     g, tables = tiling(dout.shape, dx.shape[1:], (top, left), of)
-    weight = _in_pieces(weight, of, True)
-    _convolve(g, tables, dout, weight, True, None, dx, NO_EPILOGUE, _NOWHERE)
+    _convolve(g, tables, dout, _in_pieces(weight, of, g, True), True, None, dx, NO_EPILOGUE, _NOWHERE)
 
 
-def _in_pieces(weight: np.ndarray, of: Filters, transposed: bool) -> np.ndarray:
-    """The filters as (3, 3, cuts * C, F), or as (3, 3, C, cuts * F) if the passes' roles are exchanged."""
-    if of.kernel == (TAPS, TAPS):
+def _in_pieces(weight: np.ndarray, of: Filters, g: Tiling, transposed: bool) -> np.ndarray:
+    """The filters as (r, r, cuts * C, F), or as (r, r, C, cuts * F) if the passes' roles are exchanged."""
+    if of.kernel == (of.taps, of.taps):
         return weight
-    _, _, channels, filters = weight.shape
-    cuts = of.cuts[0] * of.cuts[1]
-    pieces = scratch("pieces", TAPS**2 * cuts * channels * filters, weight.dtype)
-    flat = weight.reshape(-1)
-    _cut_filters(
-        part_count(TAPS**2 * cuts, pieces.nbytes), flat, *weight.shape, *of.cuts, int(transposed), pieces
-    )
+    pieces = scratch("pieces", g.taps**2 * g.depth * g.filters, weight.dtype)
+    parts = part_count(g.taps**2 * g.cuts, pieces.nbytes)
+    _cut_filters(parts, weight.reshape(-1), *weight.shape, g, int(transposed), pieces)
     return pieces
 
 
@@ -563,11 +577,11 @@ def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
 
 
 def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
-    u = scratch("weights", panels * _AREA * g.weight_step, x.dtype)
+    u = scratch("weights", panels * g.area * g.weight_step, x.dtype)
     parts = part_count(panels * -(-g.depth // simd.lanes(x.dtype)), u.nbytes)
-    _transform_all_weights(parts, weight, transposed, g, u, _squares(parts))
-    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * _AREA * g.depth * g.filters)
-    vs = _shares("input", parts, _AREA * g.input_step)
+    _transform_all_weights(parts, weight, transposed, g, u, _squares(g, parts))
+    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * g.area * g.depth * g.filters)
+    vs = _shares("input", parts, g.area * g.input_step)
     zeros = np.zeros(g.panel, x.dtype)
     memory = (zeros, *windows(g, parts), vs, *_products(g, end[0], parts))
     _correlate(parts, x, u, start, y, g, tables, *memory, *end)
@@ -575,12 +589,12 @@ def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
 
 def _run_few(x, weight, transposed, start, y, g, tables, panels, end):
     chunks = -(-g.channels // g.chunk)
-    v = scratch("input", chunks * _AREA * g.input_step, x.dtype)
+    v = scratch("input", chunks * g.area * g.input_step, x.dtype)
     parts = part_count(chunks, v.nbytes)
     _transform_all_input(parts, x, g, np.zeros(g.panel, x.dtype), *windows(g, parts), v)
-    parts = part_count(panels, g.tiles * _AREA * g.channels * g.filters)
-    us = _shares("weights", parts, _AREA * g.weight_step)
-    memory = (us, _squares(parts), *_products(g, end[0], parts))
+    parts = part_count(panels, g.tiles * g.area * g.channels * g.filters)
+    us = _shares("weights", parts, g.area * g.weight_step)
+    memory = (us, _squares(g, parts), *_products(g, end[0], parts))
     _correlate_few(parts, v, weight, transposed, start, y, g, tables, *memory, *end)
 
 
@@ -589,19 +603,20 @@ def _shares(use: str, parts: int, size: int) -> np.ndarray:
     return scratch(use, parts * size, np.float32).reshape(parts, size)
 
 
-def _squares(parts: int) -> np.ndarray:
-    return _shares("squares", parts, TAPS**2 * simd.lanes(np.float32) ** 2)
+def _squares(g: Tiling, parts: int) -> np.ndarray:
+    return _shares("squares", parts, g.taps**2 * simd.lanes(np.float32) ** 2)
 
 
 def _products(g: Tiling, e: Epilogue, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """Scratch for the products of a block with a panel, and for the rows of pixels that `e` pools."""
     rows = -(-g.block // g.tile_columns) * TILE if e.pool_h else 0
-    products = _shares("products", parts, _AREA * g.product_step)
+    products = _shares("products", parts, g.area * g.product_step)
     return products, _shares("rows", parts, max(1, rows * g.out_width * g.panel))
 
 
 def windows(g: Tiling, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """Scratch of `transform_input`: offsets, and columns of a row of windows."""
-    offsets = scratch("offsets", parts * WINDOW, np.intp).reshape(parts, WINDOW)
-    columns = TILE * g.tile_columns + WINDOW - TILE
-    return offsets, _shares("windows", parts, columns * WINDOW * simd.lanes(np.float32))
+    side = len(g.form)
+    offsets = scratch("offsets", parts * side, np.intp).reshape(parts, side)
+    columns = TILE * (g.tile_columns - 1) + side
+    return offsets, _shares("windows", parts, columns * side * simd.lanes(np.float32))

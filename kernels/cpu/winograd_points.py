@@ -28,8 +28,9 @@ from .tile import Emitter
 TILE = 4
 # Small powers of two, lest numbers of very different size be added; and 1 second, see `tile_products`.
 _POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
-# The transforms: of inputs, B^T; of products, A^T; and of gradients of outputs, A.
-INPUT, OUTPUT, GRADIENT = 0, 1, 2
+# The transforms: of inputs, B^T; of products, A^T; of gradients of outputs, A; of filters, G; and of the
+# gradients of products, G^T.
+INPUT, OUTPUT, GRADIENT, FILTER, FILTER_GRADIENT = range(5)
 # Filters of which one tile holds a column of products, in registers.
 FILTERS = 1 if TILE_ROWS < 8 else 2
 # The point 1, at which a polynomial's value is the sum of its coefficients.
@@ -66,7 +67,7 @@ def matrices(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return b, a, g
 
 
-class _Transformer(Emitter):
+class Transformer(Emitter):
     """Products of constant matrices with lists of vectors."""
 
     def sum(self, factors, values):
@@ -117,10 +118,10 @@ class _Transformer(Emitter):
         return [self.sum(row, values) for row in matrix]
 
     def transformed(self, kind, size, values):
-        b, a, _ = matrices(size)
-        if kind == INPUT:
-            return self.rows(b, values)
-        return self.columns(a, values) if kind == OUTPUT else self.rows(a.T, values)
+        b, a, g = matrices(size)
+        if kind in (OUTPUT, FILTER_GRADIENT):
+            return self.columns(a if kind == OUTPUT else g.T, values)
+        return self.rows({INPUT: b, GRADIENT: a.T, FILTER: g}[kind], values)
 
 
 def _opposites(size):
@@ -147,7 +148,7 @@ def transform(typing_context, size, kind, source, s0, source_step, target, t0, t
     signature = types.void(size, kind, source, s0, source_step, target, t0, target_step)
 
     def codegen(context, builder, signature, arguments):
-        emit = _Transformer(context, builder, source.dtype)
+        emit = Transformer(context, builder, source.dtype)
         begin = emit.at(memory(context, builder, source, arguments[2]), arguments[3])
         end = emit.at(memory(context, builder, target, arguments[5]), arguments[6])
         count = TILE if which == GRADIENT else points
@@ -174,7 +175,7 @@ def tile_products(typing_context, size, inputs, v0, taps, weights, u0, start, s0
     signature = types.void(size, inputs, v0, taps, weights, u0, start, s0, sums, t0)
 
     def codegen(context, builder, signature, arguments):
-        emit = _Transformer(context, builder, inputs.dtype)
+        emit = Transformer(context, builder, inputs.dtype)
         images, table, factors, begin, target = (
             memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
         )

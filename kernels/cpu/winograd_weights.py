@@ -4,8 +4,8 @@ Forward is linear in the filters, Y = A^T [(G g G^T) * (B^T d B)] A; hence
 
     dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G
 
-The 36 sums over tiles are matrix products of transformed images with transformed gradients. As many tiles
-as the caches hold are transformed together; then each of the 36 elements is multiplied, a panel of filters at
+The sums over tiles are matrix products of transformed images with transformed gradients. As many tiles
+as the caches hold are transformed together; then each element is multiplied, a panel of filters at
 a time, and added to the sums of the tiles before.
 """
 
@@ -34,10 +34,9 @@ from .winograd import (
     transform_input,
     windows,
 )
-from .winograd_transforms import TAPS, WINDOW, add_filter_gradient, output_gradient_tile
+from .winograd_transforms import add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
 
-_AREA = WINDOW * WINDOW
 # Tiles of a round, at most: the sums go to the cache and back for each.
 _ROUND = 256
 # Tiles that a task transforms.
@@ -68,7 +67,9 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
         rows = steps_to(g.out_height - top, g.dilation_h)
         columns = steps_to(g.out_width - left, g.dilation_w)
         for f in range(0, many, lanes):
-            output_gradient_tile(dout, d0 + f, line, pixel, rows, columns, zeros, w, w0 + f, g.weight_step)
+            output_gradient_tile(
+                g.form, dout, d0 + f, line, pixel, rows, columns, zeros, w, w0 + f, g.weight_step
+            )
         w0 += g.panel
 
 
@@ -115,7 +116,7 @@ def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * v.itemsize)
     channels, tiles, sum_rows = tables
-    lo, hi = span(part, parts, 36 * cut.panels)
+    lo, hi = span(part, parts, g.area * cut.panels)
     for task in range(lo, hi):
         element = task // cut.panels
         panel = task - element * cut.panels
@@ -144,8 +145,8 @@ def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
 def _add_piece(taps, piece, height, width, g, dweight, target):
     """Add those taps of a piece that the filter has, a vector each, to the gradient."""
     lanes = VECTOR_BITS // (8 * taps.itemsize)
-    for t in range(9):
-        tap = piece_tap(piece * 9 + t, height, width, g.cuts_w)
+    for t in range(g.taps * g.taps):
+        tap = piece_tap(piece, t, height, width, g.cuts_w, g.taps)
         if tap >= 0:
             place = target + tap * g.channels * g.filters
             values, places = taps[t * lanes : (t + 1) * lanes], dweight[place : place + lanes]
@@ -167,12 +168,16 @@ def _finish(part, parts, g, height, width, cut, sums, taps, dweight):
             for f in range(0, many, lanes):
                 source = (panel * g.depth + c) * g.panel + f
                 target = (c - piece * g.channels) * g.filters + filter0 + f
-                if height == 3 and width == 3:
+                if height == g.taps and width == g.taps:
                     tap = g.channels * g.filters
-                    add_filter_gradient(sums, source, g.product_step, dweight, target, tap, shared - f)
+                    add_filter_gradient(
+                        g.form, sums, source, g.product_step, dweight, target, tap, shared - f
+                    )
                 else:
-                    clear(taps[part], 0, 9 * lanes)
-                    add_filter_gradient(sums, source, g.product_step, taps[part], 0, lanes, shared - f)
+                    clear(taps[part], 0, taps[part].size)
+                    add_filter_gradient(
+                        g.form, sums, source, g.product_step, taps[part], 0, lanes, shared - f
+                    )
                     _add_piece(taps[part], piece, height, width, g, dweight, target)
 
 
@@ -187,7 +192,7 @@ def _cut(
     rounds = -(-g.tiles // _ROUND)
     block = -(-g.tiles // rounds)
     cut = Cut(g.cuts * slabs, panels, min(_TASK, block))
-    # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
+    # One vector more in each step: at a power of two all elements would compete for the same cache lines.
     g = g._replace(
         block=block,
         input_step=cut.slabs * block * lanes + lanes,
@@ -208,20 +213,20 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     padding = (layer.rows.padding[0], layer.columns.padding[0])
     of = filters_of(layer)
     g, cut, tables = _cut(x.shape, dout.shape[1:], padding, of)
-    v = scratch("input", _AREA * g.input_step, x.dtype)
-    w = scratch("gradients", _AREA * g.weight_step, x.dtype)
-    sums = scratch("sums", _AREA * g.product_step, x.dtype)
+    v = scratch("input", g.area * g.input_step, x.dtype)
+    w = scratch("gradients", g.area * g.weight_step, x.dtype)
+    sums = scratch("sums", g.area * g.product_step, x.dtype)
     x, dout = x.reshape(-1), dout.reshape(-1)
     lanes = simd.lanes(x.dtype)
     zeros = np.zeros(lanes, x.dtype)
     tasks = -(-g.block // cut.tiles) * (cut.slabs + cut.panels)
     transforms = part_count(tasks, v.nbytes + w.nbytes)
     memory = windows(g, transforms)
-    products = part_count(_AREA * cut.panels, g.block * _AREA * g.depth * g.filters)
+    products = part_count(g.area * cut.panels, g.block * g.area * g.depth * g.filters)
     for first in range(0, g.tiles, g.block):
         last = min(first + g.block, g.tiles)
         _transform(transforms, x, dout, g, cut, first, last, zeros, *memory, v, w)
         _add_products(products, v, w, g, cut, int(first == 0), last - first, tables, sums)
     parts = part_count(g.depth, sums.nbytes)
-    taps = scratch("squares", parts * TAPS**2 * lanes, x.dtype).reshape(parts, -1)
+    taps = scratch("squares", parts * g.taps**2 * lanes, x.dtype).reshape(parts, -1)
     _finish(parts, g, *of.kernel, cut, sums, taps, dweight.reshape(-1))
