@@ -112,6 +112,25 @@ def test_dtypes_that_no_device_has_are_refused(dtype):
             make()
 
 
+@pytest.mark.parametrize("wide", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("kind", ["uint8", "int32", "uint64", "float32", "float64"])
+def test_other_dtypes(kind, wide):
+    host = np.array([[0, 1, 200], [3, 4, 5]], kind)
+    device = cuda.from_numpy(host)
+    result = device.T.astype(wide)
+    assert result.dtype == wide
+    assert np.array_equal(result.numpy(), host.T.astype(wide))
+    assert (device.astype(wide, copy=False) is device) == (kind == wide)
+    assert device.astype(wide).pointer != device.pointer
+    with pytest.raises(TypeError, match=rf"^dtype: {kind} does not become float16"):
+        device.astype(np.float16)
+
+
+def test_a_truth_is_not_guessed():
+    with pytest.raises(TypeError, match=r"numpy\(\)"):
+        bool(cuda.zeros(1))
+
+
 def test_negative_sizes_are_refused():
     for shape in (-1, (2, -3)):
         with pytest.raises(ValueError, match=r"^shape: .*negative"):
@@ -146,6 +165,8 @@ def test_numpy_writes_where_it_is_told():
     assert np.array_equal(out.T, device.numpy())
     with pytest.raises(ValueError, match=r"^out: "):
         device.numpy(out)
+    with pytest.raises(ValueError, match=r"^out: must be writable"):
+        device.numpy(np.broadcast_to(np.zeros(3), (2, 3)))
 
 
 def test_numpy_never_copies_by_itself():
@@ -198,7 +219,7 @@ def test_a_foreign_array_is_used_in_place():
         cuda.relu_forward(device, out=Foreign(out, read_only=True))
 
 
-def test_a_foreign_array_that_is_not_aligned_is_refused():
+def test_foreign_arrays_that_no_kernel_can_read_are_refused():
     device = cuda.from_numpy(np.arange(9, dtype=np.uint8))
     foreign = Foreign(device)
     interface = foreign.__cuda_array_interface__
@@ -208,6 +229,9 @@ def test_a_foreign_array_that_is_not_aligned_is_refused():
         "data": (device.pointer + 1, False),
     }
     with pytest.raises(ValueError, match=r"^x: the address .* is no multiple of the 4 bytes of float32"):
+        cuda.relu_forward(foreign)
+    foreign.__cuda_array_interface__ = interface | {"typestr": ">u2", "shape": (2,)}
+    with pytest.raises(TypeError, match=r"^x: dtype >u2 is of the other byte order"):
         cuda.relu_forward(foreign)
 
 

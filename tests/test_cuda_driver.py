@@ -140,7 +140,7 @@ def test_the_first_call_of_a_thread_makes_a_context_and_errors_are_named(monkeyp
         driver.call("copy", lambda: (wrong,))
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match=r"^copy: this process was forked"):
-        driver.call("copy", lambda: (wrong,))
+        driver.call("copy", lambda: (api.CUresult.CUDA_ERROR_NOT_INITIALIZED,))
 
 
 class Event:

@@ -112,6 +112,9 @@ class DeviceArray:
             raise TypeError("len() of an array without axes")
         return self.shape[0]
 
+    def __bool__(self) -> bool:
+        raise TypeError("whether a DeviceArray is true is known on the device only: ask its numpy()")
+
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype})"
 
@@ -233,10 +236,12 @@ class DeviceArray:
         Raises
         ------
         ValueError
-            If `out` has another shape or dtype.
+            If `out` has another shape or dtype, or is read-only.
         """
         if out is None:
             out = np.empty(self.shape, self.dtype)
+        elif not out.flags.writeable:
+            raise ValueError("out: must be writable")
         elif out.shape != self.shape or out.dtype != self.dtype:
             raise ValueError(f"out: {out.dtype} {out.shape} is not {self.dtype} {self.shape}")
         if self.size:
@@ -254,6 +259,25 @@ class DeviceArray:
         """A C-contiguous array of its own with the same elements."""
         result = empty(self.shape, self.dtype)
         result[...] = self
+        return result
+
+    def astype(self, dtype: Any, copy: bool = True) -> DeviceArray:
+        """The elements as another dtype; without `copy`, this array if it has it.
+
+        Raises
+        ------
+        TypeError
+            If `dtype` is none of float32, float64, int64 and this array's own, or this one's are no numbers.
+        """
+        dtype = np.dtype(dtype)
+        if dtype == self.dtype:
+            return self.copy() if copy else self
+        if dtype.name not in _WIDE or self.dtype.name not in _NUMBERS:
+            raise TypeError(
+                f"dtype: {self.dtype} does not become {dtype} on the device, only {', '.join(_WIDE)}"
+            )
+        result = empty(self.shape, dtype)
+        _convert.launch(blocks(self.size), THREADS, self.ravel(), result.ravel())
         return result
 
     def fill(self, value: float) -> None:
@@ -363,7 +387,7 @@ def as_device(array: Any, name: str = "array") -> DeviceArray:
     Raises
     ------
     TypeError
-        If it is no array of a device.
+        If it is no array of a device, or has a mask or the other byte order.
     ValueError
         If its elements are not aligned to their size.
     """
@@ -381,6 +405,8 @@ def as_device(array: Any, name: str = "array") -> DeviceArray:
     _wait_for(interface.get("stream"))
     pointer, read_only = interface["data"]
     dtype = np.dtype(interface["typestr"])
+    if not dtype.isnative:
+        raise TypeError(f"{name}: dtype {dtype.str} is of the other byte order")
     if pointer % dtype.itemsize:
         raise ValueError(
             f"{name}: the address {pointer} is no multiple of the {dtype.itemsize} bytes of {dtype}"
@@ -401,19 +427,11 @@ def contiguous(array: DeviceArray) -> DeviceArray:
     return array if array.is_contiguous else array.copy()
 
 
-_INTEGERS = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
+_WIDE = ("float32", "float64", "int64")
+_NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 
 
-@kernel("int64[::1], T[::1]", floats=_INTEGERS)
-def _widen(target, source):
+@kernel(*(f"{kind}[::1], {wide}[::1]" for wide in _WIDE for kind in _NUMBERS if kind != wide))
+def _convert(source, target):
     for i in range(cuda.grid(1), source.size, cuda.gridsize(1)):
         target[i] = source[i]
-
-
-def to_int64(array: DeviceArray) -> DeviceArray:
-    """A C-contiguous array of integers as int64: itself, or a copy."""
-    if array.dtype == np.int64:
-        return array
-    result = empty(array.shape, np.int64)
-    _widen.launch(blocks(array.size), THREADS, result.reshape(-1), array.reshape(-1))
-    return result

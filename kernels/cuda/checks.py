@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import FLOATS, integer, padding2d, pair, same_shape, shape4, window_output
-from .arrays import DeviceArray, as_device, contiguous, empty, to_int64
+from .arrays import DeviceArray, as_device, contiguous, empty
 
 __all__ = [
     "array",
@@ -76,7 +76,7 @@ def integers(name: str, value: Any) -> DeviceArray:
         raise TypeError(f"{name}: dtype {result.dtype} is no integer")
     if result.ndim != 1:
         raise ValueError(f"{name}: expected 1 axis, got shape {result.shape}")
-    return to_int64(contiguous(result))
+    return contiguous(result).astype(np.int64, copy=False)
 
 
 def output(name: str, out: Any, shape: Sequence[int], dtype: Any) -> DeviceArray:

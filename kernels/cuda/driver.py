@@ -67,7 +67,7 @@ def call(what: str, function: Callable[..., tuple[Any]], *arguments: Any) -> Non
         (code,) = function(*arguments)
     if code == api.CUresult.CUDA_SUCCESS:
         return
-    if os.getpid() != _process:
+    if code == api.CUresult.CUDA_ERROR_NOT_INITIALIZED and os.getpid() != _process:
         raise RuntimeError(
             f"{what}: this process was forked from one that used CUDA, which CUDA forbids: spawn it instead"
         )
