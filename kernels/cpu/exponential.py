@@ -88,20 +88,32 @@ def exponential(typing_context, a):
 
 
 @kernel
+def _larger(row, at, mask, best):
+    """Lane by lane, the larger of row[at:] and `best`."""
+    keep_in_line()
+    value = load(row, at, mask)
+    return select((value > best) & mask, value, best)
+
+
+@kernel
 def largest_of(row, first, count):
     """The largest of row[first : first + count], `row` being a pointer; NaN counts for nothing."""
     keep_in_line()
-    mask = all_lanes(row)
+    many, every = all_long_lanes(row), all_lanes(row)
     lanes = lanes_of(row)
+    width = LONG * lanes
     best = like(zeros(row), -np.inf)
-    whole = count // lanes * lanes
-    for k in range(0, whole, lanes):
-        value = load(row, first + k, mask)
-        best = select(value > best, value, best)
+    long, whole = count // width * width, count // lanes * lanes
+    if long > 0:
+        # One vector by itself would wait for each comparison.
+        long_best = like(load(row, first, many), -np.inf)
+        for k in range(0, long, width):
+            long_best = _larger(row, first + k, many, long_best)
+        best = like(best, largest(long_best))
+    for k in range(long, whole, lanes):
+        best = _larger(row, first + k, every, best)
     if whole < count:
-        mask = first_lanes(row, count - whole)
-        value = load(row, first + whole, mask)
-        best = select((value > best) & mask, value, best)
+        best = _larger(row, first + whole, first_lanes(row, count - whole), best)
     return largest(best)
 
 

@@ -341,8 +341,9 @@ def _cross_entropy_backward(part, parts, dlosses, x, target, weight, ignore_inde
         scale = (of_label + of_all * whole) / total
         upstream = dlosses[m]
         of_power = gradient[label] * scale - (of_all * weight[label] + of_label)
+        factor, shift = x.dtype.type(upstream * scale), x.dtype.type(upstream * of_all)
         for k in range(classes):
-            gradient[k] = upstream * (gradient[k] * scale - of_all * weight[k])
+            gradient[k] = gradient[k] * factor - weight[k] * shift
         gradient[label] = upstream * of_power
 
 

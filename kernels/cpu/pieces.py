@@ -54,11 +54,19 @@ def piece_bounds(piece, pieces, size, width):
 
 @entry
 def fold(slabs, out, accumulate):
-    """Write to ``out[c]`` (or add to it) the sum of all ``slabs[:, c::out.size]``, in a fixed order."""
+    """Write to ``out[c]`` (or add to it) the sum of all ``slabs[:, c::out.size]``, in a fixed order.
+
+    The first slab is overwritten.
+    """
     pieces, width = slabs.shape
+    # Slab by slab: those of one channel may all fall into one set of the cache.
+    sums = slabs[0]
+    for piece in range(1, pieces):
+        slab = slabs[piece]
+        for k in range(width):
+            sums[k] += slab[k]
     for c in range(out.size):
         total = 0.0
-        for piece in range(pieces):
-            for k in range(c, width, out.size):
-                total += slabs[piece, k]
+        for k in range(c, width, out.size):
+            total += sums[k]
         out[c] = out[c] + total if accumulate else total
