@@ -50,11 +50,13 @@ class _Pool:
         self.lock = threading.Lock()
         self.hits = 0
         self.misses = 0
+        self.taken = 0
 
     def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """An array over a buffer that nobody holds."""
         size = -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         with self.lock:
+            self.taken += size
             for buffer in self.buffers.get(size, ()):
                 if buffer.references() == _UNHELD:
                     self.hits += 1
@@ -113,10 +115,10 @@ def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
 
 
 def stats() -> dict[str, int]:
-    """Requests met from the pool (`hits`) and by new memory (`misses`), and the pool's `bytes`."""
+    """Requests met from the pool (`hits`) and by new memory (`misses`), bytes `taken`, the pool's `bytes`."""
     with _pool.lock:
         size = sum(buffer.raw.nbytes for many in _pool.buffers.values() for buffer in many)
-        return {"hits": _pool.hits, "misses": _pool.misses, "bytes": size}
+        return {"hits": _pool.hits, "misses": _pool.misses, "taken": _pool.taken, "bytes": size}
 
 
 def clear() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from _thread import LockType, allocate_lock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -302,20 +302,10 @@ class Recording:
         Whether what is done `between_jobs` is done again too; only this thread may then play, whose scratch
         memory the jobs use. Without, `play` is one call into compiled code, and it is the caller's to know
         that those numbers, biases and statistics of layers, are what they were.
-    most_bytes : int
-        The recording is given up, and lets go of everything, as soon as it would keep more memory alive.
-
-    Attributes
-    ----------
-    complete : bool
-        Whether it was not given up.
     """
 
-    def __init__(self, calls: bool = False, most_bytes: float = np.inf) -> None:
+    def __init__(self, calls: bool = False) -> None:
         self.calls = calls
-        self.complete = True
-        self._most_bytes = most_bytes
-        self._owners: dict[int, int] = {}
         self._steps: list[Any] = []
         self._arguments: list[tuple] = []
         self._decisions: list[tuple[Callable, tuple, bool]] = []
@@ -347,24 +337,13 @@ class Recording:
         """Do a job, and remember it."""
         block = _control_block()
         _check(driver(block, parts, 0, *args))
-        if self._keep(args):
-            self._steps.append(block)
-            self._arguments.append(args)
+        self._steps.append(block)
+        self._arguments.append(args)
 
     def note_call(self, function: Callable, args: tuple) -> None:
         """Remember what was done between two jobs."""
-        if self.calls and self._keep(args):
+        if self.calls:
             self._steps.append((function, args))
-
-    def _keep(self, args: Any) -> bool:
-        """Count the memory that arguments keep alive; false once there is too much of it."""
-        for array in _arrays(args) if self.complete else ():
-            owner = _owner(array)
-            self._owners[id(owner)] = owner.nbytes
-        if sum(self._owners.values()) > self._most_bytes:
-            self.complete = False
-            self._owners, self._steps, self._arguments, self._decisions = {}, [], [], []
-        return self.complete
 
     def note_decision(self, function: Callable, args: tuple, answer: bool) -> None:
         """Remember what the jobs depend on."""
@@ -381,21 +360,6 @@ class Recording:
         """Do all of it again, in its order."""
         for function, args in self._steps:
             function(*args)
-
-
-def _arrays(value: Any) -> Iterator[np.ndarray]:
-    if isinstance(value, np.ndarray):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _arrays(item)
-
-
-def _owner(array: np.ndarray) -> np.ndarray:
-    """The array that holds the memory, or the view nearest to it."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
 
 
 class Parallel:

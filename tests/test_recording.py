@@ -78,22 +78,6 @@ def test_what_is_between_jobs_comes_at_its_place():
     assert order == words
 
 
-def test_a_recording_is_given_up_when_it_keeps_too_much_memory():
-    x, y = np.ones(100, np.float32), np.empty(100, np.float32)
-    with Recording(most_bytes=1000) as jobs:
-        cpu.relu_forward(x, out=y)
-        cpu.relu_forward(x[:50], out=y[50:])
-        assert jobs.complete
-        cpu.relu_forward(y, out=np.empty(100, np.float32))
-        assert not jobs.complete
-        cpu.relu_forward(-x, out=y)
-    assert y.max() == 0
-    assert not jobs.complete
-    y[...] = 3
-    jobs.play()
-    assert y.max() == 3
-
-
 def test_calls_are_left_out_unless_they_are_asked_for():
     count = np.zeros(())
     with Recording() as jobs:

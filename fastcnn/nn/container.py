@@ -177,10 +177,7 @@ class Sequential(_Container):
         What is known of an input's shape from earlier calls is used again, see `replay`.
         """
         y = self._replay.forward(self, input)
-        if y is None:
-            with layer_by_layer():
-                y = self._run(input)
-        return y
+        return layer_by_layer(self, input) if y is None else y
 
     def _run(self, input: np.ndarray) -> Any:
         x: Any = input

@@ -19,9 +19,7 @@ pass that is not recorded finds everything, too.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +43,8 @@ if TYPE_CHECKING:
 # Python takes.
 _LARGEST_IMAGE = 1 << 16
 _LARGEST_BATCH = 1 << 21
-# Bytes that the jobs of one pass may keep: there are more only where a pass takes long.
-_MOST_BYTES = 1 << 27
+# Bytes of results in a forward pass: there are more only where it takes long.
+_MOST_BYTES = 1 << 26
 # Recordings of a network, each with memory for all of its activations.
 _MOST = 4
 
@@ -104,7 +102,7 @@ class _Backward:
 
     def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool) -> None:
         self._dout = _Input(dout)
-        with Recording(calls=True, most_bytes=_MOST_BYTES) as self.jobs:
+        with Recording(calls=True) as self.jobs:
             self._grad = net._run_backward(self._dout.array, input_grad)
 
     def result(self) -> np.ndarray | None:
@@ -124,7 +122,7 @@ class _Pass:
         self._small = small
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
-        with Recording(calls=batches, most_bytes=_MOST_BYTES) as self.jobs:
+        with Recording(calls=batches) as self.jobs:
             self._output = net._run(self._input.array)
         self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
         self.net_kept = vars(net)["_saved"]
@@ -163,13 +161,14 @@ class _Run(threading.local):
 _run = _Run()
 
 
-@contextlib.contextmanager
-def layer_by_layer() -> Iterator[None]:
-    """Networks inside of one that runs its layers one after the other are not recorded on their own: their
-    results, of all sizes, would be copied."""
+def layer_by_layer(net: Sequential, input: Any) -> Any:
+    """The result of a network whose pass is not played.
+
+    Networks inside of it are not recorded on their own: their results, of all sizes, would be copied.
+    """
     _run.depth += 1
     try:
-        yield
+        return net._run(input)
     finally:
         _run.depth -= 1
 
@@ -189,8 +188,8 @@ class Replay:
         # Of all of the network's modules.
         self._attributes: list[dict[str, Any]] = []
         self._small: list[np.ndarray] = []
-        # None for an input that was seen once.
-        self._passes: dict[Any, _Pass | None] = {}
+        # For an input that was seen once, how many bytes of results there were.
+        self._passes: dict[Any, _Pass | int] = {}
         # The pass whose backward pass may come next.
         self._latest: _Pass | None = None
 
@@ -213,7 +212,7 @@ class Replay:
         place = (is_grad_enabled(), threading.get_ident()) if batches else ()
         key = (input.shape, input.strides, input.dtype, *place)
         known = self._passes.get(key)
-        if known is None or not known.holds():
+        if not isinstance(known, _Pass) or not known.holds():
             return self._record(net, input, key, batches)
         self._latest = known
         return known.play(input)
@@ -236,8 +235,6 @@ class Replay:
         try:
             if known is None or not known.jobs.holds():
                 known = latest.backward[key] = _Backward(net, dout, input_grad)
-                if not known.jobs.complete:
-                    self._give_up(True)
                 return (known.result(),)
             grad = known.play(dout)
         finally:
@@ -245,11 +242,6 @@ class Replay:
         for attributes in self._attributes:
             attributes["_saved"] = None
         return (grad,)
-
-    def _give_up(self, batches: bool) -> None:
-        self._playable[batches] = False
-        self._passes = {}
-        self._latest = None
 
     def _forget(self, state: tuple) -> None:
         self._state = state
@@ -278,19 +270,22 @@ class Replay:
         """Note an input that is seen for the first time; record the pass of one that was seen before."""
         if input.dtype not in FLOATS or not input.dtype.isnative:
             return None
-        if key not in self._passes or self._passes[key] is not None:
+        seen = self._passes.pop(key, None)
+        if not isinstance(seen, int):
             while len(self._passes) >= _MOST:
                 # Another thread may be at it.
                 self._passes.pop(next(iter(self._passes), None), None)
-            self._passes[key] = None
+            before = _buffers.stats()["taken"]
+            output = layer_by_layer(net, input)
+            self._passes[key] = _buffers.stats()["taken"] - before
+            return output
+        if seen > _MOST_BYTES:
+            self._passes[key] = seen
             return None
         try:
             done = _Pass(net, input, [] if batches else self._small, batches)
         except NotRecordedError:
-            self._give_up(batches)
+            self._playable[batches] = False
             return None
-        if done.jobs.complete:
-            self._passes[key] = self._latest = done
-        else:
-            self._give_up(batches)
+        self._passes[key] = self._latest = done
         return done.result()
