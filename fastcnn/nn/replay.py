@@ -124,7 +124,7 @@ class _Pass:
         self._input = _Input(input)
         with Recording(calls=batches) as self.jobs:
             self._output = net._run(self._input.array)
-        self._kept = [(vars(module), vars(module)["_saved"]) for module in net.modules()]
+        self._kept = [(attributes, attributes["_saved"]) for attributes in _below(net)]
         self.net_kept = vars(net)["_saved"]
         self.backward: dict[Any, _Backward] = {}
 
@@ -135,7 +135,7 @@ class _Pass:
     def result(self) -> np.ndarray:
         return _copied(self._output)
 
-    def play(self, input: np.ndarray) -> np.ndarray | None:
+    def play(self, net: Sequential, input: np.ndarray) -> np.ndarray | None:
         """The result for another input; None while another thread is at it."""
         if not self.lock.acquire(blocking=False):
             return None
@@ -144,9 +144,15 @@ class _Pass:
             self.jobs.play()
             for attributes, kept in self._kept:
                 attributes["_saved"] = kept
+            vars(net)["_saved"] = self.net_kept
             return self.result()
         finally:
             self.lock.release()
+
+
+def _below(net: Sequential) -> list[dict[str, Any]]:
+    """The attributes of all modules below `net`. Its own would hold what holds them, and free nothing."""
+    return [vars(module) for module in net.modules() if module is not net]
 
 
 def _state() -> tuple:
@@ -185,7 +191,6 @@ class Replay:
         self._known = False
         # For one image, and for batches.
         self._playable = {False: False, True: False}
-        # Of all of the network's modules.
         self._attributes: list[dict[str, Any]] = []
         self._small: list[np.ndarray] = []
         # For an input that was seen once, how many bytes of results there were.
@@ -215,7 +220,7 @@ class Replay:
         if not isinstance(known, _Pass) or not known.holds():
             return self._record(net, input, key, batches)
         self._latest = known
-        return known.play(input)
+        return known.play(net, input)
 
     def backward(self, net: Sequential, dout: Any, input_grad: bool) -> tuple[np.ndarray | None] | None:
         """What `net`'s backward pass returns; None where its layers are to be run one after the other."""
@@ -241,6 +246,7 @@ class Replay:
             latest.lock.release()
         for attributes in self._attributes:
             attributes["_saved"] = None
+        net._forget()
         return (grad,)
 
     def _forget(self, state: tuple) -> None:
@@ -257,7 +263,7 @@ class Replay:
         """Find out what may be recorded; not before a state is seen again, since some change all the time."""
         self._known = True
         modules = list(net.modules())
-        self._attributes = [vars(module) for module in modules]
+        self._attributes = _below(net)
         layers = [module for module in modules if module is not net and not self._contains(module)]
         memories = [parameter.memory for _, parameter in net.named_parameters()]
         on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
