@@ -28,6 +28,8 @@ def _calls(x, dout):
         lambda out: cpu.leaky_relu_backward(dout, x, 0.1, out=out),
         lambda out: cpu.prelu_forward(x, one, out=out),
         lambda out: cpu.prelu_forward(x, channels, out=out),
+        lambda out: cpu.prelu_backward(dout, x, one, out=out),
+        lambda out: cpu.prelu_backward(dout, x, channels, out=out),
         lambda out: cpu.batch_norm_forward(x, channels, channels, channels, channels, False, out=out),
         lambda out: cpu.batch_norm_backward(dout, x, channels, channels, channels, True, out=out),
         lambda out: cpu.batch_norm_backward(dout, x, channels, channels, channels, False, out=out),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from .. import checks
-from ..jit import keep_out_of_line
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import between_jobs
 from .elementwise import channelwise, elementwise
-from .pieces import fill, fold, piece_bounds, piece_count, row_width
-from .vectors import like, load, select
-from .workspace import scratch
+from .moments import AHEAD, ColumnSums
+from .pieces import fold
+from .vectors import keep_in_line, like, load, prefetch_vector, select, store, store_around, wide
 
 
 @elementwise
@@ -199,23 +198,25 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     return y
 
 
-@parallel
-def _prelu_backward(part, parts, dout, x, slopes, dx, slabs):
-    keep_out_of_line()
-    zero = x.dtype.type(0)
-    pieces, width = slabs.shape
-    lo, hi = span(part, parts, pieces)
-    for piece in range(lo, hi):
-        sums = slabs[piece]
-        fill(sums, 0)
-        first, last = piece_bounds(piece, pieces, x.size, width)
-        for start in range(first, last, width):
-            end = min(start + width, last)
-            gradient, source, target = dout[start:end], x[start:end], dx[start:end]
-            for k in range(source.size):
-                positive = source[k] > zero
-                target[k] = gradient[k] if positive else slopes[k] * gradient[k]
-                sums[k] += zero if positive else gradient[k] * source[k]
+@ColumnSums
+def _prelu_backward(arrays, start, rows, width, table, sums, k, mask, around):
+    """Of dout * x where not x > 0; dx is written on the way."""
+    keep_in_line()
+    dout, x, dx = arrays
+    slope, total = load(table, k, mask), load(sums, k, mask)
+    for row in range(rows):
+        at = start + row * width + k
+        prefetch_vector(dout, at + AHEAD, mask)
+        prefetch_vector(x, at + AHEAD, mask)
+        gradient, value = load(dout, at, mask), load(x, at, mask)
+        positive = value > like(value, 0)
+        change = select(positive, gradient, slope * gradient)
+        if around:
+            store_around(change, dx, at)
+        else:
+            store(change, dx, at, mask)
+        total = total + wide(select(positive, like(value, 0), gradient * value))
+    store(total, sums, k, mask)
 
 
 def prelu_backward(
@@ -254,14 +255,8 @@ def prelu_backward(
     """
     dout, x = _alike(dout, "x", x)
     weight = _slopes(x, weight)
-    slopes = scratch("slopes", row_width(max(weight.size, 1)), x.dtype)
-    between_jobs(np.copyto, slopes.reshape(-1, max(weight.size, 1)), weight)
     dx = checks.output("out", out, dout.shape, dout.dtype)
     dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
-    pieces = piece_count(x.size)
-    slabs = scratch("sums", pieces * slopes.size, np.float64).reshape(pieces, slopes.size)
-    _prelu_backward(
-        part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), slopes, dx.reshape(-1), slabs
-    )
-    between_jobs(fold, slabs, dweight, int(accumulate and out_dweight is not None))
+    (sums,) = _prelu_backward(weight, 1, dout, x, dx)
+    between_jobs(fold, sums, dweight, int(accumulate and out_dweight is not None))
     return dx, dweight

@@ -54,7 +54,7 @@ def passes_caches(out: np.ndarray, arrays: int) -> bool:
     return arrays * out.nbytes > 3 * _last_level_bytes() // 4 and out.ctypes.data % (VECTOR_BITS // 8) == 0
 
 
-def _name_after(function: Callable, part: Callable, name: str) -> None:
+def name_after(function: Callable, part: Callable, name: str) -> None:
     """Name a kernel for the function that it is made from, as the cache of kernels needs it."""
     part.__module__, part.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
 
@@ -88,7 +88,7 @@ class Elementwise:
                 some = first_long_lanes(target, hi - whole)
                 store(step(sources, whole, some, number), target, whole, some)
 
-        _name_after(function, body, "body")
+        name_after(function, body, "body")
         self._run = parallel(body)
         self.__doc__ = function.__doc__
 
@@ -150,7 +150,7 @@ class Channelwise:
                 store(step(sources, whole, some, loads(rows, k, some)), target, whole, some)
             fence()
 
-        _name_after(function, body, "body")
+        name_after(function, body, "body")
         self._run = parallel(body)
         self.__doc__ = function.__doc__
 

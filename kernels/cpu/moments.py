@@ -7,17 +7,20 @@ deviations from the mean of n values, so that at most n of the 2**53 that float6
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from ..jit import entry, keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
+from .elementwise import name_after, passes_caches
 from .pieces import fill, fold, piece_bounds, piece_count
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
     LONG,
     all_lanes,
     all_long_lanes,
+    fence,
     first_lanes,
     first_long_lanes,
     keep_in_line,
@@ -25,6 +28,7 @@ from .vectors import (
     load,
     multiply_add,
     pointer,
+    pointers,
     prefetch,
     prefetch_vector,
     store,
@@ -150,49 +154,61 @@ def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
     between_jobs(fold, batch_moments(x)[:, 0], out, int(accumulate))
 
 
-@kernel
-def _add_products(dout, x, center, start, rows, width, sums, k, mask):
-    """Add `rows` rows of a column of vectors to the sums of dout and of its products with x - center."""
-    keep_in_line()
-    middle = load(center, k, mask)
-    total, product = load(sums, k, mask), load(sums, width + k, mask)
-    for row in range(rows):
-        place = start + row * width + k
-        prefetch_vector(dout, place + AHEAD, mask)
-        prefetch_vector(x, place + AHEAD, mask)
-        gradient = wide(load(dout, place, mask))
-        total = total + gradient
-        product = multiply_add(gradient, wide(load(x, place, mask) - middle), product)
-    store(total, sums, k, mask)
-    store(product, sums, width + k, mask)
+class ColumnSums:
+    """A kernel that sums over the rows of arrays whose columns are channels, as often as they fill vectors.
 
+    `function(arrays, start, rows, width, table, sums, k, mask, around)` adds `rows` rows of a column of
+    vectors, from the elements `start + k` of the `arrays` on, to the sums of columns `k` and on. All but
+    numbers and `mask` are pointers; `table` holds a value for each column. What it writes to the last array
+    goes around the caches if `around` is true.
+    """
 
-@parallel
-def _products(part, parts, dout, x, center, slabs):
-    keep_out_of_line()
-    width = center.size
-    gradient, values, middle = pointer(dout), pointer(x), pointer(center)
-    everything, count = all_long_lanes(values), LONG * lanes_of(values)
-    whole, step = width // count * count, max(1, _BLOCK // width)
-    pieces = slabs.shape[0]
-    lo, hi = span(part, parts, pieces)
-    for piece in range(lo, hi):
-        slab = slabs[piece]
-        fill(slab, 0)
-        sums = pointer(slab)
-        first, last = piece_bounds(piece, pieces, x.size, width)
-        rows = (last - first) // width
-        for row in range(0, rows, step):
-            start, many = first + row * width, min(step, rows - row)
-            for k in range(0, whole, count):
-                _add_products(gradient, values, middle, start, many, width, sums, k, everything)
-            if whole < width:
-                some = first_long_lanes(values, width - whole)
-                _add_products(gradient, values, middle, start, many, width, sums, whole, some)
-        start = first + rows * width
-        for k in range(0, last - start, count):
-            some = first_long_lanes(values, last - start - k)
-            _add_products(gradient, values, middle, start, 1, width, sums, k, some)
+    def __init__(self, function: Callable):
+        column = kernel(function)
+
+        def body(part, parts, inputs, table, slabs, around):
+            keep_out_of_line()
+            arrays, values, size, width = pointers(inputs), pointer(table), inputs[0].size, table.size
+            everything, count = all_long_lanes(values), LONG * lanes_of(values)
+            whole, step = width // count * count, max(1, _BLOCK // width)
+            pieces = slabs.shape[0]
+            lo, hi = span(part, parts, pieces)
+            for piece in range(lo, hi):
+                slab = slabs[piece]
+                fill(slab, 0)
+                sums = pointer(slab)
+                first, last = piece_bounds(piece, pieces, size, width)
+                rows = (last - first) // width
+                for row in range(0, rows, step):
+                    start, many = first + row * width, min(step, rows - row)
+                    for k in range(0, whole, count):
+                        column(arrays, start, many, width, values, sums, k, everything, around)
+                    if whole < width:
+                        some = first_long_lanes(values, width - whole)
+                        column(arrays, start, many, width, values, sums, whole, some, 0)
+                start = first + rows * width
+                for k in range(0, last - start, count):
+                    some = first_long_lanes(values, last - start - k)
+                    column(arrays, start, 1, width, values, sums, k, some, 0)
+
+            fence()
+
+        name_after(function, body, "body")
+        self._run = parallel(body)
+        self.__doc__ = function.__doc__
+
+    def __call__(self, values: np.ndarray, sums: int, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Slabs of each of so many `sums`, in float64, that `fold` adds up for the channels of `values`."""
+        x = inputs[0]
+        channels = max(values.size, 1)
+        pieces, width = piece_count(x.size), _row_length(channels, lanes(x.dtype))
+        table = scratch("columns", width, x.dtype)
+        between_jobs(np.copyto, table.reshape(-1, channels)[:, : values.size], values)
+        slabs = scratch("column sums", pieces * sums * width, np.float64).reshape(pieces, sums * width)
+        flat = tuple([array.reshape(-1) for array in inputs])
+        around = width % lanes(x.dtype) == 0 and passes_caches(inputs[-1], len(inputs))
+        self._run(part_count(pieces, x.size), flat, table, slabs, int(around))
+        return tuple(slabs[:, i * width : (i + 1) * width] for i in range(sums))
 
 
 def _row_length(channels: int, lanes: int) -> int:
@@ -203,15 +219,27 @@ def _row_length(channels: int, lanes: int) -> int:
     return channels
 
 
+@ColumnSums
+def _products(arrays, start, rows, width, table, sums, k, mask, around):
+    """Of the gradient, and of its products with x - center."""
+    keep_in_line()
+    dout, x = arrays
+    center = load(table, k, mask)
+    total, product = load(sums, k, mask), load(sums, width + k, mask)
+    for row in range(rows):
+        at = start + row * width + k
+        prefetch_vector(dout, at + AHEAD, mask)
+        prefetch_vector(x, at + AHEAD, mask)
+        gradient = wide(load(dout, at, mask))
+        total = total + gradient
+        product = multiply_add(gradient, wide(load(x, at, mask) - center), product)
+    store(total, sums, k, mask)
+    store(product, sums, width + k, mask)
+
+
 def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each channel's sums, in float64, of dout and of dout * (x - center); the arrays are not empty."""
-    channels = x.shape[-1]
-    pieces, width = piece_count(x.size), _row_length(channels, lanes(x.dtype))
-    row = scratch("center", width, x.dtype)
-    between_jobs(np.copyto, row.reshape(-1, channels), center)
-    slabs = scratch("products", pieces * 2 * width, np.float64).reshape(pieces, 2 * width)
-    _products(part_count(pieces, x.size), dout.reshape(-1), x.reshape(-1), row, slabs)
-    total, product = np.empty((2, channels))
-    between_jobs(fold, slabs[:, :width], total, 0)
-    between_jobs(fold, slabs[:, width:], product, 0)
+    total, product = np.empty((2, x.shape[-1]))
+    for slabs, sums in zip(_products(center, 2, dout, x), (total, product), strict=True):
+        between_jobs(fold, slabs, sums, 0)
     return total, product
