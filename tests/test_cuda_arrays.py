@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import pickle
+import threading
 import weakref
 
 import cuda_device
@@ -256,3 +257,22 @@ def test_the_driver_s_memory_outlives_a_cycle_that_held_it():
     gc.collect()
     assert not freed
     assert cuda.empty(5 * 1231).pointer == pointer
+
+
+def test_threads_that_never_used_the_device_may():
+    host = np.arange(-3, 3, dtype=np.float32)
+    results = []
+
+    def work():
+        for _ in range(5):
+            results.append(cuda.relu_forward(cuda.from_numpy(host)).numpy())
+            cuda.synchronize()
+
+    # On the simulator one at a time: its barriers and its module `cuda` are the process's.
+    threads = [threading.Thread(target=work) for _ in range(1 if cuda_device.SIMULATED else 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 5 * len(threads)
+    assert all(np.array_equal(result, host.clip(0)) for result in results)

@@ -143,54 +143,37 @@ def test_the_first_call_of_a_thread_makes_a_context_and_errors_are_named(monkeyp
         driver.call("copy", lambda: (api.CUresult.CUDA_ERROR_NOT_INITIALIZED,))
 
 
-class Event:
-    """Done when its record is waited for."""
-
-    waits = 0
-
-    def record(self, stream):
-        pass
-
-    def synchronize(self):
-        Event.waits += 1
-
-
-class Stream:
-    waits = 0
-
-    def __int__(self):
-        return STREAM
-
-    def synchronize(self):
-        self.waits += 1
-
-
 def test_what_is_copied_to_the_device_may_change_at_once(monkeypatch):
-    queued = []
+    queued, recorded, waits = [], set(), []
 
-    def copy(pointer, source, nbytes, stream):
-        queued.append((pointer, source, nbytes))
-        return (api.CUresult.CUDA_SUCCESS,)
+    def stub(name, function):
+        def answer(*arguments):
+            function(*arguments)
+            return (api.CUresult.CUDA_SUCCESS,)
 
-    monkeypatch.setattr(api, "cuMemcpyHtoDAsync", copy)
+        monkeypatch.setattr(api, name, answer)
+
+    stub("cuMemcpyHtoDAsync", lambda *arguments: queued.append(arguments))
+    stub("cuEventRecord", lambda event, stream: recorded.add(event))
+    stub("cuEventSynchronize", lambda event: waits.append("event") if event in recorded else None)
+    stub("cuStreamSynchronize", lambda stream: waits.append("stream"))
     monkeypatch.setattr(driver.cuda, "pinned_array", np.empty)
-    monkeypatch.setattr(driver.cuda, "event", lambda timing: Event())
-    stream = Stream()
-    staging = driver.Staging(stream)
+    monkeypatch.setattr(driver.cuda, "event", lambda timing: SimpleNamespace(handle=object()))
+    staging = driver.Staging(SimpleNamespace(handle=STREAM))
     for number in range(driver._SLOTS):
         host = np.full((3, 5), number, np.float32)
         staging.send(host, 1000 + number)
         host[...] = -1
-    assert Event.waits == stream.waits == 0
+    assert not waits
     # As if the device only began to copy now.
-    for number, (pointer, source, nbytes) in enumerate(queued):
-        assert (pointer, nbytes) == (1000 + number, 60)
+    for number, (pointer, source, nbytes, stream) in enumerate(queued):
+        assert (pointer, nbytes, stream) == (1000 + number, 60, STREAM)
         assert ctypes.c_float.from_address(source + 56).value == number
     # No pinned memory is left that is not in use: the oldest is waited for.
     staging.send(np.zeros(1), 0)
-    assert (Event.waits, queued[-1][1]) == (1, queued[0][1])
+    assert (waits, queued[-1][1]) == (["event"], queued[0][1])
     # What is large is copied from where it is, and waited for.
     large = np.zeros(driver._SLOT + 1, np.uint8)
     staging.send(large, 8)
-    assert queued[-1] == (8, large.ctypes.data, large.nbytes)
-    assert stream.waits == 1
+    assert queued[-1] == (8, large.ctypes.data, large.nbytes, STREAM)
+    assert waits == ["event", "stream"]

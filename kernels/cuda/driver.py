@@ -33,7 +33,7 @@ _LETTERS = {
     types.float64: "d",
 }
 
-# Bytes of a piece of pinned memory, and how many pieces there are before one is waited for.
+# Bytes of a piece of pinned memory, and how many pieces there are.
 _SLOT = 1 << 18
 _SLOTS = 16
 
@@ -113,31 +113,38 @@ class Staging:
 
     def __init__(self, stream: Any):
         self._stream = stream
-        self._slots: deque[tuple[np.ndarray, Any]] = deque()
+        # Asking for pinned memory makes the device wait, so it is asked for once.
+        pinned = cuda.pinned_array((_SLOTS, _SLOT), np.uint8)
+        self._slots = deque((slot, cuda.event(timing=False)) for slot in pinned)
+        self._lock = threading.Lock()
 
     def send(self, host: np.ndarray, pointer: int) -> None:
         """Overwrite the memory at `pointer` with a C-contiguous array of the host."""
         if host.nbytes > _SLOT:
-            to_device(pointer, host.ctypes.data, host.nbytes, int(self._stream))
-            self._stream.synchronize()
+            to_device(pointer, host.ctypes.data, host.nbytes, self._stream)
+            wait(self._stream)
             return
-        if len(self._slots) < _SLOTS:
-            pinned, sent = cuda.pinned_array(_SLOT, np.uint8), cuda.event(timing=False)
-        else:
-            pinned, sent = self._slots.popleft()
-            sent.synchronize()
-        pinned[: host.nbytes] = host.reshape(-1).view(np.uint8)
-        to_device(pointer, pinned.ctypes.data, host.nbytes, int(self._stream))
-        sent.record(self._stream)
-        self._slots.append((pinned, sent))
+        with self._lock:
+            # The one that was used longest ago: mostly, its copy is done.
+            slot, sent = self._slots[0]
+            self._slots.rotate(-1)
+            call("wait for a copy", api.cuEventSynchronize, sent.handle)
+            slot[: host.nbytes] = host.reshape(-1).view(np.uint8)
+            to_device(pointer, slot.ctypes.data, host.nbytes, self._stream)
+            call("mark a copy", api.cuEventRecord, sent.handle, self._stream.handle)
 
 
-def to_device(pointer: int, host: int, nbytes: int, stream: int) -> None:
+def to_device(pointer: int, host: int, nbytes: int, stream: Any) -> None:
     """Queue a copy from the host's memory at one address to the device's at another."""
-    call("copy to the device", api.cuMemcpyHtoDAsync, pointer, host, nbytes, stream)
+    call("copy to the device", api.cuMemcpyHtoDAsync, pointer, host, nbytes, stream.handle)
 
 
 def to_host(host: np.ndarray, pointer: int, stream: Any) -> None:
     """Overwrite a C-contiguous array of the host with what is at `pointer`, and wait for it."""
-    call("copy to the host", api.cuMemcpyDtoHAsync, host.ctypes.data, pointer, host.nbytes, int(stream))
-    call("wait for the device", api.cuStreamSynchronize, int(stream))
+    call("copy to the host", api.cuMemcpyDtoHAsync, host.ctypes.data, pointer, host.nbytes, stream.handle)
+    wait(stream)
+
+
+def wait(stream: Any) -> None:
+    """Wait until all that was queued is done."""
+    call("wait for the device", api.cuStreamSynchronize, stream.handle)

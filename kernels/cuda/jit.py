@@ -30,7 +30,7 @@ SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
 if SIMULATED:
     from .simulator import Simulated
 else:
-    from .driver import Launcher
+    from .driver import Launcher, wait
 
 FLOATS = ("float32", "float64")
 _DTYPE = re.compile(r"\bT\b")
@@ -80,7 +80,10 @@ def stream() -> Any:
 
 def synchronize() -> None:
     """Wait until the device has done all that it was told."""
-    stream().synchronize()
+    if SIMULATED:
+        require_device()
+    else:
+        wait(stream())
 
 
 def device_function(function: Callable) -> Any:
