@@ -240,6 +240,23 @@ def test_a_backward_pass_that_is_not_played_finds_what_forward_kept():
     assert_same(*results)
 
 
+def test_layers_walked_through_backward_by_hand():
+    fastcnn.set_fusion(False)
+    try:
+        net, plain, x = played()
+        plain.load_state_dict(net.state_dict())
+        results = []
+        for of in (net, plain):
+            of.zero_grad()
+            grad = np.ones_like(of(x))
+            for layer in reversed(list(of)):
+                grad = layer.backward(grad)
+            results.append([grad, *grads(of)])
+        assert_same(*results)
+    finally:
+        fastcnn.set_fusion(True)
+
+
 def test_a_changed_setting_counts_at_once():
     net, plain, x = played(lambda: models.create("cifar-batchnorm", (3, 32, 32), 10, seed=0))
 
