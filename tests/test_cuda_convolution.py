@@ -272,6 +272,17 @@ def test_more_pixels_than_kernels_count_are_refused():
             sizes()
 
 
+def test_more_blocks_than_a_device_has_are_refused():
+    dout, weight = cuda.zeros((1, 1, 1, 16)), cuda.zeros((1, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"^stride, groups: makes 66000 blocks"):
+        cuda.conv2d_backward_input(dout, weight, (1, 1, 1, 16), stride=(300, 220))
+    depthwise = cuda.zeros((1, 1, 1, 16))
+    with pytest.raises(ValueError, match=r"^stride: makes 66000 blocks"):
+        cuda.conv2d_backward_input(dout, depthwise, (1, 1, 1, 16), stride=(300, 220), groups=16)
+    dx = cuda.conv2d_backward_input(dout, weight, (1, 1, 1, 16), stride=(3, 220))
+    assert not dx.numpy().any()
+
+
 @pytest.mark.parametrize("channels", [3, 40])
 def test_sums_of_many_rows_are_parts_of_blocks(channels):
     dout = normal(0, 300, channels)

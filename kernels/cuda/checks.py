@@ -12,6 +12,7 @@ from .arrays import DeviceArray, as_device, contiguous, empty
 
 __all__ = [
     "array",
+    "blocks",
     "countable",
     "floating",
     "integer",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 _MOST_PIXELS = 2**31 - 1
+# Along the second and the third axis of a grid.
+_MOST_BLOCKS = 65535
 
 
 def array(name: str, value: Any) -> DeviceArray:
@@ -128,3 +131,16 @@ def countable(name: str, pixels: int) -> int:
             f"{name}: {pixels} pixels are more than {_MOST_PIXELS}, the most that a kernel counts"
         )
     return pixels
+
+
+def blocks(name: str, count: int) -> int:
+    """`count`, if a grid can have so many blocks along its second or third axis.
+
+    Raises
+    ------
+    ValueError
+        If it can't.
+    """
+    if count > _MOST_BLOCKS:
+        raise ValueError(f"{name}: makes {count} blocks of threads, more than the {_MOST_BLOCKS} of a device")
+    return count

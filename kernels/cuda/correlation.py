@@ -587,7 +587,7 @@ def _plan(
     else:
         out_h, out_w = sizes.out_h // pool.height * pool.height, sizes.out_w // pool.width * pool.width
     taps = sizes.kernel_h * sizes.kernel_w
-    products = layer.groups * phases
+    products = checks.blocks("stride, groups", layer.groups * phases)
     terms = -(-taps // phases) * sizes.depth if transposed else taps * sizes.depth
     chosen = grid(
         images * out_h * out_w, sizes.columns, products, terms, tiles_, splits=transposed or not pool.pooled

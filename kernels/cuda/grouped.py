@@ -11,6 +11,7 @@ from __future__ import annotations
 from numba import cuda
 
 from ..cpu.direct import Layer
+from . import checks
 from . import weight_gradient as weights
 from .arrays import DeviceArray
 from .correlation import Sizes, sizes_of
@@ -108,7 +109,7 @@ def _launch(
     y: DeviceArray,
 ) -> None:
     sizes = sizes_of(layer, x.shape[0], transposed, bias is not None)
-    phases = sizes.stride_h * sizes.stride_w if transposed else 1
+    phases = checks.blocks("stride", sizes.stride_h * sizes.stride_w) if transposed else 1
     height, width = sizes.out_h, sizes.out_w
     if transposed:
         height, width = -(-height // sizes.stride_h), -(-width // sizes.stride_w)
@@ -179,7 +180,7 @@ def add_weight_gradient(
     rows = layer.rows.kernel * layer.columns.kernel * (layer.channels // layer.groups)
     pixels = x.shape[0] * layer.out_image[0] * layer.out_image[1]
     across, down = _block(layer.filters)
-    chunks, runs = -(-layer.filters // across), -(-rows // LANES)
+    chunks, runs = -(-layer.filters // across), checks.blocks("kernel_size", -(-rows // LANES))
     wanted = _RESIDENT * multiprocessors() // (chunks * runs)
     parts = max(1, min(wanted, pixels // (_FEWEST_PIXELS * down)))
     span = max(1, -(-pixels // parts))

@@ -332,7 +332,8 @@ def _plan(layer: Layer, images: int, dtype: np.dtype, aligned: bool, accumulate:
     chosen = grid(terms, columns, layer.groups, pixels, tiles_)
     sizes = sizes_of(layer, images, chosen.span, accumulate and chosen.parts == 1, pool)
     kernel_ = _KERNELS[chosen.tile, vector, pool.pooled > 0]
-    return _Plan(kernel_, (chosen.tiles, layer.groups, chosen.parts), chosen.tile.threads, sizes)
+    blocks = chosen.tiles, checks.blocks("groups", layer.groups), chosen.parts
+    return _Plan(kernel_, blocks, chosen.tile.threads, sizes)
 
 
 def add_weight_gradient(
