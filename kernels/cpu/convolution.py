@@ -1,7 +1,7 @@
 """Convolution: forward, and backward to the input and to the weights.
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
-convolve by the definition, `winograd` and `winograd_weights` in fewer multiplications where filters are 3x3,
+convolve by the definition, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications,
 `depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to
 fill vectors or to repay packing.
 """
@@ -26,6 +26,7 @@ from . import (
     winograd,
     winograd_lanes,
     winograd_lanes_weights,
+    winograd_strided,
     winograd_weights,
 )
 
@@ -45,6 +46,8 @@ def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: boo
         return image_lanes.forward
     if winograd.suits(layer, images, dtype):
         return winograd.forward
+    if winograd_strided.suits(layer, images, dtype):
+        return winograd_strided.forward
     return few_pixels.forward if few_pixels.suits(layer, images) else direct.forward
 
 
@@ -73,6 +76,8 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return image_lanes.add_weight_gradient
     if winograd.suits(layer, images, dtype):
         return winograd_weights.add_weight_gradient
+    if winograd_strided.suits(layer, images, dtype):
+        return winograd_strided.add_weight_gradient
     return (
         few_pixels.add_weight_gradient
         if few_pixels.suits(layer, images)

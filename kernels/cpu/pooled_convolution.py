@@ -24,6 +24,7 @@ from . import (
     sparse,
     winograd,
     winograd_lanes,
+    winograd_strided,
     winograd_weights,
 )
 from .columns import conv2d_backward_bias
@@ -151,6 +152,9 @@ def conv2d_pool_forward(
         where = np.empty(0, np.uint8) if argmax is None else argmax
         if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
             winograd.forward(layer, x, weight, bias, y, e, where)
+            return y, argmax
+        if winograd_strided.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
+            winograd_strided.forward(layer, x, weight, bias, y, e, where)
             return y, argmax
         if winograd_lanes.suits_forward(layer, x.shape[0], x.dtype, e):
             winograd_lanes.forward(layer, x, weight, bias, y, e, where)

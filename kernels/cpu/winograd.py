@@ -30,6 +30,7 @@ from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel, overwrite_panel
+from .vectors import pointer, prefetch
 from .winograd_points import TILE
 from .winograd_transforms import (
     input_columns,
@@ -260,11 +261,17 @@ def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel
     """
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * y.itemsize)
+    pixels = pointer(y)
     for tile in range(first, last):
         row = tile // g.tile_columns
         n, h, left = row_origin(g, row)
         w = left + (tile - row * g.tile_columns) * 4 * g.dilation_w
         place = y0 + (n * height + h) * line + w * pixel
+        # The next tile's pixels arrive meanwhile.
+        for i in range(4):
+            for j in range(4, 8):
+                for c in range(0, many, lanes):
+                    prefetch(pixels, place + i * line * g.dilation_h + j * pixel * g.dilation_w + c)
         for c in range(0, many, lanes):
             output_tile(
                 g.form,

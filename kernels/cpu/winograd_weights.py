@@ -22,6 +22,7 @@ from . import simd
 from .direct import Layer
 from .simd import VECTOR_BITS
 from .tile import add_panel, add_rows, padded_rows
+from .vectors import pointer, prefetch
 from .winograd import (
     Filters,
     Tiling,
@@ -59,6 +60,7 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
     line = g.out_width * g.filters * g.dilation_h
     pixel = g.filters * g.dilation_w
     filter0, many = panel_filters(g, panel, lanes)
+    pixels = pointer(dout)
     for tile in range(first, last):
         row = tile // g.tile_columns
         n, top, phase = row_origin(g, row)
@@ -66,6 +68,11 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
         d0 = ((n * g.out_height + top) * g.out_width + left) * g.filters + filter0
         rows = steps_to(g.out_height - top, g.dilation_h)
         columns = steps_to(g.out_width - left, g.dilation_w)
+        # The next tile's pixels arrive meanwhile.
+        for i in range(4):
+            for j in range(4, 8):
+                for f in range(0, many, lanes):
+                    prefetch(pixels, d0 + i * line + j * pixel + f)
         for f in range(0, many, lanes):
             output_gradient_tile(
                 g.form, dout, d0 + f, line, pixel, rows, columns, zeros, w, w0 + f, g.weight_step
