@@ -298,6 +298,25 @@ def test_a_changed_setting_counts_at_once():
         check()
 
 
+def test_passes_are_kept_from_epoch_to_epoch():
+    net, plain, x = played(lambda: models.create("cifar-batchnorm", (3, 32, 32), 10, seed=0))
+    fewer = batch_of(2)
+    for of in (net, plain):
+        of.zero_grad()
+    for epoch in range(4):
+        plain.load_state_dict(net.state_dict())
+        for batch in (x, x, fewer):
+            assert_same(*(step(of, batch, np.ones_like, seed=epoch) for of in (net.train(), plain.train())))
+        with fastcnn.no_grad():
+            for batch in (x, fewer):
+                np.testing.assert_array_equal(net.eval()(batch), plain.eval()(batch))
+        if epoch == 2:
+            known = dict(net._replay._passes)
+    assert known == net._replay._passes
+    assert len(known) == 4
+    assert all(isinstance(one, replay._Pass) for one in known.values())
+
+
 def test_a_switch_between_the_passes_of_a_step():
     net, plain, x = played()
     for change in (fastcnn.set_winograd, fastcnn.set_fusion):

@@ -26,10 +26,7 @@ class _Structure:
 
 
 def structure_version() -> int:
-    """A number that changes when any module gets, changes or loses an attribute.
-
-    Setting `training` to what it was is no change.
-    """
+    """A number that changes when any module gets, changes or loses an attribute other than `training`."""
     return _Structure.version
 
 
@@ -81,7 +78,7 @@ class Module:
         elif name in (self.__dict__.get("_buffers") or ()):
             self._expect(name, value, "NumPy array", is_array(value))
             self._buffers[name] = value
-        if name != "training" or value is not self.__dict__.get(name):
+        if name != "training":
             _Structure.version += 1
         object.__setattr__(self, name, value)
 

@@ -19,6 +19,7 @@ pass that is not recorded finds everything, too.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,9 @@ _LARGEST_IMAGE = 1 << 16
 _LARGEST_BATCH = 1 << 21
 # Bytes of results in a forward pass: there are more only where it takes long.
 _MOST_BYTES = 1 << 26
-# Recordings of a network, each with memory for all of its activations.
-_MOST = 4
+# Recordings of a network, each with memory for all of its activations: for training and evaluation, of whole
+# batches and of an epoch's last, twice.
+_MOST = 8
 
 _LAYERS = (
     activation.Identity,
@@ -64,7 +66,7 @@ _LAYERS = (
 
 
 def _is_playable(module: Module, batches: bool) -> bool:
-    """Whether all that a layer does in a pass, of one image or of batches, is known to a recording."""
+    """Whether all that a layer does now in a pass, of one image or of batches, is known to a recording."""
     if type(module) not in _LAYERS or {"forward", "backward"} & vars(module).keys():
         return False
     if isinstance(module, conv.Conv2d):
@@ -189,12 +191,12 @@ class Replay:
         self._containers = containers
         self._state: tuple = ()
         self._known = False
-        # For one image, and for batches.
-        self._playable = {False: False, True: False}
+        self._layers: list[Module] = []
         self._attributes: list[dict[str, Any]] = []
         self._small: list[np.ndarray] = []
-        # For an input that was seen once, how many bytes of results there were.
-        self._passes: dict[Any, _Pass | int] = {}
+        # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
+        # recorded.
+        self._passes: dict[Any, _Pass | float] = {}
         # The pass whose backward pass may come next.
         self._latest: _Pass | None = None
 
@@ -211,11 +213,12 @@ class Replay:
             return None
         if not self._known:
             self._look_at(net)
-        if not self._playable[batches]:
+        if not self._layers:
             return None
+        modes = tuple([attributes["training"] for attributes in self._attributes])
         # Passes of batches use the scratch memory of their thread.
         place = (is_grad_enabled(), threading.get_ident()) if batches else ()
-        key = (input.shape, input.strides, input.dtype, *place)
+        key = (input.shape, input.strides, input.dtype, modes, *place)
         known = self._passes.get(key)
         if not isinstance(known, _Pass) or not known.holds():
             return self._record(net, input, key, batches)
@@ -260,15 +263,14 @@ class Replay:
         return type(module) in self._containers and not {"forward", "backward"} & vars(module).keys()
 
     def _look_at(self, net: Sequential) -> None:
-        """Find out what may be recorded; not before a state is seen again, since some change all the time."""
+        """Gather what a recording depends on; not before a state is seen again: some change all the time."""
         self._known = True
         modules = list(net.modules())
         self._attributes = _below(net)
         layers = [module for module in modules if module is not net and not self._contains(module)]
         memories = [parameter.memory for _, parameter in net.named_parameters()]
         on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
-        for batches in self._playable:
-            self._playable[batches] = on_cpu and all(_is_playable(layer, batches) for layer in layers)
+        self._layers = layers if on_cpu else []
         self._small = [memory for memory in memories if memory.ndim < 2]
         self._small += [buffer for _, buffer in net.named_buffers()]
 
@@ -276,8 +278,10 @@ class Replay:
         """Note an input that is seen for the first time; record the pass of one that was seen before."""
         if input.dtype not in FLOATS or not input.dtype.isnative:
             return None
+        if not all(_is_playable(layer, batches) for layer in self._layers):
+            return None
         seen = self._passes.pop(key, None)
-        if not isinstance(seen, int):
+        if seen is None or isinstance(seen, _Pass):
             while len(self._passes) >= _MOST:
                 # Another thread may be at it.
                 self._passes.pop(next(iter(self._passes), None), None)
@@ -291,7 +295,7 @@ class Replay:
         try:
             done = _Pass(net, input, [] if batches else self._small, batches)
         except NotRecordedError:
-            self._playable[batches] = False
+            self._passes[key] = math.inf
             return None
         self._passes[key] = self._latest = done
         return done.result()
