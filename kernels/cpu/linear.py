@@ -39,6 +39,9 @@ _CHUNK = 64
 _UNPACKED_ROWS = 16
 _UNPACKED = 12 * 1024
 _MULTIPLY_ADDS_PER_BYTE = 10
+# Parts for each thread where A lies along k, so that its rows are packed in short pieces: with more parts,
+# each of which packs its own, evener work doesn't repay the packing.
+_PARTS_A_THREAD = 2
 # Multiply-adds of a product that takes less time than preparing a larger one does, and the most of k.
 _SMALL_PRODUCT = 400_000
 _SMALL_DEPTH = 512
@@ -361,9 +364,11 @@ def _product(
     between_jobs(set_start, start[np.newaxis], bias)
     tasks = -(-columns // width) * -(-rows // block)
     parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
+    # Panels in one part share the packed rows of A, which each part packs anew.
     if parts == tasks:
-        # Panels in one part share the packed rows of A.
         parts = min(parts, get_num_threads())
+    elif a_strides[1] == 1:
+        parts = min(parts, _PARTS_A_THREAD * get_num_threads())
     panels = scratch("weights", parts * _PANELS * _BLOCK_K * width, c.dtype).reshape(parts, -1)
     blocks = scratch("windows", parts * _BLOCK_ROWS * _PITCH, c.dtype).reshape(parts, -1)
     flat = (a.reshape(-1), b.reshape(-1), start, c.reshape(-1))
