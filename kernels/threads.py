@@ -15,6 +15,7 @@ few: what is done `between_jobs` comes at its place.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from _thread import LockType, allocate_lock
@@ -354,12 +355,12 @@ class Recording:
         """Whether the same jobs would be done now."""
         return all(bool(function(*args)) is answer for function, args, answer in self._decisions)
 
-    # As in kernels, overflow ends in inf or NaN, and not in a warning of NumPy's.
-    @np.errstate(all="ignore")
     def play(self) -> None:
         """Do all of it again, in its order."""
-        for function, args in self._steps:
-            function(*args)
+        # As in kernels, overflow ends in inf or NaN, and not in a warning of NumPy's.
+        with np.errstate(all="ignore") if self.calls else contextlib.nullcontext():
+            for function, args in self._steps:
+                function(*args)
 
 
 class Parallel:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # Python takes.
 _LARGEST_IMAGE = 1 << 16
 _LARGEST_BATCH = 1 << 21
+# Elements that are copied before a better way to do it is found.
+_FEW = 1 << 12
 # Bytes of results in a forward pass: there are more only where it takes long.
 _MOST_BYTES = 1 << 26
 # Recordings of a network, each with memory for all of its activations: for training and evaluation, of whole
@@ -91,12 +93,15 @@ class _Input:
         self.set(array)
 
     def set(self, array: np.ndarray) -> None:
-        transpose.copy(array.transpose(self._order), self._memory)
+        if array.size <= _FEW:
+            np.copyto(self.array, array)
+        else:
+            transpose.copy(array.transpose(self._order), self._memory)
 
 
 def _copied(array: np.ndarray) -> np.ndarray:
     """A result as the caller gets it: in memory of its own."""
-    return _Input(array).array
+    return array.copy("K") if array.size <= _FEW else _Input(array).array
 
 
 class _Backward:
