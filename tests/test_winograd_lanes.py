@@ -59,9 +59,10 @@ def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["with the point 1", "exact"])
 @pytest.mark.parametrize("size", winograd_lanes.SIZES)
-def test_transforms_convolve(size):
-    inputs, outputs, filters = matrices(size)
+def test_transforms_convolve(size, exact):
+    inputs, outputs, filters = matrices(size, exact)
     rng = np.random.default_rng(0)
     d, g = rng.standard_normal(size), rng.standard_normal(size + 1 - TILE)
     np.testing.assert_allclose(outputs @ ((filters @ g) * (inputs @ d)), np.correlate(d, g), rtol=1e-10)

@@ -26,8 +26,15 @@ from .tile import Emitter
 
 # Outputs of a tile along each axis.
 TILE = 4
-# Small powers of two, lest numbers of very different size be added; and 1 second, see `tile_products`.
-_POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
+# Points by their number, which counts infinity. Small powers of two, lest numbers of very different size be
+# added; and 1 second, see `tile_products`.
+_ALL = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
+_WITH_ONE = {size: _ALL[: size - 1] for size in (6, 7, 8)}
+# Besides 0 and infinity, the two pairs of opposite points with the least error for six points, a half of that
+# of 1 and 2: found by trying sixteenths (Barabasz et al., "Error Analysis and Improving the Accuracy of
+# Winograd Convolution for Deep Neural Networks", 2020, look for points likewise). More points gain nothing.
+NEAR, FAR = Fraction(5, 8), Fraction(3, 2)
+_EXACT = {**_WITH_ONE, 6: (Fraction(0), NEAR, -NEAR, FAR, -FAR)}
 # The transforms: of inputs, B^T; of products, A^T; of gradients of outputs, A; of filters, G; and of the
 # gradients of products, G^T.
 INPUT, OUTPUT, GRADIENT, FILTER, FILTER_GRADIENT = range(5)
@@ -51,9 +58,12 @@ def _polynomial(roots: list[Fraction]) -> list[Fraction]:
 
 
 @lru_cache(maxsize=16)
-def matrices(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """B^T (size, size), A^T (4, size) and G (size, size - 3), float64; the last row is that of infinity."""
-    points = _POINTS[: size - 1]
+def matrices(size: int, exact: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """B^T (size, size), A^T (4, size) and G (size, size - 3), float64; the last row is that of infinity.
+
+    For the points with the least error if `exact`, else for those that include 1.
+    """
+    points = (_EXACT if exact else _WITH_ONE)[size]
     taps = size + 1 - TILE
     b, a, g = (np.zeros(shape) for shape in ((size, size), (TILE, size), (size, taps)))
     for j, point in enumerate(points):
@@ -68,7 +78,9 @@ def matrices(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Transformer(Emitter):
-    """Products of constant matrices with lists of vectors."""
+    """Products of the matrices with lists of vectors."""
+
+    exact = False
 
     def sum(self, factors, values):
         """The sum of factors times values, or None if all factors are zero."""
@@ -95,41 +107,37 @@ class Transformer(Emitter):
     def subtract(self, a, b):
         return self.builder.fsub(a, b, flags=_FLAGS)
 
-    def rows(self, matrix, values):
+    def rows(self, matrix, values, opposites):
         """matrix @ values, rows of opposite points sharing what they have in common."""
         results: list = [None] * len(matrix)
-        pairs = list(_opposites(len(matrix)))
-        for j, k in pairs:
-            same = self.sum((matrix[j] + matrix[k]) / 2, values)
-            other = self.sum((matrix[j] - matrix[k]) / 2, values)
-            results[j], results[k] = self.add(same, other), self.subtract(same, other)
+        for j, k in opposites:
+            same, other = (matrix[j] + matrix[k]) / 2, (matrix[j] - matrix[k]) / 2
+            # The factor of all of what differs is multiplied as it is added.
+            factor = other[np.flatnonzero(other)[-1]]
+            same, other = self.sum(same, values), self.sum(other / factor, values)
+            for row, sign in ((j, 1), (k, -1)):
+                results[row] = self.sum((1, sign * factor), (same, other))
         return [
             self.sum(row, values) if result is None else result
             for row, result in zip(matrix, results, strict=True)
         ]
 
-    def columns(self, matrix, values):
+    def columns(self, matrix, values, opposites):
         """matrix @ values, values of opposite points being added and subtracted first."""
         values, matrix = list(values), matrix.copy()
-        for j, k in _opposites(matrix.shape[1]):
+        for j, k in opposites:
             same, other = (matrix[:, j] + matrix[:, k]) / 2, (matrix[:, j] - matrix[:, k]) / 2
             matrix[:, j], matrix[:, k] = same, other
             values[j], values[k] = self.add(values[j], values[k]), self.subtract(values[j], values[k])
         return [self.sum(row, values) for row in matrix]
 
     def transformed(self, kind, size, values):
-        b, a, g = matrices(size)
+        points = (_EXACT if self.exact else _WITH_ONE)[size]
+        opposites = [(j, points.index(-p)) for j, p in enumerate(points) if p > 0 and -p in points]
+        b, a, g = matrices(size, self.exact)
         if kind in (OUTPUT, FILTER_GRADIENT):
-            return self.columns(a if kind == OUTPUT else g.T, values)
-        return self.rows({INPUT: b, GRADIENT: a.T, FILTER: g}[kind], values)
-
-
-def _opposites(size):
-    """Numbers of those points p and -p that are both there."""
-    points = _POINTS[: size - 1]
-    for j, point in enumerate(points):
-        if point > 0 and -point in points:
-            yield j, points.index(-point)
+            return self.columns(a if kind == OUTPUT else g.T, values, opposites)
+        return self.rows({INPUT: b, GRADIENT: a.T, FILTER: g}[kind], values, opposites)
 
 
 def _literals(*values):

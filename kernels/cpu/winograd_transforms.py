@@ -22,6 +22,8 @@ _I64 = ir.IntType(64)
 class _Transformer(Transformer):
     """The transforms, and places in steps."""
 
+    exact = True
+
     def steps(self, pointer, step, count):
         """`count` pointers, `step` elements apart."""
         pointers = [pointer]

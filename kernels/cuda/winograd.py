@@ -21,6 +21,7 @@ from numba import cuda
 from ..cpu import direct
 from ..cpu.direct import Layer
 from ..cpu.winograd import get_winograd
+from ..cpu.winograd_points import FAR, NEAR
 from . import correlation
 from .arrays import DeviceArray, empty
 from .correlation import DEAD, PLAIN, Pool
@@ -33,6 +34,16 @@ from .weight_gradient import add_weight_gradient as multiply_gradients
 WINDOW, TILE, TAPS = 6, 4, 3
 AREA = WINDOW * WINDOW
 WEIGHTS = TAPS * TAPS
+
+# The opposite points, their squares, and the factors of the filters at each pair and at 0.
+_NEAR, _FAR = float(NEAR), float(FAR)
+_NEAR2, _FAR2 = float(NEAR**2), float(FAR**2)
+_BOTH2, _SUM2 = float(NEAR**2 * FAR**2), float(NEAR**2 + FAR**2)
+_AT_NEAR, _AT_FAR = (
+    float(1 / (2 * NEAR**2 * (NEAR**2 - FAR**2))),
+    float(1 / (2 * FAR**2 * (FAR**2 - NEAR**2))),
+)
+_AT_ZERO = float(1 / (NEAR**2 * FAR**2))
 
 _FEWEST_CHANNELS = 64
 # Fewer tiles fill no block of a product; and with fewer pixels in use of each, on average, too much is
@@ -67,52 +78,56 @@ _TILING = f"UniTuple(int32, {len(Tiling._fields)})"
 @device_function
 def _transform_window(d):
     """B^T d B in place, of 6x6."""
-    two, four = d.dtype.type(2), d.dtype.type(4)
+    a, b, a2, b2 = d.dtype.type(_NEAR), d.dtype.type(_FAR), d.dtype.type(_NEAR2), d.dtype.type(_FAR2)
+    both, added = d.dtype.type(_BOTH2), d.dtype.type(_SUM2)
     for axis in range(2):
         along, across = (WINDOW, 1) if axis == 0 else (1, WINDOW)
         for k in range(WINDOW):
             p = k * across
             d0, d1, d2 = d[p], d[p + along], d[p + 2 * along]
             d3, d4, d5 = d[p + 3 * along], d[p + 4 * along], d[p + 5 * along]
-            odd, even = d3 - d1, d4 - d2
-            far_odd, far_even = d3 - four * d1, d4 - four * d2
-            d[p] = four * (d0 - d2) + even
-            d[p + along] = far_even + far_odd
-            d[p + 2 * along] = far_even - far_odd
-            d[p + 3 * along] = even + two * odd
-            d[p + 4 * along] = even - two * odd
-            d[p + 5 * along] = d5 - d3 - four * odd
+            near, near_odd = d4 - b2 * d2, a * (d3 - b2 * d1)
+            far, far_odd = d4 - a2 * d2, b * (d3 - a2 * d1)
+            d[p] = both * d0 - added * d2 + d4
+            d[p + along] = near + near_odd
+            d[p + 2 * along] = near - near_odd
+            d[p + 3 * along] = far + far_odd
+            d[p + 4 * along] = far - far_odd
+            d[p + 5 * along] = both * d1 - added * d3 + d5
 
 
 @device_function
 def _products_of_tile(m):
     """A^T m A, of 6x6, whose first four rows and columns become the result."""
-    two, four, eight = m.dtype.type(2), m.dtype.type(4), m.dtype.type(8)
+    a, b, a2, b2 = m.dtype.type(_NEAR), m.dtype.type(_FAR), m.dtype.type(_NEAR2), m.dtype.type(_FAR2)
     for axis in range(2):
         along, across = (WINDOW, 1) if axis == 0 else (1, WINDOW)
         for k in range(WINDOW if axis == 0 else TILE):
             p = k * across
             near, far = m[p + along] + m[p + 2 * along], m[p + 3 * along] + m[p + 4 * along]
-            near_odd, far_odd = m[p + along] - m[p + 2 * along], m[p + 3 * along] - m[p + 4 * along]
+            near_odd = a * (m[p + along] - m[p + 2 * along])
+            far_odd = b * (m[p + 3 * along] - m[p + 4 * along])
             m[p] = m[p] + near + far
-            m[p + along] = near_odd + two * far_odd
-            m[p + 2 * along] = near + four * far
-            m[p + 3 * along] = near_odd + eight * far_odd + m[p + 5 * along]
+            m[p + along] = near_odd + far_odd
+            m[p + 2 * along] = a2 * near + b2 * far
+            m[p + 3 * along] = a2 * near_odd + b2 * far_odd + m[p + 5 * along]
 
 
 @device_function
 def _spread_tile(m):
     """A y A^T, of the first four rows and columns of 6x6, in place: the adjoint of `_products_of_tile`."""
-    two, four = m.dtype.type(2), m.dtype.type(4)
+    a, b, a2, b2 = m.dtype.type(_NEAR), m.dtype.type(_FAR), m.dtype.type(_NEAR2), m.dtype.type(_FAR2)
     for axis in range(2):
         along, across = (WINDOW, 1) if axis == 0 else (1, WINDOW)
         for k in range(TILE if axis == 0 else WINDOW):
             p = k * across
             y0, y1, y2, y3 = m[p], m[p + along], m[p + 2 * along], m[p + 3 * along]
-            m[p + along] = y0 + y2 + (y1 + y3)
-            m[p + 2 * along] = y0 + y2 - (y1 + y3)
-            m[p + 3 * along] = y0 + four * y2 + two * (y1 + four * y3)
-            m[p + 4 * along] = y0 + four * y2 - two * (y1 + four * y3)
+            near, near_odd = y0 + a2 * y2, a * (y1 + a2 * y3)
+            far, far_odd = y0 + b2 * y2, b * (y1 + b2 * y3)
+            m[p + along] = near + near_odd
+            m[p + 2 * along] = near - near_odd
+            m[p + 3 * along] = far + far_odd
+            m[p + 4 * along] = far - far_odd
             m[p + 5 * along] = y3
 
 
@@ -235,7 +250,8 @@ def _transform_weights(weight, transformed, channels, filters, mirrored):
     c = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
     if c >= channels or f >= filters:
         return
-    sixth, quarter, half = (weight.dtype.type(1 / 6), weight.dtype.type(1 / 4), weight.dtype.type(1 / 2))
+    a, b, a2, b2 = u.dtype.type(_NEAR), u.dtype.type(_FAR), u.dtype.type(_NEAR2), u.dtype.type(_FAR2)
+    at_zero, at_near, at_far = u.dtype.type(_AT_ZERO), u.dtype.type(_AT_NEAR), u.dtype.type(_AT_FAR)
     for r in range(TAPS):
         for s in range(TAPS):
             tap = WEIGHTS - 1 - (r * TAPS + s) if mirrored else r * TAPS + s
@@ -245,12 +261,13 @@ def _transform_weights(weight, transformed, channels, filters, mirrored):
         for k in range(TAPS if axis == 0 else WINDOW):
             p = k * across
             g0, g1, g2 = u[p], u[p + along], u[p + 2 * along]
-            ends, far = sixth * (g0 + g2), sixth * (quarter * g0 + g2)
-            u[p] = quarter * g0
-            u[p + along] = -ends - sixth * g1
-            u[p + 2 * along] = sixth * g1 - ends
-            u[p + 3 * along] = far + sixth * half * g1
-            u[p + 4 * along] = far - sixth * half * g1
+            near, far = at_near * (g0 + a2 * g2), at_far * (g0 + b2 * g2)
+            near_odd, far_odd = at_near * a * g1, at_far * b * g1
+            u[p] = at_zero * g0
+            u[p + along] = near + near_odd
+            u[p + 2 * along] = near - near_odd
+            u[p + 3 * along] = far + far_odd
+            u[p + 4 * along] = far - far_odd
             u[p + 5 * along] = g2
     for k in range(AREA):
         if mirrored:
@@ -267,22 +284,21 @@ def _weights_gradient(transformed, dweight, channels, filters, accumulate):
     c = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
     if c >= channels or f >= filters:
         return
-    sixth, quarter, half = (dweight.dtype.type(1 / 6), dweight.dtype.type(1 / 4), dweight.dtype.type(1 / 2))
+    a, b, a2, b2 = u.dtype.type(_NEAR), u.dtype.type(_FAR), u.dtype.type(_NEAR2), u.dtype.type(_FAR2)
+    at_zero, at_near, at_far = u.dtype.type(_AT_ZERO), u.dtype.type(_AT_NEAR), u.dtype.type(_AT_FAR)
     for k in range(AREA):
         u[k] = transformed[(c * AREA + k) * filters + f]
     for axis in range(2):
         along, across = (WINDOW, 1) if axis == 0 else (1, WINDOW)
         for k in range(WINDOW if axis == 0 else TAPS):
             p = k * across
-            near, far = (
-                sixth * (u[p + along] + u[p + 2 * along]),
-                sixth * (u[p + 3 * along] + u[p + 4 * along]),
-            )
-            near_odd = sixth * (u[p + 2 * along] - u[p + along])
-            far_odd = sixth * (u[p + 3 * along] - u[p + 4 * along])
-            u[p] = quarter * (u[p] + far) - near
-            u[p + along] = near_odd + half * far_odd
-            u[p + 2 * along] = far - near + u[p + 5 * along]
+            near = at_near * (u[p + along] + u[p + 2 * along])
+            far = at_far * (u[p + 3 * along] + u[p + 4 * along])
+            near_odd = at_near * (u[p + along] - u[p + 2 * along])
+            far_odd = at_far * (u[p + 3 * along] - u[p + 4 * along])
+            u[p] = at_zero * u[p] + near + far
+            u[p + along] = a * near_odd + b * far_odd
+            u[p + 2 * along] = a2 * near + b2 * far + u[p + 5 * along]
     for r in range(TAPS):
         for s in range(TAPS):
             at = ((r * TAPS + s) * channels + c) * filters + f
