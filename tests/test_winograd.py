@@ -127,7 +127,7 @@ def test_threads_do_not_change_a_bit(x_shape, filters, padding, kernel, dilation
 
 
 def test_public_functions_use_it_only_when_switched_on(switch):
-    layer, x, weight, bias, dout = arguments((2, 8, 8, 32), 32, 1)
+    layer, x, weight, bias, dout = arguments((8, 8, 8, 32), 32, 1)
     expected = passes(layer, x, weight, bias, dout)
     for enabled in (True, False):
         switch(enabled)
@@ -192,7 +192,7 @@ POOLED = [
     pytest.param((5, 9, 11, 32), 32, 0, (4, 1), id="rows are dropped"),
     pytest.param((7, 5, 6, 64), 32, ((0, 1), (2, 1)), 2, id="asymmetric"),
     pytest.param((40, 4, 4, 32), 32, 1, 4, id="a window an image"),
-    pytest.param((2, 8, 9, 32), 32, 1, 1, id="ReLU alone"),
+    pytest.param((5, 8, 9, 32), 32, 1, 1, id="ReLU alone"),
     pytest.param((1, 30, 200, 32), 32, 1, 2, id="long rows"),
     pytest.param((5, 10, 12, 256), 144, 1, 2, id="few tiles, many weights"),
     pytest.param((3, 10, 12, 35), 70, 1, 2, id="cut vectors"),

@@ -44,11 +44,11 @@ def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: boo
         return winograd_lanes.forward
     if image_lanes.suits_forward(layer, images, dtype):
         return image_lanes.forward
+    if few_pixels.suits_forward(layer, images, dtype):
+        return few_pixels.forward
     if winograd.suits(layer, images, dtype):
         return winograd.forward
-    if winograd_strided.suits(layer, images, dtype):
-        return winograd_strided.forward
-    return few_pixels.forward if few_pixels.suits(layer, images) else direct.forward
+    return winograd_strided.forward if winograd_strided.suits(layer, images, dtype) else direct.forward
 
 
 @lru_cache(maxsize=1024)
@@ -63,7 +63,7 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
         return few_channels.backward_input
     if winograd.suits(layer, images, dtype):
         return winograd.backward_input
-    return few_pixels.backward_input if few_pixels.suits(layer, images) else direct.backward_input
+    return few_pixels.backward_input if few_pixels.suits_backward(layer, images) else direct.backward_input
 
 
 @lru_cache(maxsize=1024)
@@ -80,7 +80,7 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return winograd_strided.add_weight_gradient
     return (
         few_pixels.add_weight_gradient
-        if few_pixels.suits(layer, images)
+        if few_pixels.suits_backward(layer, images)
         else direct_weights.add_weight_gradient
     )
 

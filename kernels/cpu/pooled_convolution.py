@@ -19,6 +19,7 @@ from ..threads import between_jobs
 from . import (
     direct,
     direct_weights,
+    few_pixels,
     image_lanes,
     simd,
     sparse,
@@ -150,6 +151,9 @@ def conv2d_pool_forward(
         argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8))
     if y.size:
         where = np.empty(0, np.uint8) if argmax is None else argmax
+        if few_pixels.suits_forward(layer, x.shape[0], x.dtype):
+            few_pixels.forward(layer, x, weight, bias, y, e, where)
+            return y, argmax
         if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
             winograd.forward(layer, x, weight, bias, y, e, where)
             return y, argmax

@@ -252,10 +252,17 @@ def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0
 @kernel
 def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead):
     """`add_panel`, each tile over its range of k alone; see `overwrite_ranges`."""
+    rows = TALL_ROWS if (r1 - r0) % TILE_ROWS != 0 else TILE_ROWS
+    share, step = _fetched(ahead, r1 - r0, rows, depth)
+    add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, share, step)
+
+
+@kernel
+def add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, share, step):
+    """`add_ranges`, while a cache fetches what lies `share` a row of C, and `step` a k, behind `ahead[0]`."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * a.itemsize)
     if (r1 - r0) % TILE_ROWS != 0:
-        share, step = _fetched(ahead, r1 - r0, TALL_ROWS, depth)
         for r in range(r0, r1, TALL_ROWS):
             terms = _terms(ranges, (r - r0) // TALL_ROWS, depth)
             operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
@@ -266,7 +273,6 @@ def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, 
             else:
                 _tile(TALL_ROWS, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
         return
-    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
     for r in range(r0, r1, TILE_ROWS):
         terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
         operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns

@@ -58,6 +58,8 @@ PIECES = (3, 4, 5)
 WINDOW = PIECES[0] + TILE - 1
 # Tiles in a block, about: the transformed weights stream past once for each.
 _BLOCK = 32
+# Channels whose weights are fetched before they are transformed.
+_AHEAD = 3
 # Rows of so many tiles are not cut.
 _WIDEST = 64
 # With no more tiles and no fewer weights than these, the transformed weights would go to memory and come back
@@ -139,18 +141,26 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
     filter0, many = panel_filters(g, panel, lanes)
-    for c in range(0, many, lanes):
-        if transposed:
-            for tap in range(g.taps * g.taps):
-                source = ((g.taps * g.taps - 1 - tap) * g.filters + filter0 + c) * g.depth + k0
+    taps = g.taps * g.taps
+    if transposed:
+        for c in range(0, many, lanes):
+            for tap in range(taps):
+                source = ((taps - 1 - tap) * g.filters + filter0 + c) * g.depth + k0
                 transpose_square(weight, source, g.depth, square, tap * lanes * lanes, lanes)
-        for i in range(lanes):
-            place = u0 + i * g.panel + c
-            if transposed:
+            for i in range(lanes):
+                place = u0 + i * g.panel + c
                 weight_vector(g.form, square, i * lanes, lanes * lanes, u, place, g.weight_step)
-            else:
-                source = (k0 + i) * g.filters + filter0 + c
-                weight_vector(g.form, weight, source, g.depth * g.filters, u, place, g.weight_step)
+        return
+    values = pointer(weight)
+    for i in range(lanes):
+        source = (k0 + i) * g.filters + filter0
+        # Weights that nobody has read for long arrive meanwhile.
+        for tap in range(taps):
+            for c in range(0, many, lanes):
+                prefetch(values, (tap * g.depth + _AHEAD) * g.filters + source + c)
+        for c in range(0, many, lanes):
+            place = u0 + i * g.panel + c
+            weight_vector(g.form, weight, source + c, g.depth * g.filters, u, place, g.weight_step)
 
 
 @kernel

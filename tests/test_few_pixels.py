@@ -1,0 +1,137 @@
+"""Convolution of few pixels: right at every edge, on any number of threads, and used where it is wanted."""
+
+import numpy as np
+import pytest
+
+import fastcnn
+from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels.cpu import convolution, direct, few_pixels, pooled_convolution
+
+
+@pytest.fixture
+def team():
+    before = threads.get_num_threads()
+    yield threads.set_num_threads
+    threads.set_num_threads(before)
+
+
+CASES = [
+    # x, filters, kernel, how
+    pytest.param((1, 4, 4, 128), 64, (3, 3), {"padding": 1}, id="blocks and panels are whole"),
+    pytest.param((1, 4, 4, 70), 96, (3, 3), {"padding": 1}, id="a last block of six channels"),
+    pytest.param((1, 7, 5, 65), 33, (3, 3), {"padding": 1}, id="one channel and one filter more"),
+    pytest.param((3, 3, 4, 9), 47, (3, 3), {"padding": 2}, id="some images, panels that overlap"),
+    pytest.param((1, 1, 1, 200), 40, (3, 3), {"padding": 1}, id="taps that see only padding"),
+    pytest.param((2, 6, 9, 16), 16, (5, 4), {"padding": ((0, 3), (2, 1)), "stride": (2, 1)}, id="strided"),
+    pytest.param((1, 9, 8, 12), 20, (3, 2), {"padding": 2, "dilation": (2, 3)}, id="dilated"),
+    pytest.param((5, 7, 7, 24), 24, (1, 1), {}, id="one tap"),
+    pytest.param((1, 16, 16, 10), 10, (3, 3), {"padding": 1}, id="less than a vector of filters"),
+    pytest.param((2, 3, 5, 8), 1, (2, 3), {}, id="one filter"),
+    pytest.param((1, 8, 8, 1), 17, (3, 3), {"padding": 1}, id="one channel"),
+]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def arguments(x_shape, filters, kernel, dtype):
+    rng = np.random.default_rng(3)
+    shapes = x_shape, (*kernel, x_shape[3], filters), (filters,)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def ways(x_shape, filters, kernel, dtype, **how):
+    stride, padding, dilation = (how.get(key, default) for key, default in DEFAULTS.items())
+    layer = direct.layer(x_shape, kernel, x_shape[3], filters, stride, padding, dilation, 1)
+    return convolution._forward_way(layer, x_shape[0], np.dtype(dtype), fastcnn.get_winograd())
+
+
+DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
+
+
+def assert_near(actual, expected, dtype):
+    limit = (1e-5 if dtype == np.float32 else 1e-13) * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=limit)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("x_shape", "filters", "kernel", "how"), CASES)
+def test_forward_is_the_reference_s(x_shape, filters, kernel, how, dtype):
+    assert ways(x_shape, filters, kernel, dtype, **how) is few_pixels.forward
+    x, weight, bias = arguments(x_shape, filters, kernel, dtype)
+    exact = [array.astype(np.float64) for array in (x, weight, bias)]
+    out = np.full_like(reference.conv2d_forward(x, weight, bias, **how), np.nan)
+    assert_near(
+        cpu.conv2d_forward(x, weight, bias, **how, out=out), reference.conv2d_forward(*exact, **how), dtype
+    )
+    without = reference.conv2d_forward(*exact[:2], None, **how)
+    assert_near(cpu.conv2d_forward(x, weight, **how), without, dtype)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pool", [1, 2, (3, 2)])
+@pytest.mark.parametrize(
+    ("x_shape", "filters"),
+    [
+        pytest.param((1, 8, 8, 64), 64, id="whole"),
+        pytest.param((3, 7, 5, 20), 35, id="a row and a column that fill no window"),
+        pytest.param((2, 6, 6, 9), 5, id="less than a vector of filters"),
+    ],
+)
+def test_pooled_forward_is_the_reference_s(x_shape, filters, pool, relu):
+    x, weight, bias = arguments(x_shape, filters, (3, 3), np.float32)
+    y, argmax = cpu.conv2d_pool_forward(x, weight, bias, pool, relu, padding=1)
+    expected, where = reference.conv2d_pool_forward(
+        *(array.astype(np.float64) for array in (x, weight, bias)), pool, relu, padding=1
+    )
+    assert_near(y, expected, np.float32)
+    np.testing.assert_array_equal(argmax, where)
+    alone, nothing = cpu.conv2d_pool_forward(x, weight, bias, pool, relu, padding=1, with_argmax=False)
+    np.testing.assert_array_equal(alone, y)
+    assert nothing is None
+
+
+@pytest.mark.parametrize(("x_shape", "filters", "kernel", "how"), CASES)
+def test_bits_do_not_depend_on_threads(x_shape, filters, kernel, how, team, monkeypatch):
+    # Every number of parts, however small the work.
+    monkeypatch.setattr(few_pixels, "MULTIPLY_ADDS_PER_BYTE", 1e-6)
+    x, weight, bias = arguments(x_shape, filters, kernel, np.float32)
+    results = []
+    for count in (1, 2):
+        team(count)
+        results.append(cpu.conv2d_forward(x, weight, bias, **how))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_nan_reaches_what_sees_it_and_no_more():
+    x, weight, bias = arguments((1, 6, 6, 32), 48, (3, 3), np.float32)
+    clean = cpu.conv2d_forward(x, weight, bias, padding=1)
+    x[0, 1, 4, 7] = np.nan
+    y = cpu.conv2d_forward(x, weight, bias, padding=1)
+    seen = np.zeros((6, 6), bool)
+    seen[0:3, 3:6] = True
+    assert np.isnan(y[0, seen]).all()
+    np.testing.assert_array_equal(y[0, ~seen], clean[0, ~seen])
+
+
+def test_is_used_for_few_pixels_only():
+    def way(side, channels=64, filters=64, images=1, kernel=3):
+        return ways(
+            (images, side, side, channels), filters, (kernel, kernel), np.float32, padding=kernel // 2
+        )
+
+    assert way(4, images=9) is few_pixels.forward
+    assert way(12) is few_pixels.forward
+    assert way(16, channels=16) is few_pixels.forward
+    assert way(16, kernel=1) is few_pixels.forward
+    assert way(16) is not few_pixels.forward
+    assert way(17, kernel=1) is not few_pixels.forward
+    assert way(9, channels=3) is not few_pixels.forward
+
+
+def test_pooled_forward_uses_it_too(monkeypatch):
+    calls = []
+    original = few_pixels.forward
+    monkeypatch.setattr(pooled_convolution.few_pixels, "forward", lambda *a: (calls.append(1), original(*a)))
+    x, weight, bias = arguments((1, 8, 8, 32), 32, (3, 3), np.float32)
+    cpu.conv2d_pool_forward(x, weight, bias, 2, padding=1)
+    assert calls
