@@ -230,6 +230,20 @@ def test_a_network_within_a_network_that_serves_twice():
     check(nn.Sequential(inner, inner).double(), np.random.default_rng(0).standard_normal((2, 4, 6, 6)))
 
 
+def test_a_layer_that_comes_to_serve_twice_later():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    net = nn.Sequential(conv, nn.ReLU(), inner, nn.Residual(inner[0]))
+    inner.append(conv)
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
+    results = []
+    for of in (net, copy.deepcopy(net)):
+        y = of(x)
+        results.append([y, of.backward(y), *(parameter.grad for parameter in of.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_changed_layer_is_noticed():
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
     x = np.random.default_rng(0).standard_normal((1, 2, 9, 9)).astype(np.float32)

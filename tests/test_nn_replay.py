@@ -152,6 +152,42 @@ def test_numbers_that_change_in_place_count_at_once(name):
         assert not np.array_equal(after, before)
 
 
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        # Depthwise: its weights are repeated to fill vectors.
+        (lambda: [nn.Conv2d(1, 1, 3)], (1, 1, 8, 9)),
+        # One input, but to the layers many images: their weights are packed.
+        (lambda: [nn.Flatten(0, 1), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)], (1, 20, 3, 8, 9)),
+    ],
+)
+def test_weights_that_are_prepared_outside_of_jobs_count_at_once(layers, shape):
+    net = nn.Sequential(*layers()).eval()
+    x = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
+    for _ in range(3):
+        with fastcnn.no_grad():
+            for _ in range(4):
+                np.testing.assert_array_equal(net(x), plain(net, x))
+        # Not the biases: a recording that sees them change is given up.
+        for parameter in net.parameters():
+            parameter.data[...] *= 1.5 if parameter.ndim == 4 else 1
+
+
+def test_settings_that_can_change_without_notice_are_not_recorded():
+    slope, size = np.array(0.5), [2, 2]
+    leaky, pool = nn.LeakyReLU(slope), nn.MaxPool2d(2)
+    pool.kernel_size = size
+    for layer in (leaky, pool):
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(), layer).eval()
+        x = image((3, 8, 9))
+        with fastcnn.no_grad():
+            for _ in range(4):
+                net(x)
+            slope[...], size[0] = 0.25, 3
+            np.testing.assert_array_equal(net(x), plain(net, x))
+        slope[...], size[0] = 0.5, 2
+
+
 def test_a_slope_that_turns_negative_counts_at_once():
     net, x = network("mnist-prelu"), image(SHAPES["mnist-prelu"])
     played(net, x)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn import models, nn, optim
+from fastcnn import _random, models, nn, optim
 from fastcnn.nn import replay
 
 SHAPES = {
@@ -403,6 +403,72 @@ def test_repeated_layers():
     net, plain = twins(make)
     compare(net, plain, (2, 3, 8, 9), np.float32)
     assert is_played(net)
+
+
+def test_a_network_that_runs_twice_in_a_skip_connection():
+    for place in ("shortcut", "activation"):
+        made = []
+        for play in (True, False):
+            fastcnn.manual_seed(0)
+            body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Dropout(0.5), nn.ReLU())
+            body._replay.forward = body._replay.forward if play else lambda *_: None
+            made.append(nn.Residual(body, **{place: body}))
+        for seed in range(5):
+            x = np.ascontiguousarray(batch_of(4, seed).transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+            assert_same(*(step(of, x, lambda y: y, seed=seed) for of in made))
+
+
+def test_a_layer_with_a_layer_of_its_own_is_not_recorded():
+    x, rows = batch_of(2), np.ones((2, 4), np.float32)
+    for net in (nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Sequential(nn.Residual(nn.Conv2d(3, 3, 1)))):
+        extra = nn.Linear(4, 4)
+        net[0].extra = extra
+        for factor in range(1, 5):
+            extra(rows * np.float32(factor))
+            step(net, x, np.ones_like)
+            extra.zero_grad()
+            extra.backward(rows)
+            np.testing.assert_array_equal(extra.weight.grad, 2 * factor)
+        assert not is_played(net)
+
+
+class Interrupted(Exception):
+    """What Ctrl-C raises, but for pytest, which would end."""
+
+
+class Stop:
+    """A random generator at which Ctrl-C is pressed."""
+
+    def integers(self, *_, **__):
+        raise Interrupted
+
+
+@pytest.mark.parametrize("times", [0, 4])
+def test_no_backward_pass_follows_an_interrupted_forward_pass(times):
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(2))
+
+    x = batch_of(3)
+    for net in (make(), nn.Residual(nn.Sequential(nn.Dropout(0.5)))):
+        for _ in range(times):
+            step(net, x, np.ones_like)
+        y = net(x)
+        with pytest.raises(Interrupted), _random.using(Stop()):
+            net(x)
+        with pytest.raises(RuntimeError, match="needs a forward before it"):
+            net.backward(y)
+        step(net, x, np.ones_like)
+
+
+def test_an_interrupted_backward_pass_is_not_done_again():
+    net, _, x = played()
+    y = net(x)
+    (known,) = (known for known in net._replay._latest.backward.values() if known.result() is not None)
+    known.play = Stop().integers
+    with pytest.raises(Interrupted):
+        net.backward(np.ones_like(y))
+    with pytest.raises(RuntimeError, match="needs a forward before it"):
+        net.backward(np.ones_like(y))
 
 
 def test_large_batches_are_not_recorded():

@@ -12,7 +12,7 @@ from .._device import device_of
 from .._grad_mode import is_grad_enabled
 from ._arrays import contiguous, floats, inverse, memory_order
 from .fusion import Plan, Run
-from .module import Module
+from .module import Module, structure_version
 from .replay import Replay, layer_by_layer
 
 
@@ -28,20 +28,27 @@ class _Container(Module):
     that call.
     """
 
-    _shared: set[int]
+    # Identities of children that share a module with another call, and the structure in which they do.
+    _shared: tuple[int, set[int]]
 
     def _order(self) -> list[Module]:
         raise NotImplementedError
 
     def _repeated(self) -> set[int]:
-        """Identities of children that share a module with another call."""
-        order = self._order()
-        calls = Counter(id(module) for child in order for module in child.modules())
-        return {id(child) for child in order if any(calls[id(module)] > 1 for module in child.modules())}
+        """Identities of children that share a module with another call; any module's change may add some."""
+        version, repeated = self._shared
+        if version != structure_version():
+            version, order = structure_version(), self._order()
+            calls = Counter(id(module) for child in order for module in child.modules())
+            repeated = {
+                id(child) for child in order if any(calls[id(module)] > 1 for module in child.modules())
+            }
+            self.__dict__["_shared"] = version, repeated
+        return repeated
 
     def _changed(self) -> None:
-        """Note repeated children, and gather all parameters in one store."""
-        self.__dict__["_shared"] = self._repeated()
+        """Forget which children are repeated, and gather all parameters in one store."""
+        self.__dict__["_shared"] = -1, set()
         self.parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -54,7 +61,7 @@ class _Container(Module):
         self._changed()
 
     def _tape_of(self, child: Module) -> list | None:
-        return child._tape() if id(child) in self._shared and is_grad_enabled() else None
+        return child._tape() if is_grad_enabled() and id(child) in self._repeated() else None
 
     @staticmethod
     def _rewind(tape: list | None) -> None:
@@ -169,7 +176,7 @@ class Sequential(_Container):
         return super().__getstate__() | {"_plan": Plan(), "_replay": Replay((Sequential, Residual))}
 
     def _runs(self, layers: list[Module]) -> list[tuple[int, int, Run | None]]:
-        return self._plan.runs(layers, lambda layer: id(layer) in self._shared)
+        return self._plan.runs(layers, lambda layer: id(layer) in self._repeated())
 
     def forward(self, input: np.ndarray) -> Any:
         """Run the layers, first to last; some of them in one pass, see `set_fusion`.
@@ -180,6 +187,8 @@ class Sequential(_Container):
         return layer_by_layer(self, input) if y is None else y
 
     def _run(self, input: np.ndarray) -> Any:
+        # What is interrupted on the way must not be followed by a backward pass.
+        self._forget()
         x: Any = input
         del input
         layers = self._order()
@@ -188,7 +197,7 @@ class Sequential(_Container):
         for first, _, run in runs:
             if run is None:
                 x = layers[first](x)
-                kept.append(self._tape_of(layers[first]) if self._shared else None)
+                kept.append(self._tape_of(layers[first]))
             else:
                 x, saved = run.forward(x)
                 kept.append(saved)
@@ -261,6 +270,11 @@ class Residual(_Container):
         return self.body.output_shape(input_shape)
 
     def forward(self, input: np.ndarray) -> np.ndarray:
+        # A recorded pass has one memory for what a network keeps, which a second call would overwrite.
+        return layer_by_layer(self, input) if self._repeated() else self._run(input)
+
+    def _run(self, input: np.ndarray) -> np.ndarray:
+        self._forget()
         input = floats("input", input)
         body = self.body(input)
         tapes = [self._tape_of(self.body)]

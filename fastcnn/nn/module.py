@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +24,13 @@ class _Structure:
     """Counts the changes of any module's attributes, for those who remember what modules are like."""
 
     version = 0
+    # One step for each change, also where two threads make one at once.
+    _changes = itertools.count(1)
+
+    @classmethod
+    def change(cls) -> None:
+        """Tell that a module was changed: afterwards, lest somebody takes what it was for what it is."""
+        cls.version = next(cls._changes)
 
 
 def structure_version() -> int:
@@ -78,9 +86,9 @@ class Module:
         elif name in (self.__dict__.get("_buffers") or ()):
             self._expect(name, value, "NumPy array", is_array(value))
             self._buffers[name] = value
-        if name != "training":
-            _Structure.version += 1
         object.__setattr__(self, name, value)
+        if name != "training":
+            _Structure.change()
 
     @staticmethod
     def _expect(name: str, value: Any, kind: str, fits: bool) -> None:
@@ -95,15 +103,15 @@ class Module:
             if registry is not target:
                 registry.pop(name, None)
         target[name] = value
-        _Structure.version += 1
         object.__setattr__(self, name, value)
+        _Structure.change()
 
     def __delattr__(self, name: str) -> None:
         for registry in (self._parameters, self._buffers, self._modules):
             registry.pop(name, None)
         self._not_saved.discard(name)
-        _Structure.version += 1
         object.__delattr__(self, name)
+        _Structure.change()
 
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
         """Make `parameter` an attribute; None keeps its place (a layer without bias)."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from .module import structure_version
 from .parameter import FLOATS, layout_version
 
 if TYPE_CHECKING:
-    from .container import Sequential
+    from .container import Residual, Sequential
     from .module import Module
 
 # Elements of an input, of one image and of a batch: larger ones keep their kernels busy for much longer than
@@ -71,6 +72,10 @@ def _is_playable(module: Module, batches: bool) -> bool:
     """Whether all that a layer does now in a pass, of one image or of batches, is known to a recording."""
     if type(module) not in _LAYERS or {"forward", "backward"} & vars(module).keys():
         return False
+    # What would change without notice, or be run by others.
+    settings = [value for name, value in vars(module).items() if name not in module._buffers]
+    if any(isinstance(value, (np.ndarray, list)) for value in settings) or list(module.children()):
+        return False
     if isinstance(module, conv.Conv2d):
         return module.padding_mode == "zeros" and (batches or module.groups == 1)
     if isinstance(module, batchnorm.BatchNorm2d):
@@ -81,6 +86,19 @@ def _is_playable(module: Module, batches: bool) -> bool:
     if isinstance(module, dropout.Dropout):
         return batches or not module.training or module.p == 0
     return not (isinstance(module, pooling.MaxPool2d) and module.return_indices)
+
+
+class _JobsOnly(Recording):
+    """A recording without what NumPy prepares: not from weights, which nobody compares."""
+
+    def __init__(self, weights: list[np.ndarray]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def note_call(self, function: Callable, args: tuple) -> None:
+        arrays = [array for array in args if isinstance(array, np.ndarray)]
+        if any(np.may_share_memory(array, weight) for array in arrays for weight in self._weights):
+            raise NotRecordedError("a recording does not see what NumPy prepares from weights")
 
 
 class _Input:
@@ -124,12 +142,13 @@ class _Backward:
 class _Pass:
     """One recorded forward pass, done for the first time, and the backward passes that follow it."""
 
-    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], batches: bool) -> None:
+    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], jobs: Recording) -> None:
         self.lock = threading.Lock()
+        self.jobs = jobs
         self._small = small
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
-        with Recording(calls=batches) as self.jobs:
+        with jobs:
             self._output = net._run(self._input.array)
         self._kept = [(attributes, attributes["_saved"]) for attributes in _below(net)]
         self.net_kept = vars(net)["_saved"]
@@ -147,6 +166,8 @@ class _Pass:
         if not self.lock.acquire(blocking=False):
             return None
         try:
+            # What is interrupted on the way must not be followed by a backward pass.
+            net._forget()
             self._input.set(input)
             self.jobs.play()
             for attributes, kept in self._kept:
@@ -174,7 +195,7 @@ class _Run(threading.local):
 _run = _Run()
 
 
-def layer_by_layer(net: Sequential, input: Any) -> Any:
+def layer_by_layer(net: Sequential | Residual, input: Any) -> Any:
     """The result of a network whose pass is not played.
 
     Networks inside of it are not recorded on their own: their results, of all sizes, would be copied.
@@ -199,6 +220,7 @@ class Replay:
         self._layers: list[Module] = []
         self._attributes: list[dict[str, Any]] = []
         self._small: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
         # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
         # recorded.
         self._passes: dict[Any, _Pass | float] = {}
@@ -249,12 +271,13 @@ class Replay:
             if known is None or not known.jobs.holds():
                 known = latest.backward[key] = _Backward(net, dout, input_grad)
                 return (known.result(),)
+            # Before: no gradient may be added twice, not after an interruption either.
+            net._forget()
             grad = known.play(dout)
         finally:
             latest.lock.release()
         for attributes in self._attributes:
             attributes["_saved"] = None
-        net._forget()
         return (grad,)
 
     def _forget(self, state: tuple) -> None:
@@ -263,9 +286,11 @@ class Replay:
         self._passes = {}
         self._latest = None
 
-    def _contains(self, module: Module) -> bool:
-        """Whether a module does nothing but to run others, and to add up what they return."""
-        return type(module) in self._containers and not {"forward", "backward"} & vars(module).keys()
+    def _contains(self, module: Any) -> bool:
+        """Whether a module does nothing but to run all below it, and to add up what they return."""
+        if type(module) not in self._containers or {"forward", "backward"} & vars(module).keys():
+            return False
+        return set(module.children()) == set(module._order())
 
     def _look_at(self, net: Sequential) -> None:
         """Gather what a recording depends on; not before a state is seen again: some change all the time."""
@@ -276,6 +301,7 @@ class Replay:
         memories = [parameter.memory for _, parameter in net.named_parameters()]
         on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
         self._layers = layers if on_cpu else []
+        self._weights = [memory for memory in memories if memory.ndim > 1]
         self._small = [memory for memory in memories if memory.ndim < 2]
         self._small += [buffer for _, buffer in net.named_buffers()]
 
@@ -298,7 +324,8 @@ class Replay:
             self._passes[key] = seen
             return None
         try:
-            done = _Pass(net, input, [] if batches else self._small, batches)
+            jobs = Recording(calls=True) if batches else _JobsOnly(self._weights)
+            done = _Pass(net, input, [] if batches else self._small, jobs)
         except NotRecordedError:
             self._passes[key] = math.inf
             return None
