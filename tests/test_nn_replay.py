@@ -55,7 +55,7 @@ def played(net, x):
     """The result of a recorded pass, which it must come from."""
     for _ in range(3):
         net(x)
-    assert any(isinstance(known, replay._Pass) for known in net._replay._passes.values())
+    assert any(isinstance(known, replay._Pass) for known in net._replay._known.passes.values())
     return net(x)
 
 
@@ -385,11 +385,11 @@ def test_only_small_inputs_and_few_shapes_are_recorded():
         for size in range(8, 24):
             for _ in range(3):
                 net(np.zeros((1, 1, size, size), np.float32))
-        assert len(net._replay._passes) == replay._MOST
-        before = dict(net._replay._passes)
+        assert len(net._replay._known.passes) == replay._MOST
+        before = dict(net._replay._known.passes)
         for _ in range(3):
             net(np.zeros((1, 1, 1500, 1500), np.float32))
-        assert net._replay._passes == before
+        assert net._replay._known.passes == before
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -401,7 +401,9 @@ def test_batches(name):
             x = rng.standard_normal((size, *SHAPES[name])).astype(np.float32)
             np.testing.assert_array_equal(played(net, x), plain(net, x))
             stir(net, rng)
-    assert {key[0][0] for key, known in net._replay._passes.items() if isinstance(known, replay._Pass)} == {
+    assert {
+        key[0][0] for key, known in net._replay._known.passes.items() if isinstance(known, replay._Pass)
+    } == {
         3,
         20,
     }

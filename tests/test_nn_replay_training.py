@@ -33,7 +33,7 @@ def twins(make):
 
 def is_played(net):
     """Whether forward and backward passes of `net` are recorded."""
-    passes = [known for known in net._replay._passes.values() if isinstance(known, replay._Pass)]
+    passes = [known for known in net._replay._known.passes.values() if isinstance(known, replay._Pass)]
     return any(known.backward for known in passes)
 
 
@@ -311,8 +311,8 @@ def test_passes_are_kept_from_epoch_to_epoch():
             for batch in (x, fewer):
                 np.testing.assert_array_equal(net.eval()(batch), plain.eval()(batch))
         if epoch == 2:
-            known = dict(net._replay._passes)
-    assert known == net._replay._passes
+            known = dict(net._replay._known.passes)
+    assert known == net._replay._known.passes
     assert len(known) == 4
     assert all(isinstance(one, replay._Pass) for one in known.values())
 
@@ -387,12 +387,12 @@ def test_networks_in_networks_are_recorded_as_one():
     for _ in range(4):
         step(net, batch_of(2), np.ones_like)
     assert not is_played(net)
-    assert not inner._replay._passes
+    assert not inner._replay._known.passes
     outer = nn.Sequential(inner, nn.MaxPool2d(2))
     for _ in range(4):
         step(outer, batch_of(2), np.ones_like)
     assert is_played(outer)
-    assert not inner._replay._passes
+    assert not inner._replay._known.passes
 
 
 def test_repeated_layers():
@@ -460,10 +460,31 @@ def test_no_backward_pass_follows_an_interrupted_forward_pass(times):
         step(net, x, np.ones_like)
 
 
+def test_a_change_in_the_middle_of_a_recording_counts():
+    """As another thread may make it."""
+    net, x = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5), nn.Linear(3, 3)), np.ones((2, 3), np.float32)
+    changes = []
+
+    class Meddler:
+        def integers(self, *_, **__):
+            if changes:
+                changes.pop()()
+                net(x)
+            return 7
+
+    with _random.using(Meddler()):
+        for _ in range(2):
+            net(x)
+        changes.append(lambda: setattr(net[0], "p", 0.9))
+        net(x)
+        for _ in range(4):
+            np.testing.assert_array_equal(net(x), net._run(x))
+
+
 def test_an_interrupted_backward_pass_is_not_done_again():
     net, _, x = played()
     y = net(x)
-    (known,) = (known for known in net._replay._latest.backward.values() if known.result() is not None)
+    (known,) = (known for known in net._replay._known.latest.backward.values() if known.result() is not None)
     known.play = Stop().integers
     with pytest.raises(Interrupted):
         net.backward(np.ones_like(y))
@@ -514,7 +535,7 @@ def test_every_python_thread_records_its_own():
         thread.join()
     for ours, theirs in zip(results[:4], results[4:], strict=True):
         assert_same(ours, theirs)
-    assert len({key[-1] for key in net._replay._passes}) == 2
+    assert len({key[-1] for key in net._replay._known.passes}) == 2
 
 
 def test_networks_in_several_threads_at_once():
@@ -540,7 +561,7 @@ def test_networks_in_several_threads_at_once():
 
 def test_memory_is_given_back_with_the_network():
     net, plain, _ = played()
-    known = [known for known in net._replay._passes.values() if isinstance(known, replay._Pass)]
+    known = [known for known in net._replay._known.passes.values() if isinstance(known, replay._Pass)]
     outputs = [weakref.ref(one._output) for one in known]
     assert outputs
     del known, plain

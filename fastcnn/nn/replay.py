@@ -207,6 +207,46 @@ def layer_by_layer(net: Sequential | Residual, input: Any) -> Any:
         _run.depth -= 1
 
 
+class _Known:
+    """What was found out about a network in one state of all that recordings depend on.
+
+    One object, so that a thread that is on its way while another changes something leaves nothing behind.
+    """
+
+    def __init__(self, state: tuple) -> None:
+        self.state = state
+        self.is_complete = False
+        self.layers: list[Module] = []
+        self.attributes: list[dict[str, Any]] = []
+        self.small: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
+        # recorded.
+        self.passes: dict[Any, _Pass | float] = {}
+        # The pass whose backward pass may come next.
+        self.latest: _Pass | None = None
+
+    def complete(self, net: Sequential, containers: tuple[type[Module], ...]) -> None:
+        """Gather what a recording depends on; not before a state is seen again: some change all the time."""
+        modules = list(net.modules())
+        self.attributes = _below(net)
+        layers = [module for module in modules if module is not net and not _contains(module, containers)]
+        memories = [parameter.memory for _, parameter in net.named_parameters()]
+        on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
+        self.weights = [memory for memory in memories if memory.ndim > 1]
+        self.small = [memory for memory in memories if memory.ndim < 2]
+        self.small += [buffer for _, buffer in net.named_buffers()]
+        self.layers = layers if on_cpu else []
+        self.is_complete = True
+
+
+def _contains(module: Any, containers: tuple[type[Module], ...]) -> bool:
+    """Whether a module does nothing but to run all below it, and to add up what they return."""
+    if type(module) not in containers or {"forward", "backward"} & vars(module).keys():
+        return False
+    return set(module.children()) == set(module._order())
+
+
 class Replay:
     """The recorded passes of one Sequential, forgotten when any module anywhere has changed.
 
@@ -215,17 +255,7 @@ class Replay:
 
     def __init__(self, containers: tuple[type[Module], ...]) -> None:
         self._containers = containers
-        self._state: tuple = ()
-        self._known = False
-        self._layers: list[Module] = []
-        self._attributes: list[dict[str, Any]] = []
-        self._small: list[np.ndarray] = []
-        self._weights: list[np.ndarray] = []
-        # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
-        # recorded.
-        self._passes: dict[Any, _Pass | float] = {}
-        # The pass whose backward pass may come next.
-        self._latest: _Pass | None = None
+        self._known = _Known(())
 
     def forward(self, net: Sequential, input: Any) -> np.ndarray | None:
         """`net`'s result; None where its layers are to be run one after the other."""
@@ -234,100 +264,78 @@ class Replay:
         batches = is_grad_enabled() or input.size > _LARGEST_IMAGE or (input.ndim == 4 and len(input) > 1)
         if batches and _run.depth:
             return None
-        state = _state()
-        if state != self._state:
-            self._forget(state)
+        known, state = self._known, _state()
+        if state != known.state:
+            self._known = _Known(state)
             return None
-        if not self._known:
-            self._look_at(net)
-        if not self._layers:
+        if not known.is_complete:
+            known.complete(net, self._containers)
+        if not known.layers:
             return None
-        modes = tuple([attributes["training"] for attributes in self._attributes])
+        modes = tuple([attributes["training"] for attributes in known.attributes])
         # Passes of batches use the scratch memory of their thread.
         place = (is_grad_enabled(), threading.get_ident()) if batches else ()
         key = (input.shape, input.strides, input.dtype, modes, *place)
-        known = self._passes.get(key)
-        if not isinstance(known, _Pass) or not known.holds():
-            return self._record(net, input, key, batches)
-        self._latest = known
-        return known.play(net, input)
+        recorded = known.passes.get(key)
+        if not isinstance(recorded, _Pass) or not recorded.holds():
+            return _record(known, net, input, key, batches)
+        known.latest = recorded
+        return recorded.play(net, input)
 
     def backward(self, net: Sequential, dout: Any, input_grad: bool) -> tuple[np.ndarray | None] | None:
         """What `net`'s backward pass returns; None where its layers are to be run one after the other."""
-        latest = self._latest
+        known = self._known
+        latest = known.latest
         if latest is None or vars(net)["_saved"] is not latest.net_kept or latest.net_kept is None:
             return None
         if type(dout) is not np.ndarray or not dout.size or dout.dtype not in FLOATS or is_recording():
             return None
-        if self._state != _state() or not dout.dtype.isnative:
+        if known.state != _state() or not dout.dtype.isnative:
             return None
         key = (dout.shape, dout.strides, dout.dtype, bool(input_grad), threading.get_ident())
-        known = latest.backward.get(key)
-        if known is None and len(latest.backward) >= _MOST:
+        recorded = latest.backward.get(key)
+        if recorded is None and len(latest.backward) >= _MOST:
             return None
         if not latest.lock.acquire(blocking=False):
             return None
         try:
-            if known is None or not known.jobs.holds():
-                known = latest.backward[key] = _Backward(net, dout, input_grad)
-                return (known.result(),)
+            if recorded is None or not recorded.jobs.holds():
+                recorded = latest.backward[key] = _Backward(net, dout, input_grad)
+                return (recorded.result(),)
             # Before: no gradient may be added twice, not after an interruption either.
             net._forget()
-            grad = known.play(dout)
+            grad = recorded.play(dout)
         finally:
             latest.lock.release()
-        for attributes in self._attributes:
+        for attributes in known.attributes:
             attributes["_saved"] = None
         return (grad,)
 
-    def _forget(self, state: tuple) -> None:
-        self._state = state
-        self._known = False
-        self._passes = {}
-        self._latest = None
 
-    def _contains(self, module: Any) -> bool:
-        """Whether a module does nothing but to run all below it, and to add up what they return."""
-        if type(module) not in self._containers or {"forward", "backward"} & vars(module).keys():
-            return False
-        return set(module.children()) == set(module._order())
-
-    def _look_at(self, net: Sequential) -> None:
-        """Gather what a recording depends on; not before a state is seen again: some change all the time."""
-        self._known = True
-        modules = list(net.modules())
-        self._attributes = _below(net)
-        layers = [module for module in modules if module is not net and not self._contains(module)]
-        memories = [parameter.memory for _, parameter in net.named_parameters()]
-        on_cpu = all(isinstance(memory, np.ndarray) for memory in memories)
-        self._layers = layers if on_cpu else []
-        self._weights = [memory for memory in memories if memory.ndim > 1]
-        self._small = [memory for memory in memories if memory.ndim < 2]
-        self._small += [buffer for _, buffer in net.named_buffers()]
-
-    def _record(self, net: Sequential, input: np.ndarray, key: Any, batches: bool) -> np.ndarray | None:
-        """Note an input that is seen for the first time; record the pass of one that was seen before."""
-        if input.dtype not in FLOATS or not input.dtype.isnative:
-            return None
-        if not all(_is_playable(layer, batches) for layer in self._layers):
-            return None
-        seen = self._passes.pop(key, None)
-        if seen is None or isinstance(seen, _Pass):
-            while len(self._passes) >= _MOST:
-                # Another thread may be at it.
-                self._passes.pop(next(iter(self._passes), None), None)
-            before = _buffers.stats()["taken"]
-            output = layer_by_layer(net, input)
-            self._passes[key] = _buffers.stats()["taken"] - before
-            return output
-        if seen > _MOST_BYTES:
-            self._passes[key] = seen
-            return None
-        try:
-            jobs = Recording(calls=True) if batches else _JobsOnly(self._weights)
-            done = _Pass(net, input, [] if batches else self._small, jobs)
-        except NotRecordedError:
-            self._passes[key] = math.inf
-            return None
-        self._passes[key] = self._latest = done
-        return done.result()
+def _record(known: _Known, net: Sequential, input: np.ndarray, key: Any, batches: bool) -> np.ndarray | None:
+    """Note an input that is seen for the first time; record the pass of one that was seen before."""
+    if input.dtype not in FLOATS or not input.dtype.isnative:
+        return None
+    if not all(_is_playable(layer, batches) for layer in known.layers):
+        return None
+    passes = known.passes
+    seen = passes.pop(key, None)
+    if seen is None or isinstance(seen, _Pass):
+        while len(passes) >= _MOST:
+            # Another thread may be at it.
+            passes.pop(next(iter(passes), None), None)
+        before = _buffers.stats()["taken"]
+        output = layer_by_layer(net, input)
+        passes[key] = _buffers.stats()["taken"] - before
+        return output
+    if seen > _MOST_BYTES:
+        passes[key] = seen
+        return None
+    try:
+        jobs = Recording(calls=True) if batches else _JobsOnly(known.weights)
+        done = _Pass(net, input, [] if batches else known.small, jobs)
+    except NotRecordedError:
+        passes[key] = math.inf
+        return None
+    passes[key] = known.latest = done
+    return done.result()
