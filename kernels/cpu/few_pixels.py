@@ -25,7 +25,8 @@ from .direct import MULTIPLY_ADDS_PER_BYTE, NOWHERE, Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .linear import linear_backward_input, linear_backward_weight
 from .simd import TILE_ROWS, VECTOR_BITS
-from .tile import add_rows, add_tiles, padded_rows
+from .tile import TALL_ROWS, add_rows, add_tiles, padded_rows
+from .vectors import pointer, prefetch
 from .workspace import copy, scratch, set_start
 
 # With more pixels direct convolution takes less time; with few channels the sums of a block are short.
@@ -113,11 +114,16 @@ def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, a
         filter0, many = _panel_filters(g, panel, lanes)
         for p in range(panel * g.pixels, (panel + 1) * g.pixels):
             copy(bias, filter0, z, p * g.width, many)
+    values = pointer(weight)
     for i in range(len(blocks)):
         w0, channel, depth, r0, r1 = blocks[i]
         following = blocks[min(i + 1, len(blocks) - 1), 0]
         for panel in range(lo, hi):
             filter0, many = _panel_filters(g, panel, lanes)
+            # Each tile fetches a vector of the next block's rows: a lone one leaves the others.
+            for k in range(depth if r1 - r0 <= TALL_ROWS else 0):
+                for f in range(lanes, many, lanes):
+                    prefetch(values, following + filter0 + k * g.filters + f)
             add_tiles(
                 x,
                 channel,
