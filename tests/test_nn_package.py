@@ -113,6 +113,12 @@ def test_no_grad_nests_and_decorates():
         assert not inside()
         assert not fastcnn.is_grad_enabled()
     assert not inside()
+    again = fastcnn.no_grad()
+    with again:
+        with again:
+            pass
+        assert not fastcnn.is_grad_enabled()
+    assert fastcnn.is_grad_enabled()
     with pytest.raises(KeyError), fastcnn.no_grad():
         raise KeyError
     assert fastcnn.is_grad_enabled()
