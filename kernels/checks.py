@@ -85,6 +85,19 @@ def same_shape(name: str, array: Array, shape: Sequence[int]) -> Array:
     return array
 
 
+def fitting(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of `shape` and of the float `dtype` as kernels take it; errors are those of the two above."""
+    if (
+        type(array) is np.ndarray
+        and array.shape == shape
+        and array.dtype is dtype
+        and dtype in FLOATS
+        and array.flags.carray
+    ):
+        return array
+    return same_shape(name, floating(name, array, None, dtype), shape)
+
+
 def output(name: str, out: np.ndarray | None, shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An array to write a result to: `out` if it fits, a new one if it is None.
 

@@ -237,7 +237,7 @@ def part_count(tasks: int, work: float = np.inf) -> int:
 
     Little work is done in one.
     """
-    if work < (_LEAST_WORK_PLAYED if is_recording() else _LEAST_WORK) or _team.threads == 1:
+    if _team.threads == 1 or work < _LEAST_WORK_PLAYED or (work < _LEAST_WORK and not is_recording()):
         return 1
     return max(1, min(_PARTS_A_THREAD * _team.threads, tasks))
 

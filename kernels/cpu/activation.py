@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from .. import checks
-from ..threads import between_jobs
 from .elementwise import channelwise, elementwise
 from .moments import AHEAD, ColumnSums
-from .pieces import fold
+from .pieces import add_up
 from .vectors import keep_in_line, like, load, prefetch_vector, select, store, store_around, wide
 
 
@@ -148,7 +147,7 @@ def leaky_relu_backward(
     return dx
 
 
-@channelwise
+@channelwise(1)
 def _prelu(sources, at, mask, slopes):
     x = load(sources[0], at, mask)
     return select(x > like(x, 0), x, slopes[0] * x)
@@ -193,8 +192,7 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     weight = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
     if x.size:
-        columns = -1, weight.size
-        _prelu(y.reshape(columns), (weight,), x.reshape(columns))
+        _prelu(y, weight.reshape(1, -1), x)
     return y
 
 
@@ -257,6 +255,6 @@ def prelu_backward(
     weight = _slopes(x, weight)
     dx = checks.output("out", out, dout.shape, dout.dtype)
     dweight = checks.output("out_dweight", out_dweight, weight.shape, dout.dtype)
-    (sums,) = _prelu_backward(weight, 1, dout, x, dx)
-    between_jobs(fold, sums, dweight, int(accumulate and out_dweight is not None))
+    sums = _prelu_backward(weight, 1, dout, x, dx)
+    add_up(1, sums, dweight, int(accumulate and out_dweight is not None))
     return dx, dweight

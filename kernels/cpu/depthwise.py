@@ -24,7 +24,7 @@ from . import simd
 from .direct import Layer
 from .geometry import Axis
 from .loops import memory, sum_loop
-from .pieces import fold
+from .pieces import add_up
 from .simd import TILE_ROWS, VECTOR_BITS
 from .sliding import ROWS, slide_band
 from .tile import Emitter
@@ -468,10 +468,10 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     parts = _parts(layer, images, pieces)
     _weight(parts, x.reshape(-1), images, dout.reshape(-1), partial, of)
     if of.repeats == 1:
-        between_jobs(fold, partial, dweight.reshape(-1), 1)
+        add_up(1, partial, dweight.reshape(-1), 1)
         return
     # Pixels that count as one have sums of their own too.
     taps = layer.rows.kernel * layer.columns.kernel
     sums = partial.reshape(pieces, taps, -1)
     for tap, gradient in enumerate(dweight.reshape(taps, -1)):
-        between_jobs(fold, sums[:, tap], gradient, 1)
+        add_up(1, sums[:, tap], gradient, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count
-from .pieces import blocks, span_elements
+from ..threads import parallel, part_count
+from .pieces import blocks, repeat, span_elements
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
     LONG,
@@ -31,6 +31,8 @@ from .workspace import scratch
 
 # So many vectors ahead are fetched where neither inputs nor output are in a cache.
 _AHEAD = 4
+# A contiguous array in one row.
+flat = np.ndarray.ravel
 # The values of channels should stay in the first-level cache.
 _LONGEST = 1024
 
@@ -96,8 +98,7 @@ class Elementwise:
         """Overwrite y; all arrays are C-contiguous and of one size."""
         size = y.size
         around = int(passes_caches(y, 1 + len(inputs)))
-        flat = tuple([array.reshape(-1) for array in inputs])
-        self._run(part_count(blocks(size), size), y.reshape(-1), number, around, flat)
+        self._run(part_count(blocks(size), size), y.ravel(), number, around, tuple(map(flat, inputs)))
 
 
 def elementwise(function: Callable) -> Elementwise:
@@ -120,58 +121,58 @@ class Channelwise:
     """A kernel ``y[..., c] = function(inputs[0][..., c], ..., values[0][c], ...)`` over channels-last arrays.
 
     `function(sources, at, mask, values)` returns a vector; `values` are vectors. Memory is gone through from
-    one end to the other, whatever the number of channels: the values lie in tables that repeat them, from
-    which a vector is loaded at any channel.
+    one end to the other, whatever the number of channels: each part repeats the values in tables of its own,
+    from which a vector is loaded at any channel.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, many: int):
         step = kernel(function)
 
-        def body(part, parts, y, tables, period, around, inputs):
+        def body(part, parts, y, values, tables, period, around, inputs):
             keep_out_of_line()
-            sources, rows, target = pointers(inputs), pointers(tables), pointer(y)
+            table = tables[part]
+            length = table.size // many
+            for i in range(many):
+                repeat(values[i], table[i * length : (i + 1) * length])
+            sources, rows, target = pointers(inputs), pointer(table), pointer(y)
             width, everything = LONG * lanes_of(target), all_long_lanes(target)
             lo, hi = span_elements(part, parts, y.size)
             whole = lo + (hi - lo) // width * width
             k, stride = lo % period, width % period
             for at in range(lo, whole, width):
-                values = loads(rows, k, everything)
+                now = loads(many, rows, k, length, everything)
                 if around:
                     for source in sources:
                         prefetch_vector(source, at + _AHEAD * width, everything)
-                    store_around(step(sources, at, everything, values), target, at)
+                    store_around(step(sources, at, everything, now), target, at)
                 else:
-                    store(step(sources, at, everything, values), target, at, everything)
+                    store(step(sources, at, everything, now), target, at, everything)
                 k += stride
                 if k >= period:
                     k -= period
             if whole < hi:
                 some = first_long_lanes(target, hi - whole)
-                store(step(sources, whole, some, loads(rows, k, some)), target, whole, some)
+                now = loads(many, rows, k, length, some)
+                store(step(sources, whole, some, now), target, whole, some)
             fence()
 
         name_after(function, body, "body")
         self._run = parallel(body)
         self.__doc__ = function.__doc__
 
-    def __call__(self, y: np.ndarray, values: Sequence[np.ndarray | float], *inputs: np.ndarray) -> None:
-        """Overwrite y, which is not empty; all arrays are C-contiguous, and `inputs` of the shape of y."""
-        channels, size = y.shape[-1], y.size
-        period, length = _table(channels, y.dtype)
-        tables = scratch("channels", len(values) * length, y.dtype)
-        between_jobs(set_rows, tables.reshape(len(values), -1, channels), *values)
+    def __call__(self, y: np.ndarray, values: np.ndarray, *inputs: np.ndarray) -> None:
+        """Overwrite y, which is not empty; all arrays are C-contiguous, `inputs` of the size of y.
+
+        A row of `values` has one for each channel, or one for all.
+        """
+        size, dtype = y.size, y.dtype
+        period, length = _table(values.shape[1], dtype)
+        parts = part_count(blocks(size), size)
+        tables = scratch("channels", (parts, len(values) * length), dtype)
         around = int(passes_caches(y, 1 + len(inputs)))
-        flat = tuple([array.reshape(-1) for array in inputs])
-        rows = tuple(tables.reshape(len(values), length))
-        self._run(part_count(blocks(size), size), y.reshape(-1), rows, period, around, flat)
+        self._run(parts, y.ravel(), values, tables, period, around, tuple(map(flat, inputs)))
 
 
-def set_rows(tables: np.ndarray, *values: np.ndarray | float) -> None:
-    """Repeat each value, or each row of values, throughout the table of its number."""
-    for table, value in zip(tables, values, strict=True):
-        table[...] = value
-
-
-def channelwise(function: Callable) -> Channelwise:
-    """Compile a function of elements and of values of their channels; see `Channelwise`."""
-    return Channelwise(function)
+def channelwise(many: int) -> Callable[[Callable], Channelwise]:
+    """Compile a function of elements and of so `many` values of their channels; see `Channelwise`."""
+    return lambda function: Channelwise(function, many)

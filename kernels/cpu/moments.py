@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
-from ..jit import entry, keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
-from .elementwise import name_after, passes_caches
-from .pieces import fill, fold, piece_bounds, piece_count
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
+from .elementwise import flat, name_after, passes_caches
+from .pieces import add_up, fill, piece_bounds, piece_count, repeat
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
     LONG,
@@ -38,6 +39,7 @@ from .workspace import scratch
 
 # Elements that are summed column by column should stay in the first-level cache.
 _BLOCK = 4096
+_FLOAT64 = np.dtype(np.float64)
 # And so many elements ahead they are fetched from memory.
 AHEAD = 8192
 # A row of several pixels is no longer than this.
@@ -46,6 +48,7 @@ _LONGEST = 1024
 _MANY = 64
 
 
+@lru_cache(maxsize=512)
 def column_width(channels: int, dtype: np.dtype) -> int:
     """Elements of a row that holds each channel equally often, in whole vectors if channels are few."""
     return channels if channels >= _MANY else math.lcm(channels, lanes(dtype))
@@ -109,9 +112,9 @@ def _moments(part, parts, x, slabs):
             shift[k] = many
 
 
-@entry
-def _merge(slabs, total, squares, count):
-    """Each channel's sum, sum of squared distances from its mean, and count.
+@kernel
+def merge(slabs, total, squares, count):
+    """Each channel's sum, sum of squared distances from its mean, and count, from `batch_moments`.
 
     Two sets of values are merged by equations 2.1 of Chan, Golub and LeVeque: Updating formulae and a
     pairwise algorithm for computing sample variances, 1979.
@@ -135,23 +138,16 @@ def _merge(slabs, total, squares, count):
 
 
 def batch_moments(x: np.ndarray) -> np.ndarray:
-    """What `merged` takes, (pieces, 3, width), of an array that is not empty."""
-    pieces, width = piece_count(x.size), column_width(x.shape[-1], x.dtype)
-    slabs = scratch("moments", 3 * pieces * width, np.float64).reshape(pieces, 3, width)
-    _moments(part_count(pieces, x.size), x.reshape(-1), slabs)
+    """What `merge` takes, (pieces, 3, width), of an array that is not empty."""
+    pieces = piece_count(x.size)
+    slabs = scratch("moments", (pieces, 3, column_width(x.shape[-1], x.dtype)), _FLOAT64)
+    _moments(part_count(pieces, x.size), x.ravel(), slabs)
     return slabs
-
-
-def merged(slabs: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sum of squared distances from it, in float64, of each channel, from `batch_moments`."""
-    total, squares, count = np.empty((3, channels))
-    _merge(slabs, total, squares, count)
-    return total / count, squares
 
 
 def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
     """Overwrite `out` with each channel's sum, or add to it; `x` is not empty."""
-    between_jobs(fold, batch_moments(x)[:, 0], out, int(accumulate))
+    add_up(1, batch_moments(x)[:, 0], out, int(accumulate))
 
 
 class ColumnSums:
@@ -166,8 +162,10 @@ class ColumnSums:
     def __init__(self, function: Callable):
         column = kernel(function)
 
-        def body(part, parts, inputs, table, slabs, around):
+        def body(part, parts, inputs, row, tables, slabs, around):
             keep_out_of_line()
+            table = tables[part]
+            repeat(row, table)
             arrays, values, size, width = pointers(inputs), pointer(table), inputs[0].size, table.size
             everything, count = all_long_lanes(values), LONG * lanes_of(values)
             whole, step = width // count * count, max(1, _BLOCK // width)
@@ -197,26 +195,30 @@ class ColumnSums:
         self._run = parallel(body)
         self.__doc__ = function.__doc__
 
-    def __call__(self, values: np.ndarray, sums: int, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Slabs of each of so many `sums`, in float64, that `fold` adds up for the channels of `values`."""
-        x = inputs[0]
-        channels = max(values.size, 1)
-        pieces, width = piece_count(x.size), _row_length(channels, lanes(x.dtype))
-        table = scratch("columns", width, x.dtype)
-        between_jobs(np.copyto, table.reshape(-1, channels)[:, : values.size], values)
-        slabs = scratch("column sums", pieces * sums * width, np.float64).reshape(pieces, sums * width)
-        flat = tuple([array.reshape(-1) for array in inputs])
-        around = width % lanes(x.dtype) == 0 and passes_caches(inputs[-1], len(inputs))
-        self._run(part_count(pieces, x.size), flat, table, slabs, int(around))
-        return tuple(slabs[:, i * width : (i + 1) * width] for i in range(sums))
+    def __call__(self, values: np.ndarray, sums: int, *inputs: np.ndarray) -> np.ndarray:
+        """Slabs of so many `sums` side by side, in float64, which `fold` adds up by channels."""
+        size, dtype = inputs[0].size, inputs[0].dtype
+        pieces, width, is_whole = _columns(size, values.size, dtype)
+        parts = part_count(pieces, size)
+        tables = scratch("columns", (parts, width), dtype)
+        slabs = scratch("column sums", (pieces, sums * width), _FLOAT64)
+        around = is_whole and passes_caches(inputs[-1], len(inputs))
+        self._run(parts, tuple(map(flat, inputs)), values, tables, slabs, int(around))
+        return slabs
 
 
-def _row_length(channels: int, lanes: int) -> int:
-    """Elements of a row that holds each channel equally often, in whole vectors if that isn't too long."""
-    for many in (LONG * lanes, lanes):
+@lru_cache(maxsize=512)
+def _columns(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, bool]:
+    """Pieces in which to sum so many elements, columns of their rows, and whether these are whole vectors.
+
+    Rows hold each channel equally often, in whole vectors if that isn't too long.
+    """
+    width = channels = max(channels, 1)
+    for many in (LONG * lanes(dtype), lanes(dtype)):
         if math.lcm(channels, many) <= _LONGEST:
-            return math.lcm(channels, many)
-    return channels
+            width = math.lcm(channels, many)
+            break
+    return piece_count(size), width, width % lanes(dtype) == 0
 
 
 @ColumnSums
@@ -237,9 +239,6 @@ def _products(arrays, start, rows, width, table, sums, k, mask, around):
     store(product, sums, width + k, mask)
 
 
-def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each channel's sums, in float64, of dout and of dout * (x - center); the arrays are not empty."""
-    total, product = np.empty((2, x.shape[-1]))
-    for slabs, sums in zip(_products(center, 2, dout, x), (total, product), strict=True):
-        between_jobs(fold, slabs, sums, 0)
-    return total, product
+def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """Slabs of each channel's sums of dout, and beside them of dout * (x - center)."""
+    return _products(center, 2, dout, x)

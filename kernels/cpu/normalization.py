@@ -11,11 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .. import checks
-from ..threads import between_jobs
+from ..jit import kernel
+from ..threads import between_jobs, parallel
 from . import normalized
 from .elementwise import channelwise
-from .moments import batch_moments, gradient_sums, merged
+from .moments import batch_moments, gradient_sums, merge
+from .pieces import fold
 from .vectors import load, multiply_add
+
+# In place of weight, bias or running statistics that there are not.
+_NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -25,16 +30,6 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _vector(name: str, values: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """An array with one value for each channel of x."""
-    return checks.same_shape(name, checks.floating(name, values, 1, x.dtype), x.shape[-1:])
-
-
-# Overflow ends in inf or NaN, as everywhere in these kernels, and not in a warning of NumPy's.
-_quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-
-
-@_quiet
 def batch_norm_forward(
     x: np.ndarray,
     weight: np.ndarray | None,
@@ -82,91 +77,118 @@ def batch_norm_forward(
     """
     x = _channels_last(x)
     y = checks.output("out", out, x.shape, x.dtype)
-    affine = _affine(x, weight, bias)
-    mean = checks.output("out_mean", out_mean, x.shape[-1:], x.dtype)
-    inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
-    _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
+    running = running_mean, running_var
+    mean, inv_std, rows = _statistics(
+        x, (weight, bias), running, training, momentum, eps, (out_mean, out_inv_std)
+    )
     if y.size:
-        _normalize(y, (mean, _scaled(inv_std, affine[0]), affine[1]), x)
+        _normalize(y, rows, x)
     return y, mean, inv_std
 
 
-@channelwise
+@channelwise(3)
 def _normalize(sources, at, mask, values):
     mean, scale, bias = values
     return multiply_add(load(sources[0], at, mask) - mean, scale, bias)
 
 
-def _affine(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> tuple:
-    """weight and bias, or what stands for them."""
-    return (
-        1 if weight is None else _vector("weight", weight, x),
-        0 if bias is None else _vector("bias", bias, x),
-    )
+@kernel
+def _write(c, batch_mean, var, eps, weight, bias, mean, inv_std, rows):
+    """What the channel `c` is normalized with, and the values for `_normalize`."""
+    mean[c] = batch_mean
+    inv_std[c] = 1 / np.sqrt(var + eps)
+    rows[0, c] = mean[c]
+    rows[1, c] = inv_std[c] * weight[c] if weight.size else inv_std[c]
+    rows[2, c] = bias[c] if bias.size else 0.0
+
+
+@parallel
+def _take_running(part, parts, running, eps, affine, mean, inv_std, rows):
+    """Normalize with the running statistics."""
+    for c in range(mean.size):
+        _write(c, running[0][c], np.float64(running[1][c]), eps, *affine, mean, inv_std, rows)
+
+
+@parallel
+def _take_moments(part, parts, slabs, running, momentum, eps, affine, mean, inv_std, rows):
+    """Normalize with the batch's statistics, towards which the running ones move."""
+    running_mean, running_var = running
+    # Their places in `rows` are overwritten channel by channel.
+    merge(slabs, rows[0], rows[1], rows[2])
+    for c in range(mean.size):
+        count, squares = rows[2, c], rows[1, c]
+        batch_mean = rows[0, c] / count
+        if running_mean.size:
+            running_mean[c] = (1 - momentum) * running_mean[c] + momentum * batch_mean
+        if running_var.size:
+            running_var[c] = (1 - momentum) * running_var[c] + momentum * (squares / (count - 1))
+        _write(c, batch_mean, squares / count, eps, *affine, mean, inv_std, rows)
+
+
+def _optional(name: str, values: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array with one value for each channel, or an empty one for None."""
+    return _NOTHING[dtype] if values is None else checks.fitting(name, values, shape, dtype)
 
 
 def _statistics(
     x: np.ndarray,
-    running_mean: np.ndarray | None,
-    running_var: np.ndarray | None,
+    affine: tuple[np.ndarray | None, np.ndarray | None],
+    running: tuple[np.ndarray | None, np.ndarray | None],
     training: bool,
     momentum: float,
     eps: float,
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-) -> None:
-    """Overwrite mean and inv_std, and in training move the running statistics."""
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None:
-            _vector(name, running, x)
-            if training and not running.flags.writeable:
-                raise ValueError(f"{name}: must be writable, training updates it in place")
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("running_mean, running_var: needed where training is False")
-        between_jobs(_write_statistics, running_mean, running_var, eps, mean, inv_std)
-        return
-    channels = x.shape[-1]
+    out: tuple[np.ndarray | None, np.ndarray | None],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mean and inv_std, and the values for `_normalize`; in training the running statistics move."""
+    shape, dtype = x.shape[-1:], x.dtype
+    weight = _optional("weight", affine[0], shape, dtype)
+    bias = _optional("bias", affine[1], shape, dtype)
+    running_mean = _optional("running_mean", running[0], shape, dtype)
+    running_var = _optional("running_var", running[1], shape, dtype)
+    mean = checks.output("out_mean", out[0], shape, dtype)
+    inv_std = checks.output("out_inv_std", out[1], shape, dtype)
+    channels = shape[0]
     count = x.size // channels if channels else 0
-    if count == 1:
+    if training and count == 1:
         raise ValueError(f"x: shape {x.shape} has one value per channel, training needs more")
-    if count:
-        moving = running_mean, running_var
-        between_jobs(_take_statistics, batch_moments(x), count, moving, momentum, eps, mean, inv_std)
+    if not training and (running[0] is None or running[1] is None):
+        raise ValueError("running_mean, running_var: needed where training is False")
+    # What is not as kernels take it, and was therefore copied.
+    copies = []
+    moving = running_mean, running_var
+    if running_mean is not running[0] or running_var is not running[1]:
+        copies = _copies(running, moving, training)
+    for array, copy in copies:
+        between_jobs(np.copyto, copy, array)
+    rows = np.empty((3, channels))
+    results = (weight, bias), mean, inv_std, rows
+    if not training:
+        _take_running(1, moving, float(eps), *results)
+    elif count:
+        _take_moments(1, batch_moments(x), moving, float(momentum), float(eps), *results)
+        for array, copy in copies:
+            between_jobs(np.copyto, array, copy)
     else:
-        _write_statistics(np.zeros(channels), np.zeros(channels), eps, mean, inv_std)
+        zeros = np.zeros(channels, x.dtype)
+        _take_running(1, (zeros, zeros), float(eps), *results)
+    return mean, inv_std, rows
 
 
-def _take_statistics(
-    slabs: np.ndarray,
-    count: int,
-    running: tuple[np.ndarray | None, np.ndarray | None],
-    momentum: float,
-    eps: float,
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-) -> None:
-    batch_mean, squares = merged(slabs, mean.size)
-    for array, batch in zip(running, (batch_mean, squares / (count - 1)), strict=True):
-        if array is not None:
-            array[...] = (1 - momentum) * array + momentum * batch
-    _write_statistics(batch_mean, squares / count, eps, mean, inv_std)
+def _copies(
+    running: tuple[np.ndarray | None, ...], moving: tuple[np.ndarray, ...], training: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The running statistics that kernels can't take, and their copies."""
+    copies = []
+    for name, array, copy in zip(("running_mean", "running_var"), running, moving, strict=True):
+        if array is None:
+            continue
+        if training and not array.flags.writeable:
+            raise ValueError(f"{name}: must be writable, training updates it in place")
+        if not np.may_share_memory(array, copy):
+            copies.append((array, copy))
+    return copies
 
 
-def _write_statistics(
-    batch_mean: np.ndarray, batch_var: np.ndarray, eps: float, mean: np.ndarray, inv_std: np.ndarray
-) -> None:
-    mean[...] = batch_mean
-    inv_std[...] = 1 / np.sqrt(batch_var.astype(np.float64) + eps)
-
-
-def _scaled(inv_std: np.ndarray, factor: np.ndarray | float) -> np.ndarray:
-    scale = np.empty_like(inv_std)
-    between_jobs(np.multiply, inv_std, factor, scale)
-    return scale
-
-
-@_quiet
 def batch_norm_backward(
     dout: np.ndarray,
     x: np.ndarray,
@@ -215,11 +237,11 @@ def batch_norm_backward(
         If dtypes or shapes don't fit.
     """
     x = _channels_last(x)
-    dout = checks.same_shape("dout", checks.floating("dout", dout, None, x.dtype), x.shape)
+    dout = checks.fitting("dout", dout, x.shape, x.dtype)
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
 
-    def back(spread: list[np.ndarray | float]) -> None:
+    def back(spread: np.ndarray) -> None:
         if training:
             _spread(dx, spread, dout, x)
         else:
@@ -229,61 +251,60 @@ def batch_norm_backward(
     return dx, *_gradients(x, given, lambda center: gradient_sums(dout, x, center), back, *sums)
 
 
-@channelwise
+@channelwise(4)
 def _spread(sources, at, mask, values):
     scale, mean, shift, slope = values
     dout, x = load(sources[0], at, mask), load(sources[1], at, mask)
     return multiply_add(x - mean, slope, shift) + dout * scale
 
 
-@channelwise
+@channelwise(1)
 def _scale(sources, at, mask, values):
     return load(sources[0], at, mask) * values[0]
+
+
+@parallel
+def _take_sums(part, parts, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread):
+    """The values for `_spread`, and dweight and dbias; `adds` tells to which of these to add."""
+    width = slabs.shape[1] // 2
+    # Sums of dout, and of dout * (x - mean), where the values that they make come.
+    fold(slabs[:, :width], spread[2], 0)
+    fold(slabs[:, width:], spread[3], 0)
+    for c in range(mean.size):
+        std = np.float64(inv_std[c])
+        scale = std * weight[c] if weight.size else std
+        # An empty sum is 0, whatever it is multiplied with.
+        total, product = spread[2, c], spread[3, c] * std if count else 0.0
+        dweight[c] = dweight[c] + product if adds[0] else product
+        dbias[c] = dbias[c] + total if adds[1] else total
+        spread[0, c], spread[1, c] = scale, mean[c]
+        spread[2, c], spread[3, c] = -scale * total / count, -scale * product * std / count
 
 
 def _gradients(
     x: np.ndarray,
     given: tuple,
-    sums: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    back: Callable[[list[np.ndarray | float]], None],
+    sums: Callable[[np.ndarray], np.ndarray],
+    back: Callable[[np.ndarray], None],
     out: tuple[np.ndarray | None, np.ndarray | None],
     accumulate: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run `sums` and `back`; returns dweight and dbias. `given` holds weight, mean and inv_std."""
-    factor = 1 if given[0] is None else _vector("weight", given[0], x)
-    mean, inv_std = _vector("mean", given[1], x), _vector("inv_std", given[2], x)
-    channels = x.shape[-1]
-    dweight = checks.output("out_dweight", out[0], (channels,), x.dtype)
-    dbias = checks.output("out_dbias", out[1], (channels,), x.dtype)
-    total, product = np.zeros((2, channels))
-    if x.size:
-        total, product = sums(mean)
-        spread = np.empty((4, channels))
-        between_jobs(_write_spread, mean, inv_std, factor, total, product, x.size // channels, spread)
-        back(list(spread))
-    for array, target, result in ((out[0], dweight, product), (out[1], dbias, total)):
-        between_jobs(_give, result, target, accumulate and array is not None)
+    shape, dtype = x.shape[-1:], x.dtype
+    weight = _optional("weight", given[0], shape, dtype)
+    mean = checks.fitting("mean", given[1], shape, dtype)
+    inv_std = checks.fitting("inv_std", given[2], shape, dtype)
+    dweight = checks.output("out_dweight", out[0], shape, dtype)
+    dbias = checks.output("out_dbias", out[1], shape, dtype)
+    channels = shape[0]
+    adds = int(accumulate and out[0] is not None), int(accumulate and out[1] is not None)
+    count = x.size // max(channels, 1)
+    slabs = sums(mean) if count else np.zeros((1, 2 * channels))
+    spread = np.empty((4, channels))
+    _take_sums(1, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread)
+    if count:
+        back(spread)
     return dweight, dbias
-
-
-def _write_spread(
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-    factor: np.ndarray | float,
-    total: np.ndarray,
-    product: np.ndarray,
-    count: int,
-    spread: np.ndarray,
-) -> None:
-    """The values for `_spread`, from the sums of dout and of dout * (x - mean), which become dweight."""
-    inv_std = inv_std.astype(np.float64)
-    scale = inv_std * factor
-    spread[...] = scale, mean, -scale * total / count, -scale * product * inv_std**2 / count
-    product *= inv_std
-
-
-def _give(result: np.ndarray, target: np.ndarray, accumulate: bool) -> None:
-    target[...] = target + result if accumulate else result
 
 
 def _pool(x: np.ndarray, pool_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -297,7 +318,6 @@ def _pool(x: np.ndarray, pool_size: int | Sequence[int]) -> tuple[tuple[int, int
     return pool, (n, h // pool[0], w // pool[1], c)
 
 
-@_quiet
 def batch_norm_pool_forward(
     x: np.ndarray,
     weight: np.ndarray | None,
@@ -356,18 +376,15 @@ def batch_norm_pool_forward(
     y = checks.output("out", out, shape, x.dtype)
     argmax = checks.output("out_argmax", out_argmax, shape, np.uint8)
     g = normalized.geometry(x.shape, pool, bool(relu), x.dtype)
-    affine = _affine(x, weight, bias)
-    mean = checks.output("out_mean", out_mean, x.shape[-1:], x.dtype)
-    inv_std = checks.output("out_inv_std", out_inv_std, x.shape[-1:], x.dtype)
-    _statistics(x, running_mean, running_var, training, momentum, eps, mean, inv_std)
+    running = running_mean, running_var
+    mean, inv_std, values = _statistics(
+        x, (weight, bias), running, training, momentum, eps, (out_mean, out_inv_std)
+    )
     if y.size:
-        values: list[np.ndarray | float] = [mean, _scaled(inv_std, affine[0]), affine[1]]
-        rows = normalized.table("normalize", values, g, x.shape[-1], x.dtype)
-        normalized.run_forward(x, y, argmax, rows, g)
+        normalized.run_forward(x, y, argmax, normalized.table("normalize", values, g, x.dtype), g)
     return y, argmax, mean, inv_std
 
 
-@_quiet
 def batch_norm_pool_backward(
     dout: np.ndarray,
     argmax: np.ndarray,
@@ -414,7 +431,7 @@ def batch_norm_pool_backward(
     """
     x = checks.floating("x", x, 4)
     pool, shape = _pool(x, pool_size)
-    dout = checks.same_shape("dout", checks.floating("dout", dout, None, x.dtype), shape)
+    dout = checks.fitting("dout", dout, shape, x.dtype)
     argmax = np.asarray(argmax)
     if argmax.dtype != np.uint8:
         raise TypeError(f"argmax: dtype {argmax.dtype} is not uint8")
@@ -423,11 +440,11 @@ def batch_norm_pool_backward(
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
 
-    def back(spread: list[np.ndarray | float]) -> None:
-        rows = normalized.table("normalize", spread, g, x.shape[-1], x.dtype)
+    def back(spread: np.ndarray) -> None:
+        rows = normalized.table("normalize", spread, g, x.dtype)
         normalized.run_backward(dout, argmax, x, dx, rows, training, g)
 
-    def total(center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def total(center: np.ndarray) -> np.ndarray:
         return normalized.run_sums(dout, argmax, x, center, g)
 
     return dx, *_gradients(x, given, total, back, (out_dweight, out_dbias), accumulate)

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
-from .elementwise import set_rows
+from ..threads import parallel, part_count, span
 from .moments import AHEAD, column_width
-from .pieces import fill, fold
+from .pieces import fill, repeat
 from .simd import VECTOR_BITS
 from .vectors import (
     all_lanes,
@@ -80,12 +79,16 @@ def taps(g: Normalized) -> np.ndarray:
     return np.array([*places, -1, 0, -1])
 
 
-def table(
-    use: str, rows: list[np.ndarray | float], g: Normalized, channels: int, dtype: np.dtype
-) -> np.ndarray:
+@parallel
+def _repeat_rows(part, parts, rows, tables):
+    for i in range(len(rows)):
+        repeat(rows[i], tables[i])
+
+
+def table(use: str, rows: np.ndarray, g: Normalized, dtype: np.dtype) -> np.ndarray:
     """The values for the channels, repeated over g.channels, of the first of `rows`, then of the next."""
     result = scratch(use, len(rows) * g.channels, dtype)
-    between_jobs(set_rows, result.reshape(len(rows), -1, channels), *rows)
+    _repeat_rows(1, rows, result.reshape(len(rows), -1))
     return result
 
 
@@ -210,18 +213,14 @@ def _sums(part, parts, dout, argmax, x, mean, slabs, taps, g):
 
 def run_sums(
     dout: np.ndarray, argmax: np.ndarray, x: np.ndarray, mean: np.ndarray, g: Normalized
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each channel's sums, in float64, of the gradient and of its products with x - mean."""
-    channels = x.shape[-1]
-    center = table("center", [mean], g, channels, x.dtype)
+) -> np.ndarray:
+    """Slabs of each channel's sums of the gradient, and beside them of its products with x - mean."""
+    center = table("center", mean[np.newaxis], g, x.dtype)
     pieces = max(1, min(_PIECES, g.images * g.out_h))
     slabs = scratch("products", pieces * 2 * g.channels, np.float64).reshape(pieces, 2 * g.channels)
     parts = part_count(pieces, x.size)
     _sums(parts, dout.reshape(-1), argmax.reshape(-1), x.reshape(-1), center, slabs, taps(g), g)
-    total, product = np.empty((2, channels))
-    between_jobs(fold, slabs[:, : g.channels], total, 0)
-    between_jobs(fold, slabs[:, g.channels :], product, 0)
-    return total, product
+    return slabs
 
 
 @kernel

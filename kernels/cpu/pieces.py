@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..jit import entry, kernel
-from ..threads import span
+from ..jit import kernel
+from ..threads import parallel, span
 
 # Parts are whole blocks of elements: a boundary between them never falls inside a vector, so that every
 # element is computed by the same instruction however many threads there are.
@@ -21,6 +21,20 @@ def fill(row, value):
     """Overwrite a 1-D array; compiles in a tenth of the time that ``row[:] = value`` takes."""
     for k in range(row.size):
         row[k] = value
+
+
+@kernel
+def repeat(values, table):
+    """Overwrite a 1-D table with a row of values, again and again."""
+    done = min(values.size, table.size)
+    for k in range(done):
+        table[k] = values[k]
+    # What is there is doubled: long loops, however few the values.
+    while 0 < done < table.size:
+        more = table[done : 2 * done]
+        for k in range(more.size):
+            more[k] = table[k]
+        done += more.size
 
 
 @kernel
@@ -52,7 +66,7 @@ def piece_bounds(piece, pieces, size, width):
     return min(first * width, size), min(last * width, size)
 
 
-@entry
+@kernel
 def fold(slabs, out, accumulate):
     """Write to ``out[c]`` (or add to it) the sum of all ``slabs[:, c::out.size]``, in a fixed order.
 
@@ -70,3 +84,9 @@ def fold(slabs, out, accumulate):
         for k in range(c, width, out.size):
             total += sums[k]
         out[c] = out[c] + total if accumulate else total
+
+
+@parallel
+def add_up(part, parts, slabs, out, accumulate):
+    """`fold`, a job in one part."""
+    fold(slabs, out, accumulate)

@@ -136,20 +136,24 @@ def load(typing_context, source, index, mask):
     return vector(source, types.intp, mask), codegen
 
 
-@intrinsic
-def loads(typing_context, sources, index, mask):
-    """Vectors from each of a tuple of pointers; see `load`."""
-    vector = Vector(sources.dtype.dtype, mask.lanes)
+@intrinsic(prefer_literal=True)
+def loads(typing_context, count, source, index, step, mask):
+    """A tuple of `count` vectors, `step` elements apart, the first from source[index]; see `load`."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    vector = Vector(source.dtype, mask.lanes)
+    many = count.literal_value
+    several = types.UniTuple(vector, many)  # type: ignore[attr-defined]
 
     def codegen(context, builder, signature, values):
-        each = [
-            _load(context, builder, vector, source, *values[1:])
-            for source in cgutils.unpack_tuple(builder, values[0])
-        ]
-        return context.make_tuple(builder, signature.return_type, each)
+        _, pointer, place, distance, lanes = values
+        each = []
+        for _ in range(many):
+            each.append(_load(context, builder, vector, pointer, place, lanes))
+            place = builder.add(place, distance)
+        return context.make_tuple(builder, several, each)
 
-    several = types.UniTuple(vector, len(sources))  # type: ignore[attr-defined]
-    return several(sources, types.intp, mask), codegen
+    return several(count, source, types.intp, types.intp, mask), codegen
 
 
 @intrinsic

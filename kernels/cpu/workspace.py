@@ -6,6 +6,7 @@ in slices, because an index that Numba can't tell to be positive is tested at ev
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -16,11 +17,23 @@ from ..threads import recording
 
 _ALIGNMENT = 64
 
-_local = threading.local()
+# So many shapes of each thread's buffers are remembered.
+_MOST_VIEWS = 4096
 
 
-def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
-    """`size` elements of uninitialised memory, 1-D, valid until this thread asks for the same `use` again.
+class _Local(threading.local):
+    """A thread's buffers by use and dtype, and those cut to a shape."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[Any, np.ndarray] = {}
+        self.views: dict[Any, np.ndarray] = {}
+
+
+_local = _Local()
+
+
+def scratch(use: str, shape: int | tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    """Uninitialised memory of a shape, valid until this thread asks for the same `use` again.
 
     There is one growing buffer for each use and Python thread. Its pages are kept from call to call, so that
     a training step allocates nothing after its first. In a recording without calls each job gets memory of
@@ -28,13 +41,28 @@ def scratch(use: str, size: int, dtype: np.dtype | type) -> np.ndarray:
     """
     under_way = recording()
     if under_way is not None and not under_way.calls:
-        return _aligned(max(size, 1), dtype)[:size]
-    buffers: dict[Any, np.ndarray] = _local.__dict__
-    key = use, dtype
-    buffer = buffers.get(key)
-    if buffer is None or buffer.size < size:
-        buffer = buffers[key] = _aligned(max(size, 1), dtype)
-    return buffer[:size]
+        return _cut(_aligned(_size(shape), dtype), shape)
+    views = _local.views
+    view = views.get((use, shape, dtype))
+    if view is None:
+        buffers, size = _local.buffers, _size(shape)
+        buffer = buffers.get((use, dtype))
+        if buffer is None or buffer.size < size:
+            buffer = buffers[use, dtype] = _aligned(size, dtype)
+            # They hold the buffer that this one replaces.
+            views.clear()
+        if len(views) >= _MOST_VIEWS:
+            views.clear()
+        view = views[use, shape, dtype] = _cut(buffer, shape)
+    return view
+
+
+def _size(shape: int | tuple[int, ...]) -> int:
+    return max(shape if isinstance(shape, int) else math.prod(shape), 1)
+
+
+def _cut(buffer: np.ndarray, shape: int | tuple[int, ...]) -> np.ndarray:
+    return np.ndarray(shape, buffer.dtype, buffer)
 
 
 def _aligned(size: int, dtype: np.dtype | type) -> np.ndarray:
