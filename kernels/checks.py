@@ -151,6 +151,17 @@ def pair(name: str, value: Any, minimum: int = 0) -> tuple[int, int]:
     return integer(name, value[0], minimum), integer(name, value[1], minimum)
 
 
+def are_plain(*values: Any) -> bool:
+    """Whether each is an int, or a pair of them, of Python's own type: equal to nothing but its like.
+
+    Among keys of a cache that are checked so, no True is found for a 1.
+    """
+    for value in values:  # noqa: SIM110 (the generator would take longer than the tests)
+        if type(value) is not int and not _is_pair(value):
+            return False
+    return True
+
+
 def padding2d(value: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """An int, (height, width), or ((top, bottom), (left, right)), as the last."""
     if isinstance(value, str):

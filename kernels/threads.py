@@ -33,6 +33,7 @@ from .atomic import (
     atomic_load,
     atomic_store,
     atomic_swap_if,
+    naming,
     nap,
     pause,
     prepare,
@@ -371,29 +372,69 @@ class Parallel:
     """
 
     def __init__(self, func: Callable):
-        # Out of line: the thread that does its parts alone runs the same machine code as a team, so that no
-        # sum depends on which it was.
-        body = kernel(func, out_of_line=True)
-
-        def driver(control, parts, helpers, *args):
-            if helpers == _ALONE:
-                for part in range(parts):
-                    body(part, parts, *args)
-                return True
-            prepare(control, parts, body, args)
-            return _finish(control, parts, helpers)
-
         self.__doc__ = func.__doc__
         self.__name__ = func.__name__
+        self._func = func
+        self._driver: Any = None
+        # Which arguments are named tuples, and how to make plain ones of them.
+        self._named: list[tuple[int, Callable[[Any], tuple]]] = []
+
+    def _compile(self, args: tuple) -> None:
+        """Make the driver, for which arguments are named as these are."""
+        func, kinds = self._func, tuple(map(_kind, args))
+        self._named = [(i, _plainer(kind)) for i, kind in enumerate(kinds) if kind is not None]
+        # Out of line: the thread that does its parts alone runs the same machine code as a team, so that no
+        # sum depends on which it was.
+        body, named = kernel(func, out_of_line=True), naming(kinds)
+
+        def driver(control, parts, helpers, *args):
+            items = named(args)
+            if helpers == _ALONE:
+                for part in range(parts):
+                    body(part, parts, *items)
+                return True
+            prepare(control, parts, body, items)
+            return _finish(control, parts, helpers)
+
         self._driver = entry(driver, f"{func.__module__}.{func.__qualname__}")
 
     def __call__(self, parts: int, *args: Any) -> None:
+        if self._driver is None:
+            self._compile(args)
+        if self._named:
+            plain = list(args)
+            for i, plainer in self._named:
+                plain[i] = plainer(plain[i])
+            args = tuple(plain)
         if _active.recording is not None:
             _active.recording.note(self._driver, parts, args)
         elif parts == 1:
             self._driver(_team.control, 1, _ALONE, *args)
         else:
             _team.run(self._driver, parts, args)
+
+
+_Kind = tuple[type, tuple] | None
+
+
+def _kind(value: Any) -> _Kind:
+    """The class of a named tuple and the kinds of its items, or None for what is none; see `naming`."""
+    return (type(value), tuple(map(_kind, value))) if hasattr(value, "_fields") else None
+
+
+def _plainer(kind: tuple[type, tuple]) -> Callable[[Any], tuple]:
+    """A function that makes a plain tuple of a named one of this kind, and of its items."""
+    inner = [(i, _plainer(item)) for i, item in enumerate(kind[1]) if item is not None]
+    if not inner:
+        return tuple
+
+    def plainer(value: Any) -> tuple:
+        items = list(value)
+        for i, of_item in inner:
+            items[i] = of_item(items[i])
+        return tuple(items)
+
+    return plainer
 
 
 def parallel(func: Callable) -> Parallel:

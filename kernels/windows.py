@@ -86,6 +86,15 @@ def _windows(
     return Windows(height, width, channels, out_h, out_w, *kernel, *stride, *first, *dilation)
 
 
+def pool_settings(kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1) -> tuple[Any, ...]:
+    """The arguments of a pooling as keys of a cache, what was left out filled in."""
+    stride = kernel_size if stride is None else stride
+    if checks.are_plain(kernel_size, stride, padding, dilation):
+        return kernel_size, stride, padding, dilation
+    kernel, step = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
+    return kernel, step, checks.padding2d(padding), checks.pair("dilation", dilation, 1)
+
+
 def pool_padding(padding: Any, kernel_size: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The padding of each side of an image to be pooled, at most half of the kernel."""
     kernel = checks.pair("kernel_size", kernel_size, 1)

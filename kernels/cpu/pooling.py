@@ -7,9 +7,10 @@ fixed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ..windows import (
     argmax_dtype,
     average_axes,
     pool_padding,
+    pool_settings,
     pooled_windows,
     tap_table,
     windows,
@@ -33,6 +35,7 @@ from .workspace import scratch
 
 # In its place, every pixel of a window counts.
 _NO_ARGMAX = np.empty(0, np.uint8)
+_INT64 = np.dtype(np.int64)
 
 # Below so many channels, the windows around a pixel take longer by vectors than channel by channel.
 _NARROW = 33
@@ -40,7 +43,35 @@ _NARROW = 33
 
 def _lists(parts: int, taps: int) -> np.ndarray:
     """Room for each part's list of taps."""
-    return scratch("taps", parts * 2 * (taps + 1), np.int64).reshape(parts, 2 * (taps + 1))
+    return scratch("taps", (parts, 2 * (taps + 1)), _INT64)
+
+
+class _Largest(NamedTuple):
+    """What calls of `max_pool2d_forward` that differ in numbers only have in common."""
+
+    image: tuple[int, int, int]  # of the result
+    dtype: np.dtype  # of argmax
+    rows: np.ndarray
+    columns: np.ndarray
+    taps: pool_vectors.Taps
+    most: int  # taps of a window
+
+
+# Planning takes Python as long as the kernels take for a small image.
+@lru_cache(maxsize=512)
+def _plan_largest(
+    image: tuple[int, ...], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> _Largest:
+    pads = pool_padding(padding, kernel_size)
+    g = windows((1, *image), kernel_size, stride, pads, dilation, ceil_mode)
+    return _Largest(
+        (g.out_h, g.out_w, g.channels),
+        argmax_dtype(g),
+        tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h),
+        tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w),
+        _taps(g),
+        g.kernel_h * g.kernel_w,
+    )
 
 
 def max_pool2d_forward(
@@ -86,18 +117,16 @@ def max_pool2d_forward(
         If dtypes, ranks or sizes don't fit, no window fits, or the padding exceeds half the kernel.
     """
     x = checks.floating("x", x, 4)
-    stride = kernel_size if stride is None else stride
-    g = windows(x.shape, kernel_size, stride, pool_padding(padding, kernel_size), dilation, ceil_mode)
-    shape = (x.shape[0], g.out_h, g.out_w, g.channels)
+    settings = pool_settings(kernel_size, stride, padding, dilation)
+    plan = _plan_largest(x.shape[1:], *settings, bool(ceil_mode))
+    shape = (x.shape[0], *plan.image)
     y = checks.output("out", out, shape, x.dtype)
-    argmax = checks.output("out_argmax", out_argmax, shape, argmax_dtype(g))
+    argmax = checks.output("out_argmax", out_argmax, shape, plan.dtype)
     if y.size:
-        rows = tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h)
-        columns = tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w)
-        parts = part_count(shape[0] * g.out_h, x.size)
-        lists = _lists(parts, g.kernel_h * g.kernel_w)
-        flat = x.reshape(-1), y.reshape(-1), argmax.reshape(-1)
-        pool_vectors.max_forward(parts, *flat, rows, columns, lists, _taps(g))
+        parts = part_count(shape[0] * shape[1], x.size)
+        lists = _lists(parts, plan.most)
+        flat = x.ravel(), y.ravel(), argmax.ravel()
+        pool_vectors.max_forward(parts, *flat, plan.rows, plan.columns, lists, plan.taps)
     return y, argmax
 
 
@@ -160,16 +189,16 @@ def max_pool2d_backward(
     """
     dout = checks.floating("dout", dout, 4)
     shape = checks.shape4("x_shape", x_shape)
-    stride = kernel_size if stride is None else stride
-    g = pooled_windows(dout.shape, shape, kernel_size, stride, padding, dilation)
-    if argmax.dtype.newbyteorder("=") != argmax_dtype(g):
-        raise TypeError(f"argmax: dtype {argmax.dtype} is not {argmax_dtype(g)}")
+    settings = pool_settings(kernel_size, stride, padding, dilation)
+    g, dtype, apart = _plan_chosen(dout.shape, shape, *settings)
+    if argmax.dtype is not dtype and argmax.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"argmax: dtype {argmax.dtype} is not {dtype}")
     argmax = checks.contiguous(checks.same_shape("argmax", argmax, dout.shape))
     dx = checks.output("out", out, shape, dout.dtype)
     if not dx.size:
         return dx
-    if _are_apart(g):
-        _scatter(dout, argmax, 1.0, dx, g)
+    if apart is not None:
+        _scatter(dout, argmax, 1.0, dx, apart)
     elif g.channels < _NARROW:
         _scatter_narrow(dout, argmax, dx, g)
     else:
@@ -189,8 +218,29 @@ def max_pool2d_backward(
     return dx
 
 
+class _Apart(NamedTuple):
+    """Windows inside of the image, from its corner on, that don't overlap."""
+
+    windows: pool_vectors.Apart
+    taps: pool_vectors.Taps
+
+    @staticmethod
+    def of(g: Windows) -> _Apart:
+        """Windows that are such."""
+        return _Apart(pool_vectors.Apart(g.out_h, g.out_w, g.stride_h, g.stride_w, g.kernel_h), _taps(g))
+
+
+@lru_cache(maxsize=512)
+def _plan_chosen(
+    dout_shape: tuple[int, ...], x_shape: tuple[int, ...], *settings: Any
+) -> tuple[Windows, np.dtype, _Apart | None]:
+    """The windows of a max-pooling, the dtype of argmax, and how the windows lie if they are apart."""
+    g = pooled_windows(dout_shape, x_shape, *settings)
+    return g, argmax_dtype(g), _Apart.of(g) if _are_apart(g) else None
+
+
 def _are_apart(g: Windows) -> bool:
-    """Whether windows lie inside of the image, from its corner on, and don't overlap."""
+    """Whether windows are as in `_Apart`."""
     return (
         (g.top, g.left, g.dilation_h, g.dilation_w) == (0, 0, 1, 1)
         and g.stride_h >= g.kernel_h
@@ -200,13 +250,11 @@ def _are_apart(g: Windows) -> bool:
     )
 
 
-def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray, g: Windows) -> None:
-    """Overwrite dx with the gradient of windows that are apart."""
-    rows = dx.shape[0] * g.out_h
-    parts = part_count(rows, dx.size)
-    apart = pool_vectors.Apart(g.out_h, g.out_w, g.stride_h, g.stride_w, g.kernel_h)
-    flat = dout.reshape(-1), argmax.reshape(-1), factor, dx.reshape(-1)
-    pool_vectors.scatter(parts, *flat, apart, _lists(parts, g.kernel_h * g.kernel_w), _taps(g))
+def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray, g: _Apart) -> None:
+    """Overwrite dx with the gradient."""
+    parts = part_count(dx.shape[0] * g.windows.out_h, dx.size)
+    lists = _lists(parts, g.windows.kernel_h * g.taps.kernel_w)
+    pool_vectors.scatter(parts, dout.ravel(), argmax.ravel(), factor, dx.ravel(), g.windows, lists, g.taps)
 
 
 @lru_cache(maxsize=512)
@@ -251,29 +299,68 @@ def _mean_backward(part, parts, dout, dx, rows, columns, height, channels):
                 source += step
 
 
-def _run_mean(x: np.ndarray, rows: Axis, columns: Axis, y: np.ndarray) -> np.ndarray:
-    n, height, width, channels = x.shape
+class _Mean(NamedTuple):
+    """What calls of an average pooling that differ in numbers only have in common."""
+
+    image: tuple[int, int, int]  # of the result
+    rows: np.ndarray
+    columns: np.ndarray
+    taps: pool_vectors.Taps
+    most: int  # taps of a window
+    apart: _Apart | None
+    factor: float  # of one divisor for all, where windows are apart
+
+    @staticmethod
+    def of(image: tuple[int, ...], rows: Axis, columns: Axis) -> _Mean:
+        """The windows of two tables."""
+        height, width, channels = image
+        out = len(rows.table), len(columns.table), channels
+        apart = None
+        if rows.step and columns.step:
+            step = rows.step, columns.step
+            apart = _Apart.of(Windows(height, width, channels, *out[:2], *step, *step, 0, 0, 1, 1))
+        taps = pool_vectors.Taps(height, width, channels, columns.longest, 1, 1)
+        factor = 1 / (rows.divisor * columns.divisor) if apart else 0.0
+        return _Mean(out, rows.table, columns.table, taps, rows.longest * columns.longest, apart, factor)
+
+
+@lru_cache(maxsize=512)
+def _plan_sliding(
+    image: tuple[int, ...],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+) -> _Mean:
+    settings = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor
+    return _Mean.of(image, *average_axes((1, *image), *settings))
+
+
+@lru_cache(maxsize=512)
+def _plan_adaptive(image: tuple[int, ...], oh: int, ow: int) -> _Mean:
+    return _Mean.of(image, adaptive_axis(image[0], oh), adaptive_axis(image[1], ow))
+
+
+def _run_mean(x: np.ndarray, plan: _Mean, y: np.ndarray) -> np.ndarray:
     if y.size:
-        parts = part_count(n * len(rows.table), x.size)
-        lists = _lists(parts, rows.longest * columns.longest)
-        g = pool_vectors.Taps(height, width, channels, columns.longest, 1, 1)
-        flat = x.reshape(-1), y.reshape(-1)
-        pool_vectors.mean_forward(parts, *flat, rows.table, columns.table, lists, g)
+        parts = part_count(len(x) * plan.image[0], x.size)
+        lists = _lists(parts, plan.most)
+        pool_vectors.mean_forward(parts, x.ravel(), y.ravel(), plan.rows, plan.columns, lists, plan.taps)
     return y
 
 
-def _run_mean_backward(dout: np.ndarray, rows: Axis, columns: Axis, dx: np.ndarray) -> np.ndarray:
+def _run_mean_backward(dout: np.ndarray, plan: _Mean, dx: np.ndarray) -> np.ndarray:
     n, height, width, channels = dx.shape
-    out_h, out_w = len(rows.table), len(columns.table)
-    if dx.size and rows.step and columns.step:
-        step = rows.step, columns.step
-        g = Windows(height, width, channels, out_h, out_w, *step, *step, 0, 0, 1, 1)
-        _scatter(dout, _NO_ARGMAX, 1 / (rows.divisor * columns.divisor), dx, g)
+    if dx.size and plan.apart is not None:
+        _scatter(dout, _NO_ARGMAX, plan.factor, dx, plan.apart)
     elif dx.size:
+        out_h, out_w, _ = plan.image
         gradients = dout.reshape(n * out_h, out_w * channels)
         lines = dx.reshape(n * height, width * channels)
         parts = part_count(len(lines), dx.size)
-        _mean_backward(parts, gradients, lines, rows.table, columns.table, height, channels)
+        _mean_backward(parts, gradients, lines, plan.rows, plan.columns, height, channels)
     return dx
 
 
@@ -315,10 +402,10 @@ def avg_pool2d_forward(
         divisor is 0.
     """
     x = checks.floating("x", x, 4)
-    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    tables = average_axes(x.shape, *settings)
-    shape = (x.shape[0], len(tables[0].table), len(tables[1].table), x.shape[3])
-    return _run_mean(x, *tables, checks.output("out", out, shape, x.dtype))
+    divisor = None if divisor_override is None else operator.index(divisor_override)
+    settings = pool_settings(kernel_size, stride, padding)[:3]
+    plan = _plan_sliding(x.shape[1:], bool(ceil_mode), bool(count_include_pad), divisor, *settings)
+    return _run_mean(x, plan, checks.output("out", out, (x.shape[0], *plan.image), x.dtype))
 
 
 def avg_pool2d_backward(
@@ -355,10 +442,11 @@ def avg_pool2d_backward(
     """
     dout = checks.floating("dout", dout, 4)
     shape = checks.shape4("x_shape", x_shape)
-    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    tables = average_axes(shape, *settings)
-    checks.same_shape("dout", dout, (shape[0], len(tables[0].table), len(tables[1].table), shape[3]))
-    return _run_mean_backward(dout, *tables, checks.output("out", out, shape, dout.dtype))
+    divisor = None if divisor_override is None else operator.index(divisor_override)
+    settings = pool_settings(kernel_size, stride, padding)[:3]
+    plan = _plan_sliding(shape[1:], bool(ceil_mode), bool(count_include_pad), divisor, *settings)
+    checks.same_shape("dout", dout, (shape[0], *plan.image))
+    return _run_mean_backward(dout, plan, checks.output("out", out, shape, dout.dtype))
 
 
 def adaptive_avg_pool2d_forward(
@@ -386,10 +474,9 @@ def adaptive_avg_pool2d_forward(
         If dtypes, ranks or sizes don't fit, or the image or the output has no pixels.
     """
     x = checks.floating("x", x, 4)
-    n, height, width, channels = x.shape
     oh, ow = checks.pair("output_size", output_size, 1)
-    y = checks.output("out", out, (n, oh, ow, channels), x.dtype)
-    return _run_mean(x, adaptive_axis(height, oh), adaptive_axis(width, ow), y)
+    y = checks.output("out", out, (x.shape[0], oh, ow, x.shape[3]), x.dtype)
+    return _run_mean(x, _plan_adaptive(x.shape[1:], oh, ow), y)
 
 
 def adaptive_avg_pool2d_backward(
@@ -418,7 +505,7 @@ def adaptive_avg_pool2d_backward(
     oh, ow = checks.pair("dout", dout.shape[1:3], 1)
     checks.same_shape("dout", dout, (shape[0], oh, ow, shape[3]))
     dx = checks.output("out", out, shape, dout.dtype)
-    return _run_mean_backward(dout, adaptive_axis(shape[1], oh), adaptive_axis(shape[2], ow), dx)
+    return _run_mean_backward(dout, _plan_adaptive(shape[1:], oh, ow), dx)
 
 
 def global_avg_pool2d_forward(x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -440,9 +527,8 @@ def global_avg_pool2d_forward(x: np.ndarray, *, out: np.ndarray | None = None) -
         If dtypes, ranks or sizes don't fit, or the images have no pixels.
     """
     x = checks.floating("x", x, 4)
-    n, height, width, channels = x.shape
-    y = checks.output("out", out, (n, channels), x.dtype)
-    return _run_mean(x, adaptive_axis(height, 1), adaptive_axis(width, 1), y)
+    y = checks.output("out", out, (x.shape[0], x.shape[3]), x.dtype)
+    return _run_mean(x, _plan_adaptive(x.shape[1:], 1, 1), y)
 
 
 def global_avg_pool2d_backward(
@@ -470,4 +556,4 @@ def global_avg_pool2d_backward(
     shape = checks.shape4("x_shape", x_shape)
     checks.same_shape("dout", dout, (shape[0], shape[3]))
     dx = checks.output("out", out, shape, dout.dtype)
-    return _run_mean_backward(dout, adaptive_axis(shape[1], 1), adaptive_axis(shape[2], 1), dx)
+    return _run_mean_backward(dout, _plan_adaptive(shape[1:], 1, 1), dx)
