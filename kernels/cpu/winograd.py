@@ -65,7 +65,7 @@ _WIDEST = 64
 # With no more tiles and no fewer weights than these, the transformed weights would go to memory and come back
 # for little work. All tiles are one block then, and weights are transformed for so many channels at a time.
 _FEW_TILES = 96
-_MANY_WEIGHTS = 1 << 15
+_MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
 _NOWHERE = np.empty(0, np.uint8)
 _window_taps = lru_cache(maxsize=256)(window_taps)
