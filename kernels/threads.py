@@ -374,18 +374,18 @@ class Parallel:
     def __init__(self, func: Callable):
         self.__doc__ = func.__doc__
         self.__name__ = func.__name__
-        self._func = func
+        # Out of line: the thread that does its parts alone runs the same machine code as a team, so that no
+        # sum depends on which it was. Other kernels, too, may call it for a part.
+        self.body = kernel(func, out_of_line=True)
         self._driver: Any = None
         # Which arguments are named tuples, and how to make plain ones of them.
         self._named: list[tuple[int, Callable[[Any], tuple]]] = []
 
     def _compile(self, args: tuple) -> None:
         """Make the driver, for which arguments are named as these are."""
-        func, kinds = self._func, tuple(map(_kind, args))
+        func, kinds = self.body.py_func, tuple(map(_kind, args))
         self._named = [(i, _plainer(kind)) for i, kind in enumerate(kinds) if kind is not None]
-        # Out of line: the thread that does its parts alone runs the same machine code as a team, so that no
-        # sum depends on which it was.
-        body, named = kernel(func, out_of_line=True), naming(kinds)
+        body, named = self.body, naming(kinds)
 
         def driver(control, parts, helpers, *args):
             items = named(args)

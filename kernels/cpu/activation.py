@@ -157,7 +157,7 @@ def _slopes(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     weight = checks.floating("weight", weight, 1, x.dtype)
     if not x.ndim:
         raise ValueError("x: expected (..., C), got a scalar")
-    if weight.shape not in ((1,), x.shape[-1:]):
+    if weight.shape != (1,) and weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight: shape {weight.shape} is neither (1,) nor {x.shape[-1:]}, the channels of x"
         )

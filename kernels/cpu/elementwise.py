@@ -107,7 +107,7 @@ def elementwise(function: Callable) -> Elementwise:
 
 
 @lru_cache(maxsize=512)
-def _table(channels: int, dtype: np.dtype) -> tuple[int, int]:
+def table_sizes(channels: int, dtype: np.dtype) -> tuple[int, int]:
     """Elements after which channels, and if that isn't too long vectors, repeat; and elements of a table."""
     many = lanes(dtype)
     common = math.lcm(channels, many)
@@ -158,6 +158,7 @@ class Channelwise:
 
         name_after(function, body, "body")
         self._run = parallel(body)
+        self.body = self._run.body
         self.__doc__ = function.__doc__
 
     def __call__(self, y: np.ndarray, values: np.ndarray, *inputs: np.ndarray) -> None:
@@ -166,7 +167,7 @@ class Channelwise:
         A row of `values` has one for each channel, or one for all.
         """
         size, dtype = y.size, y.dtype
-        period, length = _table(values.shape[1], dtype)
+        period, length = table_sizes(values.shape[1], dtype)
         parts = part_count(blocks(size), size)
         tables = scratch("channels", (parts, len(values) * length), dtype)
         around = int(passes_caches(y, 1 + len(inputs)))

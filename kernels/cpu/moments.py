@@ -85,7 +85,7 @@ def _add_rows(x, start, rows, width, size, slab):
 
 
 @parallel
-def _moments(part, parts, x, slabs):
+def moments(part, parts, x, slabs):
     """For each piece and column: the sum, the sum of squared distances from the mean, and the count."""
     keep_out_of_line()
     pieces, _, width = slabs.shape
@@ -141,7 +141,7 @@ def batch_moments(x: np.ndarray) -> np.ndarray:
     """What `merge` takes, (pieces, 3, width), of an array that is not empty."""
     pieces = piece_count(x.size)
     slabs = scratch("moments", (pieces, 3, column_width(x.shape[-1], x.dtype)), _FLOAT64)
-    _moments(part_count(pieces, x.size), x.ravel(), slabs)
+    moments(part_count(pieces, x.size), x.ravel(), slabs)
     return slabs
 
 
@@ -193,12 +193,13 @@ class ColumnSums:
 
         name_after(function, body, "body")
         self._run = parallel(body)
+        self.body = self._run.body
         self.__doc__ = function.__doc__
 
     def __call__(self, values: np.ndarray, sums: int, *inputs: np.ndarray) -> np.ndarray:
         """Slabs of so many `sums` side by side, in float64, which `fold` adds up by channels."""
         size, dtype = inputs[0].size, inputs[0].dtype
-        pieces, width, is_whole = _columns(size, values.size, dtype)
+        pieces, width, is_whole = column_sizes(size, values.size, dtype)
         parts = part_count(pieces, size)
         tables = scratch("columns", (parts, width), dtype)
         slabs = scratch("column sums", (pieces, sums * width), _FLOAT64)
@@ -208,7 +209,7 @@ class ColumnSums:
 
 
 @lru_cache(maxsize=512)
-def _columns(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, bool]:
+def column_sizes(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, bool]:
     """Pieces in which to sum so many elements, columns of their rows, and whether these are whole vectors.
 
     Rows hold each channel equally often, in whole vectors if that isn't too long.
@@ -222,7 +223,7 @@ def _columns(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, bool]
 
 
 @ColumnSums
-def _products(arrays, start, rows, width, table, sums, k, mask, around):
+def products(arrays, start, rows, width, table, sums, k, mask, around):
     """Of the gradient, and of its products with x - center."""
     keep_in_line()
     dout, x = arrays
@@ -241,4 +242,4 @@ def _products(arrays, start, rows, width, table, sums, k, mask, around):
 
 def gradient_sums(dout: np.ndarray, x: np.ndarray, center: np.ndarray) -> np.ndarray:
     """Slabs of each channel's sums of dout, and beside them of dout * (x - center)."""
-    return _products(center, 2, dout, x)
+    return products(center, 2, dout, x)

@@ -12,15 +12,22 @@ import numpy as np
 
 from .. import checks
 from ..jit import kernel
-from ..threads import between_jobs, parallel
+from ..threads import between_jobs, parallel, part_count
 from . import normalized
-from .elementwise import channelwise
-from .moments import batch_moments, gradient_sums, merge
-from .pieces import fold
+from .elementwise import channelwise, table_sizes
+from .moments import batch_moments, column_sizes, column_width, gradient_sums, merge, moments, products
+from .pieces import blocks, fold, piece_count
 from .vectors import load, multiply_add
+from .workspace import scratch
 
 # In place of weight, bias or running statistics that there are not.
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
+_FLOAT64 = np.dtype(np.float64)
+
+
+def _is_small(size: int) -> bool:
+    """Whether all steps are done by one job, each in one part."""
+    return size > 0 and piece_count(size) == 1 and part_count(blocks(size), size) == 1
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -78,9 +85,11 @@ def batch_norm_forward(
     x = _channels_last(x)
     y = checks.output("out", out, x.shape, x.dtype)
     running = running_mean, running_var
-    mean, inv_std, rows = _statistics(
-        x, (weight, bias), running, training, momentum, eps, (out_mean, out_inv_std)
-    )
+    outputs = out_mean, out_inv_std
+    if _is_small(x.size):
+        mean, inv_std, _ = _statistics(x, (weight, bias), running, training, momentum, eps, outputs, y)
+        return y, mean, inv_std
+    mean, inv_std, rows = _statistics(x, (weight, bias), running, training, momentum, eps, outputs)
     if y.size:
         _normalize(y, rows, x)
     return y, mean, inv_std
@@ -125,6 +134,34 @@ def _take_moments(part, parts, slabs, running, momentum, eps, affine, mean, inv_
         _write(c, batch_mean, squares / count, eps, *affine, mean, inv_std, rows)
 
 
+_moments, _by_moments, _by_running = moments.body, _take_moments.body, _take_running.body
+_to_normal = _normalize.body
+
+
+@parallel
+def _forward_at_once(
+    part, parts, training, x, y, running, momentum, eps, affine, mean, inv_std, width, memory, tables, period
+):
+    """The statistics and the result of a small array."""
+    rows = memory[3 * width :].reshape(3, mean.size)
+    if training:
+        slabs = memory[: 3 * width].reshape(1, 3, width)
+        _moments(0, 1, x, slabs)
+        _by_moments(0, 1, slabs, running, momentum, eps, affine, mean, inv_std, rows)
+    else:
+        _by_running(0, 1, running, eps, affine, mean, inv_std, rows)
+    _to_normal(0, 1, y, rows, tables, period, 0, (x,))
+
+
+def _run_at_once(training, x, y, *given):
+    """Overwrite all that a small array's forward pass results in."""
+    channels = x.shape[-1]
+    width, (period, length) = column_width(channels, x.dtype), table_sizes(channels, x.dtype)
+    memory = scratch("moments", 3 * (width + channels), _FLOAT64)
+    tables = scratch("channels", (1, 3 * length), x.dtype)
+    _forward_at_once(1, training, x.ravel(), y.ravel(), *given, width, memory, tables, period)
+
+
 def _optional(name: str, values: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array with one value for each channel, or an empty one for None."""
     return _NOTHING[dtype] if values is None else checks.fitting(name, values, shape, dtype)
@@ -138,8 +175,12 @@ def _statistics(
     momentum: float,
     eps: float,
     out: tuple[np.ndarray | None, np.ndarray | None],
+    small: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """mean and inv_std, and the values for `_normalize`; in training the running statistics move."""
+    """mean and inv_std, and the values for `_normalize`; in training the running statistics move.
+
+    A `small` result is overwritten at once, and there are no such values.
+    """
     shape, dtype = x.shape[-1:], x.dtype
     weight = _optional("weight", affine[0], shape, dtype)
     bias = _optional("bias", affine[1], shape, dtype)
@@ -160,17 +201,20 @@ def _statistics(
         copies = _copies(running, moving, training)
     for array, copy in copies:
         between_jobs(np.copyto, copy, array)
-    rows = np.empty((3, channels))
-    results = (weight, bias), mean, inv_std, rows
-    if not training:
-        _take_running(1, moving, float(eps), *results)
+    settings = float(momentum), float(eps)
+    results = (weight, bias), mean, inv_std
+    rows = np.empty((3, channels)) if small is None else _NOTHING[_FLOAT64]
+    if small is not None:
+        _run_at_once(bool(training), x, small, moving, *settings, *results)
+    elif not training:
+        _take_running(1, moving, float(eps), *results, rows)
     elif count:
-        _take_moments(1, batch_moments(x), moving, float(momentum), float(eps), *results)
-        for array, copy in copies:
-            between_jobs(np.copyto, array, copy)
+        _take_moments(1, batch_moments(x), moving, *settings, *results, rows)
     else:
         zeros = np.zeros(channels, x.dtype)
-        _take_running(1, (zeros, zeros), float(eps), *results)
+        _take_running(1, (zeros, zeros), float(eps), *results, rows)
+    for array, copy in copies if training else ():
+        between_jobs(np.copyto, array, copy)
     return mean, inv_std, rows
 
 
@@ -241,14 +285,22 @@ def batch_norm_backward(
     dx = checks.output("out", out, x.shape, x.dtype)
     given = weight, mean, inv_std
 
+    out_sums = out_dweight, out_dbias
+    if training and _is_small(x.size):
+        arrays, adds = _gradient_arrays(x, given, out_sums, accumulate)
+        _run_back_at_once(dout, x, dx, arrays, adds)
+        return dx, arrays[3], arrays[4]
+
     def back(spread: np.ndarray) -> None:
         if training:
             _spread(dx, spread, dout, x)
         else:
             _scale(dx, spread[:1], dout)
 
-    sums = (out_dweight, out_dbias), accumulate
-    return dx, *_gradients(x, given, lambda center: gradient_sums(dout, x, center), back, *sums)
+    def sums(center: np.ndarray) -> np.ndarray:
+        return gradient_sums(dout, x, center)
+
+    return dx, *_gradients(x, given, sums, back, out_sums, accumulate)
 
 
 @channelwise(4)
@@ -281,6 +333,48 @@ def _take_sums(part, parts, slabs, count, weight, mean, inv_std, dweight, dbias,
         spread[2, c], spread[3, c] = -scale * total / count, -scale * product * std / count
 
 
+_products, _by_sums, _to_gradient = products.body, _take_sums.body, _spread.body
+
+
+@parallel
+def _backward_at_once(part, parts, dout, x, dx, arrays, adds, width, memory, tables, period):
+    """The sums and the gradient of a small array, in training."""
+    weight, mean, inv_std, dweight, dbias = arrays
+    slabs, spread = memory[: 2 * width].reshape(1, 2 * width), memory[2 * width :].reshape(4, mean.size)
+    _products(0, 1, (dout, x), mean, tables[:width].reshape(1, width), slabs, 0)
+    count = x.size // mean.size
+    _by_sums(0, 1, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread)
+    of_channels = tables[width:].reshape(1, tables.size - width)
+    _to_gradient(0, 1, dx, spread, of_channels, period, 0, (dout, x))
+
+
+def _run_back_at_once(
+    dout: np.ndarray, x: np.ndarray, dx: np.ndarray, arrays: tuple[np.ndarray, ...], adds: tuple[int, int]
+) -> None:
+    """Overwrite all that a small array's backward pass in training results in."""
+    channels, dtype = x.shape[-1], x.dtype
+    _, width, _ = column_sizes(x.size, channels, dtype)
+    period, length = table_sizes(channels, dtype)
+    memory = scratch("column sums", 2 * width + 4 * channels, _FLOAT64)
+    tables = scratch("columns", width + 4 * length, dtype)
+    flat = dout.ravel(), x.ravel(), dx.ravel()
+    _backward_at_once(1, *flat, arrays, adds, width, memory, tables, period)
+
+
+def _gradient_arrays(
+    x: np.ndarray, given: tuple, out: tuple[np.ndarray | None, np.ndarray | None], accumulate: bool
+) -> tuple[tuple[np.ndarray, ...], tuple[int, int]]:
+    """weight, mean, inv_std, dweight and dbias, and whether to add to the last two."""
+    shape, dtype = x.shape[-1:], x.dtype
+    weight = _optional("weight", given[0], shape, dtype)
+    mean = checks.fitting("mean", given[1], shape, dtype)
+    inv_std = checks.fitting("inv_std", given[2], shape, dtype)
+    dweight = checks.output("out_dweight", out[0], shape, dtype)
+    dbias = checks.output("out_dbias", out[1], shape, dtype)
+    adds = int(accumulate and out[0] is not None), int(accumulate and out[1] is not None)
+    return (weight, mean, inv_std, dweight, dbias), adds
+
+
 def _gradients(
     x: np.ndarray,
     given: tuple,
@@ -290,18 +384,13 @@ def _gradients(
     accumulate: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run `sums` and `back`; returns dweight and dbias. `given` holds weight, mean and inv_std."""
-    shape, dtype = x.shape[-1:], x.dtype
-    weight = _optional("weight", given[0], shape, dtype)
-    mean = checks.fitting("mean", given[1], shape, dtype)
-    inv_std = checks.fitting("inv_std", given[2], shape, dtype)
-    dweight = checks.output("out_dweight", out[0], shape, dtype)
-    dbias = checks.output("out_dbias", out[1], shape, dtype)
-    channels = shape[0]
-    adds = int(accumulate and out[0] is not None), int(accumulate and out[1] is not None)
+    arrays, adds = _gradient_arrays(x, given, out, accumulate)
+    _, mean, _, dweight, dbias = arrays
+    channels = mean.size
     count = x.size // max(channels, 1)
     slabs = sums(mean) if count else np.zeros((1, 2 * channels))
     spread = np.empty((4, channels))
-    _take_sums(1, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread)
+    _take_sums(1, slabs, count, *arrays, adds, spread)
     if count:
         back(spread)
     return dweight, dbias
