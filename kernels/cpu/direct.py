@@ -21,11 +21,12 @@ from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import overwrite_ranges
-from .workspace import clear, copy, scratch, set_start
+from .workspace import clear, copy, scratch
 
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 MULTIPLY_ADDS_PER_BYTE = 10
 NOWHERE = np.empty(0, np.uint8)
+_NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 @kernel
@@ -161,7 +162,8 @@ def _correlate(
 
 
 @parallel
-def _pack(part, parts, weight, positions, transposed, columns, packed):
+def _pack(part, parts, weight, positions, transposed, columns, bias, packed, start):
+    """The weights by panels, and what the sums of each panel start with."""
     keep_out_of_line()
     groups, panels, depth, width = packed.shape
     filters = weight.shape[2] // groups
@@ -171,6 +173,9 @@ def _pack(part, parts, weight, positions, transposed, columns, packed):
         g = task // panels
         p = task - g * panels
         many = min(columns - p * width, width)
+        biases = many if bias.size > 0 else 0
+        copy(bias, g * columns + p * width, start, task * width, biases)
+        clear(start, task * width + biases, width - biases)
         for t in range(positions.size):
             for i in range(inner):
                 target = packed[g, p, t * inner + i]
@@ -298,45 +303,45 @@ class Layer:
     ) -> None:
         """Correlate `x` with the weights at `positions`, plus `bias`, into `y`, through the epilogue `e`."""
         columns = (self.channels if transposed else self.filters) // self.groups
-        packed = self._packed(weight, positions, transposed, columns)
-        start = scratch("start", packed.shape[0] * packed.shape[1] * packed.shape[3], x.dtype)
-        between_jobs(set_start, start.reshape(self.groups, -1), bias)
-        b = table.blocks
+        packed, start = self._packed(weight, positions, transposed, columns, bias)
+        b, dtype = table.blocks, x.dtype
         images = x.shape[0]
-        items = images * b.blocks * packed.shape[0] * packed.shape[1]
+        groups, panels, _, width = packed.shape
+        items = images * b.blocks * groups * panels
         parts = part_count(items, images * self.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
-        windows = _windows(parts, b, x.dtype)
-        width = packed.shape[3]
-        block = b.rows * b.width * width if e.pool_h else 1
-        zs = scratch("rows", parts * block, x.dtype).reshape(parts, block)
-        ranges = scratch("ranges", parts * table.tiles.size, np.intp).reshape(parts, -1)
+        size = 1 if b.in_place else b.window_h * b.window_w * b.channels
+        windows = scratch("windows", (parts, size), dtype)
+        zs = scratch("rows", (parts, b.rows * b.width * width if e.pool_h else 1), dtype)
+        ranges = scratch("ranges", (parts, table.tiles.size), np.intp)
         _correlate(
             parts,
-            x.reshape(-1),
+            x.ravel(),
             images,
             packed,
             start,
-            y.reshape(-1),
+            y.ravel(),
             table,
             columns,
             windows,
             ranges,
             e,
             self._window_taps(e, width),
-            argmax.reshape(-1),
+            argmax.ravel(),
             zs,
         )
 
-    def _packed(self, weight, positions, transposed, columns):
-        width = simd.panel_width(weight.dtype)
+    def _packed(self, weight, positions, transposed, columns, bias):
+        groups, dtype = self.groups, weight.dtype
+        width = simd.panel_width(dtype)
         panels = -(-columns // width)
-        inner = (self.filters if transposed else self.channels) // self.groups
-        depth = len(positions) * inner
-        packed = scratch("weights", self.groups * panels * depth * width, weight.dtype)
-        packed = packed.reshape(self.groups, panels, depth, width)
-        parts = part_count(self.groups * panels, packed.nbytes)
-        _pack(parts, weight.reshape(-1, *weight.shape[2:]), positions, int(transposed), columns, packed)
-        return packed
+        inner = (self.filters if transposed else self.channels) // groups
+        packed = scratch("weights", (groups, panels, len(positions) * inner, width), dtype)
+        start = scratch("start", groups * panels * width, dtype)
+        taps = weight.reshape(-1, *weight.shape[2:])
+        biases = _NO_BIAS[dtype] if bias is None else bias
+        parts = part_count(groups * panels, packed.nbytes)
+        _pack(parts, taps, positions, int(transposed), columns, biases, packed, start)
+        return packed, start
 
 
 @lru_cache(maxsize=512)
@@ -396,21 +401,18 @@ def column_of_pixels(layer: Layer, images: int) -> Layer:
 
 def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     """Overwrite `y` with the convolution of `x`."""
-    layer = column_of_pixels(layer, x.shape[0])
-    x = x.reshape(-1, *layer.image, layer.channels)
+    column = column_of_pixels(layer, x.shape[0])
+    if column is not layer:
+        layer, x = column, x.reshape(1, *column.image, column.channels)
     layer.run(x, layer.forward_tables, weight, layer.positions, False, bias, y)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
-    layer = column_of_pixels(layer, dout.shape[0])
-    dout = dout.reshape(-1, *layer.out_image, layer.filters)
+    column = column_of_pixels(layer, dout.shape[0])
+    if column is not layer:
+        layer, dout = column, dout.reshape(1, *column.out_image, column.filters)
     if layer.rows.skips or layer.columns.skips:
         between_jobs(dx.fill, 0)
     for table, positions in layer.input_tables:
         layer.run(dout, table, weight, positions, True, None, dx)
-
-
-def _windows(parts: int, b: geometry.Blocks, dtype: np.dtype) -> np.ndarray:
-    size = 1 if b.in_place else b.window_h * b.window_w * b.channels
-    return scratch("windows", parts * size, dtype).reshape(parts, size)

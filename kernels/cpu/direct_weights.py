@@ -9,7 +9,6 @@ changes no bit of the result.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -275,8 +274,9 @@ def add_weight_gradient(
 ) -> None:
     """Add the weights' gradient to `dweight` and, of what `e` pooled, the bias's to `dbias`."""
     if not e.pool_h:
-        layer = column_of_pixels(layer, x.shape[0])
-        x = x.reshape(-1, *layer.image, layer.channels)
+        column = column_of_pixels(layer, x.shape[0])
+        if column is not layer:
+            layer, x = column, x.reshape(1, *column.image, column.channels)
     images, dtype = x.shape[0], dout.dtype
     width = simd.panel_width(dtype)
     of, cut, taps = _plan(layer, e, images, width, dtype.itemsize)
@@ -284,24 +284,24 @@ def add_weight_gradient(
     panels = cut.groups * -(-columns // width)
     depth = layer.rows.kernel * layer.columns.kernel * cut.channels
     shape = cut.pieces, cut.units, panels
-    partial = scratch("partial", prod(shape) * depth * width, dtype).reshape(*shape, depth, width)
-    biases = scratch("biases", prod(shape) * width, dtype).reshape(*shape[:2], -1)
+    partial = scratch("partial", (*shape, depth, width), dtype)
+    biases = scratch("biases", (cut.pieces, cut.units, panels * width), dtype)
     work = images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE
     parts = part_count(cut.pieces * cut.units, work)
     b = of.blocks
     window = 1 if b.in_place else b.window_h * b.window_w * b.channels
     _add_products(
         parts,
-        x.reshape(-1),
+        x.ravel(),
         images,
         dout.reshape(-1, layer.filters),
         of,
         cut,
         columns,
         partial,
-        scratch("windows", parts * window, dtype).reshape(parts, -1),
-        scratch("ranges", parts * of.tiles.size, np.intp).reshape(parts, -1),
-        scratch("spares", parts * b.rows * b.width * width, dtype).reshape(parts, -1),
+        scratch("windows", (parts, window), dtype),
+        scratch("ranges", (parts, of.tiles.size), np.intp),
+        scratch("spares", (parts, b.rows * b.width * width), dtype),
         e,
         taps,
         argmax.reshape(-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -29,11 +30,13 @@ TILE_VECTORS = 2
 TILE_ROWS = 6 if VECTOR_BITS == 256 else 8
 
 
+@cache
 def lanes(dtype: np.dtype | type) -> int:
     """Elements of `dtype` in one vector."""
     return VECTOR_BITS // (8 * np.dtype(dtype).itemsize)
 
 
+@cache
 def panel_width(dtype: np.dtype | type) -> int:
     """Columns of C that one tile computes."""
     return TILE_VECTORS * lanes(dtype)
