@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from ops import OPERATIONS
+from parity import assert_close
 
 import fastcnn
 from fastcnn.kernels import cpu, reference, threads
@@ -135,3 +137,23 @@ def test_pooled_forward_uses_it_too(monkeypatch):
     x, weight, bias = arguments((1, 8, 8, 32), 32, (3, 3), np.float32)
     cpu.conv2d_pool_forward(x, weight, bias, 2, padding=1)
     assert calls
+
+
+@pytest.fixture
+def none_are_few(monkeypatch):
+    monkeypatch.setattr(few_pixels, "suits_forward", lambda *arguments: False)
+    convolution._forward_way.cache_clear()
+    yield
+    convolution._forward_way.cache_clear()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", ["conv2d_forward", "conv2d_pool_forward"])
+def test_other_ways_do_the_same_rows(name, dtype, none_are_few):
+    """The table's images are so small that few of its rows reach the direct way otherwise."""
+    operation = next(operation for operation in OPERATIONS if operation.name == name)
+    for case, arguments in operation.calls(dtype):
+        actual = getattr(cpu, name)(**arguments)
+        expected = getattr(reference, name)(**arguments)
+        pairs = (actual, expected) if isinstance(actual, tuple) else ((actual,), (expected,))
+        assert_close(operation, arguments, *pairs, case)
