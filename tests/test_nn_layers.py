@@ -225,6 +225,24 @@ class TestConv2d:
         x = np.array([[[[1.0, 2.0, 3.0]]]], np.float32)
         np.testing.assert_array_equal(layer(x), [[[[21, 32, 3]]]])
 
+    def test_padding_that_is_set_later(self):
+        x, layer = draw(2, 3, 6, 7), nn.Conv2d(3, 4, 3)
+        net = nn.Sequential(layer, nn.ReLU())
+        for padding in (1, (2, 0), ((0, 1), (2, 1)), "same", "valid"):
+            for _ in range(4):
+                net(x)
+            layer.padding = padding
+            other = nn.Conv2d(3, 4, 3, padding=padding)
+            other.load_state_dict(layer.state_dict())
+            assert repr(layer) == repr(other)
+            for _ in range(4):
+                np.testing.assert_array_equal(net(x), np.maximum(other(x), 0))
+        for wrong in (-1, "full", None):
+            with pytest.raises((TypeError, ValueError), match="padding"):
+                layer.padding = wrong
+        assert layer.padding == "valid"
+        np.testing.assert_array_equal(net(x), np.maximum(other(x), 0))
+
     def test_padding_of_each_side(self):
         layer = nn.Conv2d(2, 3, 3, padding=((2, 0), (1, 3)))
         x = draw(2, 2, 5, 5)

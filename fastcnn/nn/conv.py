@@ -80,13 +80,22 @@ class Conv2d(Module):
         if padding_mode not in _MODES:
             raise ValueError(f"padding_mode: {padding_mode!r} is none of {', '.join(_MODES)}")
         self.padding_mode = padding_mode
-        self._pads = self._padding(padding)
-        self.padding = padding if isinstance(padding, str) else self._shown_padding(padding)
+        self.padding = padding
         dtype = float_dtype(dtype)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = Parameter(np.zeros(shape, dtype), order=(2, 3, 1, 0))
         self.register_parameter("bias", Parameter(np.zeros(out_channels, dtype)) if bias else None)
         self.reset_parameters()
+
+    @property
+    def padding(self) -> Any:
+        """As it was given; one number stands for two. It can be set, and counts from the next pass on."""
+        return self._shown
+
+    @padding.setter
+    def padding(self, padding: Any) -> None:
+        self._pads = self._padding(padding)
+        self._shown = padding if isinstance(padding, str) else self._shown_padding(padding)
 
     def _padding(self, padding: Any) -> Pads:
         if not isinstance(padding, str):

@@ -57,7 +57,8 @@ class Module:
 
     Each backward pass uses up what the forward pass before it kept. A module that a hand-written forward
     calls twice must therefore be two modules; `Sequential` and `Residual` take care of repeated ones
-    themselves.
+    themselves. The input and the result may be part of what is kept: don't overwrite them before the backward
+    pass.
     """
 
     training: bool
