@@ -12,7 +12,7 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count
-from .pieces import blocks, repeat, span_elements
+from .pieces import BLOCK, blocks, repeat, span_elements
 from .simd import VECTOR_BITS, lanes
 from .vectors import (
     LONG,
@@ -61,6 +61,14 @@ def name_after(function: Callable, part: Callable, name: str) -> None:
     part.__module__, part.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
 
 
+def _parts_and_way(y: np.ndarray, arrays: int) -> tuple[int, int]:
+    """In how many parts to overwrite y, and whether around the caches; see `passes_caches`."""
+    # The answers for a single block take a third of its time to find.
+    if y.size <= BLOCK:
+        return 1, 0
+    return part_count(blocks(y.size), y.size), int(passes_caches(y, arrays))
+
+
 class Elementwise:
     """A kernel ``y[i] = function(inputs[0][i], ..., number)``.
 
@@ -96,9 +104,8 @@ class Elementwise:
 
     def __call__(self, y: np.ndarray, number: Any, *inputs: np.ndarray) -> None:
         """Overwrite y; all arrays are C-contiguous and of one size."""
-        size = y.size
-        around = int(passes_caches(y, 1 + len(inputs)))
-        self._run(part_count(blocks(size), size), y.ravel(), number, around, tuple(map(flat, inputs)))
+        parts, around = _parts_and_way(y, 1 + len(inputs))
+        self._run(parts, y.ravel(), number, around, tuple(map(flat, inputs)))
 
 
 def elementwise(function: Callable) -> Elementwise:
@@ -166,11 +173,10 @@ class Channelwise:
 
         A row of `values` has one for each channel, or one for all.
         """
-        size, dtype = y.size, y.dtype
+        dtype = y.dtype
         period, length = table_sizes(values.shape[1], dtype)
-        parts = part_count(blocks(size), size)
+        parts, around = _parts_and_way(y, 1 + len(inputs))
         tables = scratch("channels", (parts, len(values) * length), dtype)
-        around = int(passes_caches(y, 1 + len(inputs)))
         self._run(parts, y.ravel(), values, tables, period, around, tuple(map(flat, inputs)))
 
 
