@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import reference
+from fastcnn.kernels import cpu, reference
 from fastcnn.kernels.cpu import direct, direct_weights
 from fastcnn.kernels.cpu.epilogue import NO_EPILOGUE, Epilogue
 
@@ -162,3 +162,13 @@ def test_pooled_gradients_in_units(case, dtype):
     expected = reference.conv2d_pool_backward_weight(dout, argmax, of.x, of.kernel, **pool)
     assert_close(dweight, expected[0])
     assert_close(dbias, expected[1])
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [1.0, True, (1.0, 1.0), (1, True)])
+def test_what_equals_a_known_setting_is_still_refused(name, value):
+    x, weight = np.ones((1, 5, 5, 3), np.float32), np.ones((3, 3, 3, 4), np.float32)
+    cpu.conv2d_forward(x, weight, **{name: 1})
+    cpu.conv2d_forward(x, weight, **{name: (1, 1)})
+    with pytest.raises(TypeError, match=f"^{name}: expected an int"):
+        cpu.conv2d_forward(x, weight, **{name: value})

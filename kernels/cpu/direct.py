@@ -363,11 +363,11 @@ def _cached_layer(
 def layer(x_shape, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> Layer:
     """The layer of checked arguments; None for `weight_channels` takes those that fit."""
     given = (x_shape[1:], kernel_size, weight_channels, filters, stride, padding, dilation, groups)
-    try:
+    pads = padding if type(padding) is tuple else (padding,)
+    if checks.are_plain(kernel_size, weight_channels or 1, filters, stride, *pads, dilation, groups):
         return _known_layer(*given)
-    except TypeError:
-        # Lists can't be looked up, and what is of a wrong type is told so.
-        return _checked_layer(*given)
+    # Lists can't be looked up, and what is of a wrong type would be found where its equal is.
+    return _checked_layer(*given)
 
 
 def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding, dilation, groups) -> Layer:
@@ -386,7 +386,7 @@ def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding
     )
 
 
-_known_layer = lru_cache(maxsize=512, typed=True)(_checked_layer)
+_known_layer = lru_cache(maxsize=512)(_checked_layer)
 
 
 @lru_cache(maxsize=512)
