@@ -6,16 +6,8 @@ from ops import OPERATIONS
 from parity import assert_close
 
 import fastcnn
-from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels import cpu, reference
 from fastcnn.kernels.cpu import convolution, direct, few_pixels, pooled_convolution
-
-
-@pytest.fixture
-def team():
-    before = threads.get_num_threads()
-    yield threads.set_num_threads
-    threads.set_num_threads(before)
-
 
 CASES = [
     # x, filters, kernel, how

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels import cpu, reference
 from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd, winograd_weights
 
 # The largest error, in units of the largest result, for standard normal images and weights.
@@ -17,13 +17,6 @@ def switch():
     before = fastcnn.get_winograd()
     yield fastcnn.set_winograd
     fastcnn.set_winograd(before)
-
-
-@pytest.fixture
-def team():
-    before = threads.get_num_threads()
-    yield threads.set_num_threads
-    threads.set_num_threads(before)
 
 
 CASES = [

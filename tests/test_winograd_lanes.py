@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import checks, cpu, reference, threads
+from fastcnn.kernels import checks, cpu, reference
 from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd_lanes, winograd_lanes_weights
 from fastcnn.kernels.cpu.epilogue import DEAD
 from fastcnn.kernels.cpu.winograd_points import TILE, matrices
@@ -36,13 +36,6 @@ def switch():
     before = fastcnn.get_winograd()
     yield fastcnn.set_winograd
     fastcnn.set_winograd(before)
-
-
-@pytest.fixture
-def team():
-    before = threads.get_num_threads()
-    yield threads.set_num_threads
-    threads.set_num_threads(before)
 
 
 def arguments(case):

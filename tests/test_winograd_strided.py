@@ -4,18 +4,11 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import cpu, reference, threads
+from fastcnn.kernels import cpu, reference
 from fastcnn.kernels.cpu import direct, winograd_strided
 
 # The largest error, in units of the largest result, for standard normal images and weights.
 BOUND = 2e-5
-
-
-@pytest.fixture
-def team():
-    before = threads.get_num_threads()
-    yield threads.set_num_threads
-    threads.set_num_threads(before)
 
 
 CASES = [

@@ -6,6 +6,7 @@ larger of two values is the larger after ReLU too, and ReLU then sees a quarter 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -131,6 +132,7 @@ def unpool_panel(dout, argmax, p0, rows, e, taps, z, width, sums, s0, columns):
                 _unpool_vector(gradients, where, s + c, offsets, area, block, t + c, totals, s0 + c, mask)
 
 
+@lru_cache(maxsize=512)
 def window_taps(e: Epilogue, width: int) -> np.ndarray:
     """Offsets of a window's pixels in a block whose pixels are `width` elements apart."""
     line = e.out_w * e.pool_w * width

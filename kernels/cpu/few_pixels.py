@@ -27,6 +27,7 @@ from .linear import linear_backward_input, linear_backward_weight
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import TALL_ROWS, add_rows, add_tiles, padded_rows
 from .vectors import pointer, prefetch
+from .winograd import panel_filters
 from .workspace import copy, scratch, set_start
 
 # With more pixels direct convolution takes less time; with few channels the sums of a block are short.
@@ -41,8 +42,6 @@ _FEWEST_WEIGHTS = 1 << 17
 # the second-level cache too.
 _CHANNELS = 64
 
-_window_taps = lru_cache(maxsize=256)(window_taps)
-
 
 class Sizes(NamedTuple):
     """The integers that the compiled driver reads."""
@@ -51,7 +50,7 @@ class Sizes(NamedTuple):
     pixels: int  # of all images that are summed: those that are pooled, or all
     filters: int
     panels: int  # of filters
-    width: int  # of a panel
+    panel: int  # filters in one
 
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
@@ -75,28 +74,18 @@ def _pixels(layer: Layer, images: int) -> int:
 
 
 @kernel
-def _panel_filters(g, panel, lanes):
-    """The first of a panel's filters, and how many: whole vectors, for which the last may begin earlier.
-
-    Of filters that are fewer than a vector holds there are just those.
-    """
-    many = min((g.filters - panel * g.width + lanes - 1) // lanes * lanes, g.width, g.filters)
-    return min(panel * g.width, g.filters - many), many
-
-
-@kernel
 def _write(z, g, panel, y, e, taps, argmax):
     """Write a panel's sums, or what `e` makes of them."""
-    filter0, many = _panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
+    filter0, many = panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
     pixels = g.pixels // g.images
     for n in range(g.images):
-        z0 = (panel * g.pixels + n * pixels) * g.width
+        z0 = (panel * g.pixels + n * pixels) * g.panel
         if e.pool_h > 0:
             y0 = n * e.out_h * e.out_w * g.filters + filter0
-            finish_panel(z[z0:], g.width, e.out_h, e, taps, y, y0, argmax, many)
+            finish_panel(z[z0:], g.panel, e.out_h, e, taps, y, y0, argmax, many)
         else:
             for p in range(pixels):
-                copy(z, z0 + p * g.width, y, (n * pixels + p) * g.filters + filter0, many)
+                copy(z, z0 + p * g.panel, y, (n * pixels + p) * g.filters + filter0, many)
 
 
 @parallel
@@ -111,15 +100,15 @@ def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, a
         weight = copied
     lo, hi = span(part, parts, g.panels)
     for panel in range(lo, hi):
-        filter0, many = _panel_filters(g, panel, lanes)
+        filter0, many = panel_filters(g, panel, lanes)
         for p in range(panel * g.pixels, (panel + 1) * g.pixels):
-            copy(bias, filter0, z, p * g.width, many)
+            copy(bias, filter0, z, p * g.panel, many)
     values = pointer(weight)
     for i in range(len(blocks)):
         w0, channel, depth, r0, r1 = blocks[i]
         following = blocks[min(i + 1, len(blocks) - 1), 0]
         for panel in range(lo, hi):
-            filter0, many = _panel_filters(g, panel, lanes)
+            filter0, many = panel_filters(g, panel, lanes)
             # Each tile fetches a vector of the next block's rows: a lone one leaves the others.
             for k in range(depth if r1 - r0 <= TALL_ROWS else 0):
                 for f in range(lanes, many, lanes):
@@ -137,7 +126,7 @@ def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, a
                 w0 + filter0,
                 g.filters,
                 z,
-                panel * g.pixels * g.width,
+                panel * g.pixels * g.panel,
                 crow,
                 many,
                 weight[following + filter0 :],
@@ -200,14 +189,14 @@ def forward(
 ) -> None:
     """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`."""
     g, tables = _plan(layer, x.shape[0], e, simd.panel_width(x.dtype))
-    start = scratch("start", g.panels * g.width, x.dtype)
+    start = scratch("start", g.panels * g.panel, x.dtype)
     between_jobs(set_start, start[np.newaxis], bias)
     parts = part_count(g.panels, x.shape[0] * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
-    z = scratch("products", g.panels * g.pixels * g.width, x.dtype)
+    z = scratch("products", g.panels * g.pixels * g.panel, x.dtype)
     lanes = simd.lanes(x.dtype)
     copied = scratch("weights", weight.size + lanes if layer.filters < lanes else 0, x.dtype)
     flat = x.reshape(-1), weight.reshape(-1), copied, start, y.reshape(-1)
-    _correlate(parts, *flat, g, tables, z, e, _window_taps(e, g.width), argmax.reshape(-1))
+    _correlate(parts, *flat, g, tables, z, e, window_taps(e, g.panel), argmax.reshape(-1))
 
 
 def _windows(layer: Layer) -> tuple[tuple, ...]:

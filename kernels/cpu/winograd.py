@@ -68,7 +68,6 @@ _FEW_TILES = 96
 _MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
 _NOWHERE = np.empty(0, np.uint8)
-_window_taps = lru_cache(maxsize=256)(window_taps)
 
 _enabled = True
 
@@ -126,9 +125,10 @@ class Tiling(NamedTuple):
 def panel_filters(g, panel, lanes):
     """The first of a panel's filters, and how many: whole vectors of them.
 
-    Where the filters don't fill the last vector, it begins earlier, and what it shares is computed twice.
+    Where the filters don't fill the last vector, it begins earlier, and what it shares is computed twice. Of
+    filters that are fewer than a vector holds there are just those.
     """
-    many = min((g.filters - panel * g.panel + lanes - 1) // lanes * lanes, g.panel)
+    many = min((g.filters - panel * g.panel + lanes - 1) // lanes * lanes, g.panel, g.filters)
     return min(panel * g.panel, g.filters - many), many
 
 
@@ -589,7 +589,7 @@ def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
     start = scratch("start", panels * g.panel, x.dtype)
     between_jobs(set_start, start[np.newaxis], bias)
     x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
-    end = (e, _window_taps(e, g.panel), argmax.reshape(-1))
+    end = (e, window_taps(e, g.panel), argmax.reshape(-1))
     run = _run_few if g.chunk else _run_many
     run(x, weight, int(transposed), start, y, g, tables, panels, end)
 
