@@ -228,7 +228,6 @@ class Layer:
         self.out_image = (self.rows.outputs, self.columns.outputs)
         taps = self.rows.kernel * self.columns.kernel * (channels // groups)
         self._pooled_tables: dict[tuple[int, int, int], Correlation] = {}
-        self._pool_taps: dict[tuple[int, int, int], np.ndarray] = {}
         self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 
     @cached_property
@@ -258,12 +257,6 @@ class Layer:
                 e.pool_h,
             )
         return self._pooled_tables[key]
-
-    def _window_taps(self, e: Epilogue, width: int) -> np.ndarray:
-        key = (e.pool_h, e.pool_w, width)
-        if key not in self._pool_taps:
-            self._pool_taps[key] = window_taps(e, width)
-        return self._pool_taps[key]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -325,7 +318,7 @@ class Layer:
             windows,
             ranges,
             e,
-            self._window_taps(e, width),
+            window_taps(e, width),
             argmax.ravel(),
             zs,
         )
