@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._device import device_of
-from ..kernels import checks
+from . import settings
 from ._arrays import (
     channels_first,
     channels_last,
@@ -83,6 +83,8 @@ class ReLU(_Elementwise):
     `inplace` is accepted for the sake of PyTorch code and changes nothing: the input is never modified.
     """
 
+    _settings: ClassVar = {"inplace": settings.flag}
+
     def __init__(self, inplace: bool = False):
         super().__init__()
         self.inplace = inplace
@@ -96,6 +98,9 @@ class ReLU(_Elementwise):
 
 class LeakyReLU(_Elementwise):
     """x where x > 0, else negative_slope * x. `inplace` is accepted and changes nothing."""
+
+    negative_slope: float
+    _settings: ClassVar = {"negative_slope": settings.number, "inplace": settings.flag}
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False):
         super().__init__()
@@ -127,12 +132,12 @@ class PReLU(Module):
     """
 
     weight: Parameter
+    _settings: ClassVar = {"num_parameters": settings.count, "init": settings.number}
 
     def __init__(self, num_parameters: int = 1, init: float = 0.25, dtype: Any = np.float32):
         super().__init__()
-        self.num_parameters = checks.integer("num_parameters", num_parameters, 1)
-        self.init = init
-        self.weight = Parameter(np.full(num_parameters, init, float_dtype(dtype)))
+        self.num_parameters, self.init = num_parameters, init
+        self.weight = Parameter(np.full(self.num_parameters, self.init, float_dtype(dtype)))
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the input."""
@@ -181,12 +186,11 @@ class _AlongAxis(Module):
     """Softmax or its logarithm along axis `dim`."""
 
     _kernel: str
+    _settings: ClassVar = {"dim": settings.whole}
 
     def __init__(self, dim: int):
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)):
-            raise TypeError(f"dim: expected an int, got {dim!r}")
-        self.dim = int(dim)
+        self.dim = dim
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the input."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._device import device_of
-from ..kernels import checks
 from ..kernels.threads import between_jobs
+from . import settings
 from ._arrays import channels_first, channels_last, float_dtype, floats, gradient
 from .module import Module
 from .parameter import Parameter
@@ -31,7 +31,8 @@ class _BatchNorm(Module):
     affine : bool
         Whether there are weight and bias.
     track_running_stats : bool
-        False: evaluation takes the batch's statistics too.
+        False: there are none, and evaluation takes the batch's statistics too. Set to False later, it stops
+        training from moving those that there are, which evaluation takes nevertheless, as in PyTorch.
     dtype : float32 or float64
 
     Attributes
@@ -48,6 +49,15 @@ class _BatchNorm(Module):
     running_var: np.ndarray
     num_batches_tracked: np.ndarray
     _ranks: tuple[int, ...]
+    eps: float
+    momentum: float | None
+    _settings: ClassVar = {
+        "num_features": settings.count,
+        "eps": settings.number,
+        "momentum": settings.optional(settings.number),
+        "affine": settings.flag,
+        "track_running_stats": settings.flag,
+    }
 
     def __init__(
         self,
@@ -59,20 +69,24 @@ class _BatchNorm(Module):
         dtype: Any = np.float32,
     ):
         super().__init__()
-        self.num_features = checks.integer("num_features", num_features, 1)
-        self.eps, self.momentum = eps, momentum
-        self.affine, self.track_running_stats = bool(affine), bool(track_running_stats)
-        dtype = float_dtype(dtype)
-        self.register_parameter("weight", Parameter(np.ones(num_features, dtype)) if affine else None)
-        self.register_parameter("bias", Parameter(np.zeros(num_features, dtype)) if affine else None)
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        features, dtype = self.num_features, float_dtype(dtype)
+        self.register_parameter("weight", Parameter(np.ones(features, dtype)) if affine else None)
+        self.register_parameter("bias", Parameter(np.zeros(features, dtype)) if affine else None)
         tracked = self.track_running_stats
-        self.register_buffer("running_mean", np.zeros(num_features, dtype) if tracked else None)
-        self.register_buffer("running_var", np.ones(num_features, dtype) if tracked else None)
+        self.register_buffer("running_mean", np.zeros(features, dtype) if tracked else None)
+        self.register_buffer("running_var", np.ones(features, dtype) if tracked else None)
         self.register_buffer("num_batches_tracked", np.array(0, np.int64) if tracked else None)
+
+    @property
+    def _has_statistics(self) -> bool:
+        """Whether there are running statistics; `track_running_stats` says whether training moves them."""
+        return self.running_mean is not None
 
     def reset_running_stats(self) -> None:
         """Start the running statistics afresh."""
-        if self.track_running_stats:
+        if self._has_statistics:
             self.running_mean[...] = 0
             self.running_var[...] = 1
             self.num_batches_tracked[...] = 0
@@ -110,9 +124,9 @@ class _BatchNorm(Module):
     def _begin(self, input: np.ndarray) -> tuple[np.ndarray, bool, tuple[Any, Any], float]:
         """Count a forward pass: its input, channels last, whether the batch's statistics serve, which
         running statistics take part, and with what momentum they change."""
-        batch_statistics = self.training or not self.track_running_stats
+        batch_statistics = self.training or not self._has_statistics
         x = self._input(input, batch_statistics)
-        track = self.training and self.track_running_stats
+        track = self.training and self.track_running_stats and self._has_statistics
         momentum = self.momentum
         if track:
             count = self.num_batches_tracked

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._device import device_of
 from ..kernels import checks
-from . import init
+from . import init, settings
 from ._arrays import float_dtype, images, shown, stored
 from .module import Module
 from .parameter import Parameter
@@ -17,6 +17,15 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # NumPy's names of PyTorch's padding modes.
 _MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def _shown_padding(name: str, padding: Any) -> Any:
+    """`padding` as a layer shows it: one number stands for two."""
+    if not isinstance(padding, str):
+        return checks.padding2d(padding) if np.ndim(padding) == 2 else checks.pair(name, padding)
+    if padding not in ("valid", "same"):
+        raise ValueError(f"{name}: {padding!r} is neither 'valid' nor 'same'")
+    return padding
 
 
 class Conv2d(Module):
@@ -53,6 +62,19 @@ class Conv2d(Module):
 
     weight: Parameter
     bias: Parameter | None
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    _settings: ClassVar = {
+        "in_channels": settings.count,
+        "out_channels": settings.count,
+        "kernel_size": settings.size,
+        "stride": settings.size,
+        "padding": _shown_padding,
+        "dilation": settings.size,
+        "groups": settings.count,
+        "padding_mode": settings.choice(*_MODES),
+    }
 
     def __init__(
         self,
@@ -68,49 +90,32 @@ class Conv2d(Module):
         dtype: Any = np.float32,
     ):
         super().__init__()
-        self.in_channels = checks.integer("in_channels", in_channels, 1)
-        self.out_channels = checks.integer("out_channels", out_channels, 1)
-        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
-        self.stride = checks.pair("stride", stride, 1)
-        self.dilation = checks.pair("dilation", dilation, 1)
-        self.groups = checks.integer("groups", groups, 1)
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                raise ValueError(f"{name}: {channels} is not divisible by groups {groups}")
-        if padding_mode not in _MODES:
-            raise ValueError(f"padding_mode: {padding_mode!r} is none of {', '.join(_MODES)}")
-        self.padding_mode = padding_mode
-        self.padding = padding
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.groups, self.padding_mode, self.padding = groups, padding_mode, padding
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % self.groups:
+                raise ValueError(f"{name}: {getattr(self, name)} is not divisible by groups {self.groups}")
+        # Each setting is right by itself now; these two also together?
+        self._pads  # noqa: B018
         dtype = float_dtype(dtype)
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         self.weight = Parameter(np.zeros(shape, dtype), order=(2, 3, 1, 0))
-        self.register_parameter("bias", Parameter(np.zeros(out_channels, dtype)) if bias else None)
+        self.register_parameter("bias", Parameter(np.zeros(self.out_channels, dtype)) if bias else None)
         self.reset_parameters()
 
     @property
-    def padding(self) -> Any:
-        """As it was given; one number stands for two. It can be set, and counts from the next pass on."""
-        return self._shown
-
-    @padding.setter
-    def padding(self, padding: Any) -> None:
-        self._pads = self._padding(padding)
-        self._shown = padding if isinstance(padding, str) else self._shown_padding(padding)
-
-    def _padding(self, padding: Any) -> Pads:
+    def _pads(self) -> Pads:
+        """((top, bottom), (left, right)): what `padding` means with the other settings."""
+        padding = self.padding
         if not isinstance(padding, str):
             return checks.padding2d(padding)
-        if padding not in ("valid", "same"):
-            raise ValueError(f"padding: {padding!r} is neither 'valid' nor 'same'")
         if padding == "valid":
             return (0, 0), (0, 0)
         if self.stride != (1, 1):
             raise ValueError(f"padding: 'same' is not defined for stride {self.stride}")
         height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return (height // 2, height - height // 2), (width // 2, width - width // 2)
-
-    def _shown_padding(self, padding: Any) -> Any:
-        return self._pads if np.ndim(padding) == 2 else checks.pair("padding", padding)
 
     def reset_parameters(self) -> None:
         """Draw new initial values from the default generator."""

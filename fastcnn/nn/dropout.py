@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from .._device import device_of
 from .._random import draw_seed
 from ..kernels.threads import between_jobs
+from . import settings
 from ._arrays import contiguous, floats, gradient, inverse, memory_order
 from .module import Module
 
@@ -30,11 +33,12 @@ class Dropout(Module):
         Accepted for the sake of PyTorch code; the input is never modified.
     """
 
+    p: float
+    _settings: ClassVar = {"p": settings.share, "inplace": settings.flag}
+
     def __init__(self, p: float = 0.5, inplace: bool = False):
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p: {p} is not between 0 and 1")
-        self.p, self.inplace = float(p), inplace
+        self.p, self.inplace = p, inplace
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the input."""

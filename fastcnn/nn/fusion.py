@@ -66,6 +66,7 @@ class ConvPool:
         self.conv, self.relu, self.pool = conv, relu, pool
         self.pool_size = (1, 1) if pool is None else pool.kernel_size
         # A changed layer makes a new run, so that what follows from its settings is computed once.
+        self._kernel_size = conv.kernel_size
         self._geometry = (conv.stride, conv._pads, conv.dilation, conv.groups)
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
@@ -109,7 +110,7 @@ class ConvPool:
                 dout,
                 argmax,
                 x,
-                conv.kernel_size,
+                self._kernel_size,
                 self.pool_size,
                 *self._geometry,
                 out=weight.grad_memory if weight.requires_grad else None,
@@ -206,7 +207,7 @@ class ConvNorm:
 
     def _folds(self, input: Any) -> bool:
         conv, norm = self.conv, self.norm.norm
-        if is_grad_enabled() or norm.training or not norm.track_running_stats or not norm.eps > 0:
+        if is_grad_enabled() or norm.training or not norm._has_statistics or not norm.eps > 0:
             return False
         # What is wrong with an input is the layers' to say.
         if getattr(input, "ndim", 0) != 4 or norm.running_mean.dtype != conv.weight.dtype:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._device import device_of
-from ..kernels import checks
-from . import init
+from . import init, settings
 from ._arrays import contiguous, float_dtype, floats, gradient
 from .module import Module
 from .parameter import Parameter
@@ -33,14 +32,14 @@ class Linear(Module):
 
     weight: Parameter
     bias: Parameter | None
+    _settings: ClassVar = {"in_features": settings.count, "out_features": settings.count}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: Any = np.float32):
         super().__init__()
-        self.in_features = checks.integer("in_features", in_features, 1)
-        self.out_features = checks.integer("out_features", out_features, 1)
+        self.in_features, self.out_features = in_features, out_features
         dtype = float_dtype(dtype)
-        self.weight = Parameter(np.zeros((out_features, in_features), dtype), order=(1, 0))
-        self.register_parameter("bias", Parameter(np.zeros(out_features, dtype)) if bias else None)
+        self.weight = Parameter(np.zeros((self.out_features, self.in_features), dtype), order=(1, 0))
+        self.register_parameter("bias", Parameter(np.zeros(self.out_features, dtype)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,6 +123,8 @@ class _Reshape(Module):
 class Flatten(_Reshape):
     """Axes `start_dim` to `end_dim` as one, in PyTorch's order: C, H, W."""
 
+    _settings: ClassVar = {"start_dim": settings.whole, "end_dim": settings.whole}
+
     def __init__(self, start_dim: int = 1, end_dim: int = -1):
         super().__init__()
         self.start_dim, self.end_dim = start_dim, end_dim
@@ -141,16 +142,24 @@ class Flatten(_Reshape):
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
 
 
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Sizes of axes, at most one of them -1."""
+    sizes = tuple(value)
+    if sizes.count(-1) > 1 or any(
+        isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < -1 for size in sizes
+    ):
+        raise ValueError(f"{name}: {value!r} must be sizes, at most one of them -1")
+    return tuple(int(size) for size in sizes)
+
+
 class Unflatten(_Reshape):
     """Axis `dim` cut into `unflattened_size`, of which one may be -1."""
 
+    _settings: ClassVar = {"dim": settings.whole, "unflattened_size": _sizes}
+
     def __init__(self, dim: int, unflattened_size: tuple[int, ...]):
         super().__init__()
-        self.dim, self.unflattened_size = dim, tuple(unflattened_size)
-        if sum(size == -1 for size in self.unflattened_size) > 1 or any(
-            not isinstance(size, (int, np.integer)) or size < -1 for size in self.unflattened_size
-        ):
-            raise ValueError(f"unflattened_size: {unflattened_size!r} must be sizes, at most one of them -1")
+        self.dim, self.unflattened_size = dim, unflattened_size
 
     def _new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         dim = _axis("dim", self.dim, len(shape))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .._device import device_of, host
+from .._device import device_of, host, is_array
 from ..kernels import checks
+from . import settings
 from ._arrays import channels_first, channels_last, contiguous, floats
 from .module import Module
 from .parameter import FLOATS
+
+
+def _factors(name: str, value: Any) -> Any:
+    """A factor for each class, in memory of its own."""
+    on_device = is_array(value) and not isinstance(value, np.ndarray)
+    return value if on_device else checks.floating(name, value, 1).copy()
 
 
 class CrossEntropyLoss(Module):
@@ -34,6 +41,14 @@ class CrossEntropyLoss(Module):
     """
 
     weight: np.ndarray | None
+    reduction: str
+    label_smoothing: float
+    _settings: ClassVar = {
+        "weight": settings.optional(_factors),
+        "ignore_index": settings.whole,
+        "reduction": settings.choice("mean", "sum", "none"),
+        "label_smoothing": settings.share,
+    }
 
     def __init__(
         self,
@@ -43,16 +58,9 @@ class CrossEntropyLoss(Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: {reduction!r} is none of 'mean', 'sum', 'none'")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
-        if weight is not None:
-            weight = checks.floating("weight", weight, 1).copy()
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = float(label_smoothing)
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.label_smoothing = label_smoothing
 
     def forward(self, input: np.ndarray, target: np.ndarray) -> Any:
         """The loss of scores `input` for `target`.

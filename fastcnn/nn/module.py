@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -58,7 +58,8 @@ class Module:
     Each backward pass uses up what the forward pass before it kept. A module that a hand-written forward
     calls twice must therefore be two modules; `Sequential` and `Residual` take care of repeated ones
     themselves. The input and the result may be part of what is kept: don't overwrite them before the backward
-    pass.
+    pass. A layer's settings can be assigned at any time and count from its next forward pass on; what it kept
+    of the last one is forgotten.
     """
 
     training: bool
@@ -66,6 +67,15 @@ class Module:
     _buffers: dict[str, np.ndarray | None]
     _modules: dict[str, Module | None]
     _not_saved: set[str]
+    # How each setting of a layer is checked, and what is stored of it, whenever it is assigned: in the
+    # constructor and later. A subclass lists its own, to which those of its bases are added.
+    _settings: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._settings = dict(
+            setting for base in reversed(cls.__mro__) for setting in vars(base).get("_settings", {}).items()
+        )
 
     def __init__(self) -> None:
         self.__dict__.update(
@@ -78,6 +88,10 @@ class Module:
         if isinstance(value, (Parameter, Module)):
             self._register(name, value)
             return
+        if name in type(self)._settings:
+            value = type(self)._settings[name](name, value)
+            # A backward pass needs the settings of its forward pass.
+            self.__dict__["_saved"] = None
         if name in (self.__dict__.get("_parameters") or ()):
             self._expect(name, value, "Parameter", isinstance(value, Parameter))
             self._parameters[name] = value

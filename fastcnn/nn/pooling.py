@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._device import device_of, host
 from ..kernels import checks
+from . import settings
 from ._arrays import images, shown, stored
 from .module import Module
 
@@ -38,16 +39,28 @@ def pool_output(
 class _Pool2d(Module):
     """What the windows of both poolings have in common."""
 
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool
+    _settings: ClassVar = {
+        "kernel_size": settings.size,
+        "stride": settings.size,
+        "padding": checks.pair,
+        "ceil_mode": settings.flag,
+    }
 
-    def _set_window(
-        self, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-    ) -> None:
-        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
-        self.stride = self.kernel_size if stride is None else checks.pair("stride", stride, 1)
-        self.padding = checks.pair("padding", padding)
-        self.dilation = checks.pair("dilation", dilation, 1)
-        self.ceil_mode = bool(ceil_mode)
+    def _set_window(self, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> None:
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.ceil_mode = ceil_mode
+        self._check_window()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self.kernel_size if name == "stride" and value is None else value)
+
+    def _check_window(self) -> None:
+        """What a window's settings must be together, whichever of them was set last."""
         if any(p > k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError(f"padding: {self.padding} is more than half of kernel_size {self.kernel_size}")
 
@@ -57,8 +70,9 @@ class _Pool2d(Module):
         Raises
         ------
         ValueError
-            If the kernel is larger than the padded image.
+            If the kernel is larger than the padded image, or the padding than half of the kernel.
         """
+        self._check_window()
         channels, height, width = input_shape
         top, left = (
             pool_output(size, kernel, stride, padding, dilation, self.ceil_mode)
@@ -91,6 +105,8 @@ class MaxPool2d(_Pool2d):
         Whether a last window that reaches beyond the image counts.
     """
 
+    _settings: ClassVar = {"dilation": settings.size, "return_indices": settings.flag}
+
     def __init__(
         self,
         kernel_size: Any,
@@ -101,15 +117,15 @@ class MaxPool2d(_Pool2d):
         ceil_mode: bool = False,
     ):
         super().__init__()
-        self._set_window(kernel_size, stride, padding, dilation, ceil_mode)
-        self.return_indices = bool(return_indices)
-        self._argmax_dtype = np.min_scalar_type(self.kernel_size[0] * self.kernel_size[1] - 1)
+        self._set_window(kernel_size, stride, padding, ceil_mode)
+        self.dilation, self.return_indices = dilation, return_indices
 
     def forward(self, input: np.ndarray) -> Any:
         """Pool (N, C, H, W) or (C, H, W)."""
         x = images(input)
         on, y = device_of(x), self._output(x)
-        argmax = on.empty(y.shape, self._argmax_dtype)
+        kh, kw = self.kernel_size
+        argmax = on.empty(y.shape, np.min_scalar_type(kh * kw - 1))
         on.kernels.max_pool2d_forward(
             x,
             self.kernel_size,
@@ -157,6 +173,13 @@ class MaxPool2d(_Pool2d):
         )
 
 
+def _divisor(name: str, value: Any) -> int:
+    """An int that can divide."""
+    if (divisor := settings.whole(name, value)) == 0:
+        raise ValueError(f"{name}: 0 divides nothing")
+    return divisor
+
+
 class AvgPool2d(_Pool2d):
     """The mean of each window.
 
@@ -175,6 +198,11 @@ class AvgPool2d(_Pool2d):
         Divide by this instead of the number of pixels.
     """
 
+    _settings: ClassVar = {
+        "count_include_pad": settings.flag,
+        "divisor_override": settings.optional(_divisor),
+    }
+
     def __init__(
         self,
         kernel_size: Any,
@@ -185,11 +213,8 @@ class AvgPool2d(_Pool2d):
         divisor_override: int | None = None,
     ):
         super().__init__()
-        self._set_window(kernel_size, stride, padding, 1, ceil_mode)
-        self.count_include_pad = bool(count_include_pad)
-        if divisor_override is not None and divisor_override == 0:
-            raise ValueError("divisor_override: 0 divides nothing")
-        self.divisor_override = divisor_override
+        self._set_window(kernel_size, stride, padding, ceil_mode)
+        self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
 
     def _window(self) -> tuple:
         return (
@@ -227,6 +252,14 @@ class AvgPool2d(_Pool2d):
         return ", ".join(f"{name}={_short(size)}" for name, size in sizes.items())
 
 
+def _output_sizes(name: str, value: Any) -> tuple[int | None, ...]:
+    """Two sizes for one or two, any of them None."""
+    sizes = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sizes) != 2:
+        raise ValueError(f"{name}: expected an int or two, got {value!r}")
+    return tuple(None if size is None else settings.count(name, size) for size in sizes)
+
+
 class AdaptiveAvgPool2d(Module):
     """Means over windows that cut the image into `output_size` parts as even as can be.
 
@@ -236,14 +269,11 @@ class AdaptiveAvgPool2d(Module):
         None for an axis keeps its size.
     """
 
+    _settings: ClassVar = {"output_size": _output_sizes}
+
     def __init__(self, output_size: Any):
         super().__init__()
-        sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
-        if len(sizes) != 2:
-            raise ValueError(f"output_size: expected an int or two, got {output_size!r}")
-        self.output_size = tuple(
-            None if size is None else checks.integer("output_size", size, 1) for size in sizes
-        )
+        self.output_size = output_size
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, Ho, Wo) for images of (C, H, W)."""

@@ -72,9 +72,8 @@ def _is_playable(module: Module, batches: bool) -> bool:
     """Whether all that a layer does now in a pass, of one image or of batches, is known to a recording."""
     if type(module) not in _LAYERS or {"forward", "backward"} & vars(module).keys():
         return False
-    # What would change without notice, or be run by others.
-    settings = [value for name, value in vars(module).items() if name not in module._buffers]
-    if any(isinstance(value, (np.ndarray, list)) for value in settings) or list(module.children()):
+    # What would be run by others.
+    if list(module.children()):
         return False
     if isinstance(module, conv.Conv2d):
         return module.padding_mode == "zeros" and (batches or module.groups == 1)
@@ -82,7 +81,7 @@ def _is_playable(module: Module, batches: bool) -> bool:
         # Without a momentum each batch counts less than the one before it.
         if batches:
             return module.momentum is not None
-        return not module.training and module.track_running_stats
+        return not module.training and module._has_statistics
     if isinstance(module, dropout.Dropout):
         return batches or not module.training or module.p == 0
     return not (isinstance(module, pooling.MaxPool2d) and module.return_indices)
