@@ -137,6 +137,17 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+class _Library(JITCodeLibrary):
+    """Numba's library of a function's code, optimised as a whole once.
+
+    Numba's own does so twice, for the sake of counts of references, which kernels don't have.
+    """
+
+    def _optimize_final_module(self) -> None:
+        manager, builder = self._codegen._module_pass_manager()
+        manager.run(self._final_module, builder)
+
+
 class _LinkedLibrary(JITCodeLibrary):
     """The code of a kernel that only kernels call: LLVM's IR, which the caller optimises with its own."""
 
@@ -171,18 +182,35 @@ class _LinkedLowering(NativeLowering):
         return changed
 
 
-class _LinkedCompiler(CompilerBase):
-    """Numba's compiler with `_LinkedLowering` for its last pass but one."""
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _EntryLowering(NativeLowering):
+    """Numba's lowering into a `_Library`."""
 
-    out_of_line = False
+    _name = "fastcnn_entry_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return super().run_pass(state)
+
+
+class _EntryCompiler(CompilerBase):
+    """Numba's compiler with another lowering."""
+
+    lowering: type = _EntryLowering
 
     def define_pipelines(self) -> list[Any]:
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
         manager.passes = [
-            (_LinkedLowering if step is NativeLowering else step, text) for step, text in manager.passes
+            (self.lowering if step is NativeLowering else step, text) for step, text in manager.passes
         ]
         manager.finalize()
         return [manager]
+
+
+class _LinkedCompiler(_EntryCompiler):
+    lowering = _LinkedLowering
+    out_of_line = False
 
 
 class _OutOfLineCompiler(_LinkedCompiler):
@@ -222,7 +250,8 @@ def entry(func: Callable, name: str = "") -> Any:
 
     It is cached as `name`, its own by default, which must be its own among all entries.
     """
-    dispatcher = numba.njit(_nrt=False, **OPTIONS)(func)
+    options: dict[str, Any] = {"pipeline_class": _EntryCompiler, "no_cfunc_wrapper": True}
+    dispatcher = numba.njit(_nrt=False, **OPTIONS, **options)(func)
     dispatcher._cache = KernelCache(func, name or f"{func.__module__}.{func.__qualname__}")
     return dispatcher
 
