@@ -1,8 +1,8 @@
 """Convolution: forward, and backward to the input and to the weights.
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
-convolve by the definition, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications,
-`depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to
+convolve by the definition, `winograd`, `winograd_weights`, `winograd_strided` and, for few channels,
+`winograd_rows` in fewer multiplications, `depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to
 fill vectors or to repay packing.
 """
 
@@ -26,6 +26,7 @@ from . import (
     winograd,
     winograd_lanes,
     winograd_lanes_weights,
+    winograd_rows,
     winograd_strided,
     winograd_weights,
 )
@@ -48,6 +49,8 @@ def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: boo
         return few_pixels.forward
     if winograd.suits(layer, images, dtype):
         return winograd.forward
+    if winograd_rows.suits(layer, images, dtype):
+        return winograd_rows.forward
     return winograd_strided.forward if winograd_strided.suits(layer, images, dtype) else direct.forward
 
 

@@ -26,7 +26,7 @@ from .workspace import clear, copy, scratch
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 MULTIPLY_ADDS_PER_BYTE = 10
 NOWHERE = np.empty(0, np.uint8)
-_NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
+NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 @kernel
@@ -331,7 +331,7 @@ class Layer:
         packed = scratch("weights", (groups, panels, len(positions) * inner, width), dtype)
         start = scratch("start", groups * panels * width, dtype)
         taps = weight.reshape(-1, *weight.shape[2:])
-        biases = _NO_BIAS[dtype] if bias is None else bias
+        biases = NO_BIAS[dtype] if bias is None else bias
         parts = part_count(groups * panels, packed.nbytes)
         _pack(parts, taps, positions, int(transposed), columns, biases, packed, start)
         return packed, start

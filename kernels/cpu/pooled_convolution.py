@@ -25,6 +25,7 @@ from . import (
     sparse,
     winograd,
     winograd_lanes,
+    winograd_rows,
     winograd_strided,
     winograd_weights,
 )
@@ -165,6 +166,9 @@ def conv2d_pool_forward(
             return y, argmax
         if image_lanes.suits_forward(layer, x.shape[0], x.dtype):
             image_lanes.forward(layer, x, weight, bias, y, e, where)
+            return y, argmax
+        if winograd_rows.suits(layer, x.shape[0], x.dtype, e):
+            winograd_rows.forward(layer, x, weight, bias, y, e, where)
             return y, argmax
         table = layer.pooled_tables(e, simd.panel_width(x.dtype))
         layer.run(x, table, weight, layer.positions, False, bias, y, e, where)

@@ -77,6 +77,12 @@ class Emitter:
         else:
             self.builder.store(value, pointer).align = self.bytes
 
+    def store_around(self, value, pointer):
+        """Write a vector around the caches, to where a whole register begins."""
+        written = self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()))
+        written.align = self.lanes * self.bytes
+        written.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(_I32, 1)]))
+
     def prefetch(self, pointer, to_write):
         """Have a cache fetch a line, which need not exist: the first to write it, the second to read."""
         kinds = (1, 3, 1) if to_write else (0, 2, 1)  # to write or not, how near, data
@@ -89,6 +95,11 @@ class Emitter:
         zeros = ir.Constant(ir.VectorType(_I32, self.lanes), None)
         first = self.builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
         return self.builder.shuffle_vector(first, undefined, zeros)
+
+    def everywhere(self, bit):
+        """A mask of all lanes or of none."""
+        kind = ir.VectorType(bit.type, self.lanes)
+        return self.builder.select(bit, ir.Constant(kind, [1] * self.lanes), ir.Constant(kind, None))
 
     def multiply_add(self, a, b, c):
         return self.call(f"llvm.fma.{self.suffix}", self.vector, [a, b, c])

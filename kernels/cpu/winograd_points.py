@@ -148,7 +148,7 @@ def _literals(*values):
 def transform(typing_context, size, kind, source, s0, source_step, target, t0, target_step):
     """target[t0 + i * target_step] = (matrix @ source[s0 + k * source_step])[i], of vectors.
 
-    The literals are the number of points and the matrix: `INPUT`, `OUTPUT` or `GRADIENT`.
+    The literals are the number of points and which matrix.
     """
     if not _literals(size, kind):
         return None
@@ -159,7 +159,7 @@ def transform(typing_context, size, kind, source, s0, source_step, target, t0, t
         emit = Transformer(context, builder, source.dtype)
         begin = emit.at(memory(context, builder, source, arguments[2]), arguments[3])
         end = emit.at(memory(context, builder, target, arguments[5]), arguments[6])
-        count = TILE if which == GRADIENT else points
+        count = {GRADIENT: TILE, FILTER: points + 1 - TILE}.get(which, points)
         places = [emit.at(begin, builder.mul(arguments[4], ir.Constant(_I64, k))) for k in range(count)]
         results = emit.transformed(which, points, [emit.load(place) for place in places])
         for i, result in enumerate(results):

@@ -1,0 +1,131 @@
+"""Tiles of Winograd's algorithm along rows, as vector instructions; see `winograd_rows`."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .epilogue import DEAD
+from .loops import sum_loop
+from .simd import TILE_ROWS
+from .winograd_points import ONE, OUTPUT, TILE, Transformer
+
+# Points of the transforms.
+SIZE = 6
+# Tiles whose products are summed together: as many as fit the registers, and even, for windows of two rows.
+TILES = 4 if TILE_ROWS == 8 else 2
+# What is done with outputs: they are stored; go through ReLU, or a pooling of 1 x 1; or are pooled, 2 x 2.
+STORED, RELU, POOLED = range(3)
+
+_I64 = ir.IntType(64)
+_I8 = ir.IntType(8)
+
+
+def _sums(emit, tiles, plane, taps, depth, weights, first):
+    """Of each point, and each tile, the sum of the products; `first` is added to all of a tile's outputs."""
+    builder = emit.builder
+    planes = [builder.mul(plane, ir.Constant(_I64, i)) for i in range(SIZE)]
+
+    def step(k, values):
+        row, *totals = values
+        offset = builder.load(emit.at(taps, k))
+        windows = [emit.at(tile, offset) for tile in tiles]
+        new: list = []
+        for i in range(SIZE):
+            weight = emit.load(emit.at(row, ir.Constant(_I64, i * emit.lanes)))
+            for window in windows:
+                element = emit.broadcast(builder.load(emit.at(window, planes[i])))
+                new.append(emit.multiply_add(element, weight, totals[len(new)]))
+        return [emit.at(row, ir.Constant(_I64, SIZE * emit.lanes)), *new]
+
+    zero = ir.Constant(emit.vector, None)
+    start = [first if i == ONE else zero for i in range(SIZE) for _ in tiles]
+    return sum_loop(emit, ir.Constant(_I64, 0), depth, [weights, *start], step, unrolls=False)[1:]
+
+
+def _largest(emit, values, relu, keeps, argmax):
+    """The largest value, behind ReLU or not; which it is goes to `argmax`, as `epilogue.pool_vector` says."""
+    builder = emit.builder
+    best, takes = values[0], []
+    for value in values[1:]:
+        # NaN wins, and the last of several.
+        larger = builder.fcmp_ordered(">", value, best)
+        takes.append(builder.or_(larger, builder.fcmp_unordered("uno", value, value)))
+        best = builder.select(takes[-1], value, best)
+    zero = ir.Constant(emit.vector, None)
+    below = builder.and_(builder.fcmp_ordered("<=", best, zero), relu)
+    with builder.if_then(keeps):
+        places = ir.VectorType(_I8, emit.lanes)
+        where = ir.Constant(places, None)
+        for tap, taken in enumerate(takes, 1):
+            where = builder.select(taken, ir.Constant(places, [tap] * emit.lanes), where)
+        # NaN is not above zero either.
+        dead = builder.and_(builder.fcmp_unordered("<=", best, zero), relu)
+        where = builder.select(dead, ir.Constant(places, [DEAD] * emit.lanes), where)
+        builder.store(where, builder.bitcast(argmax, places.as_pointer())).align = 1
+    return builder.select(below, zero, best)
+
+
+def _write(emit, results, y, around):
+    """Store pairs of a vector and its place; around the caches, or into them."""
+    with emit.builder.if_else(around) as (past, through):
+        with past:
+            for value, place in results:
+                emit.store_around(value, emit.at(y, place))
+        with through:
+            for value, place in results:
+                emit.store(value, emit.at(y, place))
+
+
+def _fetch(emit, y, places, around):
+    """Have a cache fetch what will be overwritten, if it goes through the cache."""
+    with emit.builder.if_then(emit.builder.not_(around)):
+        for place in places:
+            emit.prefetch(emit.at(y, place), to_write=True)
+
+
+@intrinsic(prefer_literal=True)
+def tile_products(typing_context, finish, t0, operands):
+    """`TILES` tiles of the result, of one vector of filters, from entry `t0` of the tables on.
+
+    Element i of the products of tile t is the sum over k < depth of spectrum[sources[t] + taps[k] + i *
+    plane] times the vector weights[w0 + (k * SIZE + i) * lanes]; its outputs, plus start[s0], go to y[y0 +
+    targets[t] + m * pixel]. The literal says by which of the ways above; two tiles that are pooled have the
+    target of the first. All arrays are pointers.
+    """
+    if not isinstance(finish, types.IntegerLiteral):
+        return None
+    way = finish.literal_value
+
+    def codegen(context, builder, signature, arguments):
+        _, t0, packed = arguments
+        sources, targets, taps, depth, spectrum, plane, weights, w0, start, s0, *rest = cgutils.unpack_tuple(
+            builder, packed
+        )
+        y, argmax, y0, pixel, *flags = rest
+        emit = Transformer(context, builder, operands.types[4].dtype)
+        around, relu, keeps = (builder.icmp_signed("!=", flag, ir.Constant(flag.type, 0)) for flag in flags)
+        entries = [builder.add(t0, ir.Constant(_I64, t)) for t in range(TILES)]
+        steps = [builder.mul(pixel, ir.Constant(_I64, m)) for m in range(TILE)]
+        first = [builder.add(y0, builder.load(emit.at(targets, entry))) for entry in entries]
+        places = [[builder.add(place, step) for step in steps] for place in first]
+        if way != POOLED:
+            _fetch(emit, y, [place for tile in places for place in tile], around)
+        tiles = [emit.at(spectrum, builder.load(emit.at(sources, entry))) for entry in entries]
+        bias = emit.load(emit.at(start, s0))
+        sums = _sums(emit, tiles, plane, taps, depth, emit.at(weights, w0), bias)
+        relu = emit.everywhere(relu)
+        rows = 2 if way == POOLED else 1
+        for t in range(0, TILES, rows):
+            outputs = [emit.transformed(OUTPUT, SIZE, sums[t + row :: TILES]) for row in range(rows)]
+            results = []
+            for m, place in zip(range(0, TILE, rows), places[t], strict=False):
+                values = [value for row in outputs for value in row[m : m + rows]]
+                if way != STORED:
+                    values = [_largest(emit, values, relu, keeps, emit.at(argmax, place))]
+                results.append((values[0], place))
+            _write(emit, results, y, around)
+        return context.get_dummy_value()
+
+    return types.void(finish, t0, operands), codegen

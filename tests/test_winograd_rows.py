@@ -1,0 +1,221 @@
+"""Winograd's algorithm along rows: exact to the documented bound, at every edge, only where it is wanted."""
+
+import numpy as np
+import pytest
+
+import fastcnn
+from fastcnn.kernels import cpu, reference
+from fastcnn.kernels.cpu import direct, elementwise, pooled_convolution, simd, winograd_rows
+from fastcnn.kernels.cpu.epilogue import DEAD
+
+# The largest error, in units of the largest result, for standard normal images and weights.
+BOUND = 5e-6
+LANES = simd.lanes(np.float32)
+ASYMMETRIC = ((0, 3), (2, 1))
+# x, filters, rows of the kernel, padding
+CASES = {
+    "one channel": ((3, 12, 12, 1), 2 * LANES, 3, 1),
+    "three channels": ((2, 10, 11, 3), LANES, 3, 1),
+    "the last filters twice": ((2, 9, 8, 2), LANES + 3, 3, 1),
+    "one row of the kernel": ((2, 5, 9, 4), LANES, 1, 0),
+    "five rows": ((2, 11, 10, 2), LANES + 1, 5, ((2, 2), (1, 1))),
+    "as wide as a tile": ((2, 7, 6, 3), LANES, 3, 0),
+    "wider by one": ((1, 6, 7, 3), LANES, 3, 0),
+    "one row of the result": ((1, 3, 9, 2), LANES, 3, 0),
+    "uneven padding": ((2, 8, 9, 5), LANES, 3, ASYMMETRIC),
+    "padding beyond the filter": ((1, 5, 4, 2), LANES, 3, 5),
+    "the last band's rows twice": ((1, 37, 20, 2), LANES, 3, 1),
+    "wide rows": ((1, 9, 300, 7), LANES, 3, 1),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture
+def switch():
+    before = fastcnn.get_winograd()
+    yield fastcnn.set_winograd
+    fastcnn.set_winograd(before)
+
+
+def arguments(case):
+    shape, filters, kernel_h, padding = CASES[case]
+    rng = np.random.default_rng(5)
+    x, weight, bias = (
+        rng.standard_normal(size).astype(np.float32)
+        for size in (shape, (kernel_h, 3, shape[3], filters), filters)
+    )
+    return direct.layer(shape, (kernel_h, 3), shape[3], filters, 1, padding, 1, 1), x, weight, bias, padding
+
+
+def exact(*arrays):
+    return (array.astype(np.float64) for array in arrays)
+
+
+def error(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@every_case
+def test_forward(case, team):
+    layer, x, weight, bias, padding = arguments(case)
+    expected = reference.conv2d_forward(*exact(x, weight, bias), padding=padding)
+    results = []
+    for count in (1, 2):
+        team(count)
+        y = np.full(expected.shape, np.nan, np.float32)
+        winograd_rows.forward(layer, x, weight, bias, y)
+        assert error(y, expected) < BOUND
+        results.append(y.tobytes())
+    assert results[0] == results[1]
+    winograd_rows.forward(layer, x, weight, None, y)
+    assert error(y, expected - bias) < BOUND
+
+
+@every_case
+def test_same_result_around_the_caches(case, monkeypatch):
+    layer, x, weight, bias, _ = arguments(case)
+    memory = np.empty(len(x) * layer.out_image[0] * layer.out_image[1] * layer.filters + LANES, np.float32)
+    first = -memory.ctypes.data % (4 * LANES) // 4
+    y = memory[first : first + memory.size - LANES].reshape(len(x), *layer.out_image, layer.filters)
+    e = pooled_convolution._epilogue(layer, 1, True, True)
+    results = []
+    for size in (1 << 30, 0):
+        monkeypatch.setattr(elementwise, "_last_level_bytes", lambda size=size: size)
+        argmax = np.full(y.shape, 99, np.uint8)
+        y.fill(np.nan)
+        winograd_rows.forward(layer, x, weight, bias, y)
+        plain = y.tobytes()
+        winograd_rows.forward(layer, x, weight, bias, y, e, argmax)
+        results.append((plain, y.tobytes(), argmax.tobytes()))
+    assert results[0] == results[1]
+
+
+def windows(outputs, e):
+    """The outputs by pooled pixel, and by pixel of its window on the last axis."""
+    outputs = outputs[:, : e.out_h * e.pool_h, : e.out_w * e.pool_w]
+    split = outputs.reshape(-1, e.out_h, e.pool_h, e.out_w, e.pool_w, e.filters).transpose(0, 1, 3, 5, 2, 4)
+    return split.reshape(*split.shape[:4], -1)
+
+
+@pytest.mark.parametrize("pool_size", [1, 2])
+@every_case
+def test_pooled(case, pool_size, team):
+    layer, x, weight, bias, padding = arguments(case)
+    if layer.out_image[0] < pool_size:
+        pytest.skip("windows larger than the image")
+    outputs = reference.conv2d_forward(*exact(x, weight, bias), padding=padding)
+    tolerance = BOUND * np.abs(outputs).max()
+    for relu, keeps in ((True, True), (False, True), (True, False), (False, False)):
+        e = pooled_convolution._epilogue(layer, pool_size, relu, keeps)
+        largest = windows(outputs, e).max(axis=-1)
+        y, argmax = np.full(largest.shape, np.nan, np.float32), np.full(largest.shape, 99, np.uint8)
+        team(1 + keeps)
+        winograd_rows.forward(layer, x, weight, bias, y, e, argmax)
+        np.testing.assert_allclose(y, np.maximum(largest, 0) if relu else largest, rtol=0, atol=tolerance)
+        if not keeps:
+            assert (argmax == 99).all()
+            continue
+        dead = argmax == DEAD
+        assert np.array_equal(dead, relu & (y <= 0))
+        taken = np.take_along_axis(windows(outputs, e), np.where(dead, 0, argmax)[..., None], axis=-1)
+        # The first of several, but for those that are nearly the same.
+        assert (dead | (taken[..., 0] >= largest - 2 * tolerance)).all()
+
+
+def test_ties_and_nan_are_pooled_as_in_the_reference():
+    layer, x, weight, bias, _ = arguments("three channels")
+    x.fill(1)
+    x[0, 3, 4, 1] = np.nan
+    for relu in (True, False):
+        e = pooled_convolution._epilogue(layer, 2, relu, True)
+        y = np.empty((len(x), e.out_h, e.out_w, e.filters), np.float32)
+        argmax = np.empty(y.shape, np.uint8)
+        # Without weights all of a window's values are the bias.
+        winograd_rows.forward(layer, x, np.zeros_like(weight), bias, y, e, argmax)
+        seen = np.isnan(y)
+        assert seen[0, 1:3, 1:3].all()
+        assert not seen[1].any()
+        assert np.array_equal(
+            y[~seen], np.broadcast_to(np.maximum(bias, 0) if relu else bias, y.shape)[~seen]
+        )
+        assert (argmax[~seen & (y > 0)] == 0).all()
+        assert (argmax[seen] == DEAD).all() == relu
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_infinity_reach_the_tiles_that_see_them_and_no_others(poison):
+    layer, x, weight, bias, _ = arguments("one channel")
+    x[1, 5, 6, 0] = poison
+    y = np.empty((len(x), *layer.out_image, layer.filters), np.float32)
+    winograd_rows.forward(layer, x, weight, bias, y)
+    finite = np.isfinite(y)
+    assert not finite[1, 4:7, 5:8].any()
+    finite[1, 4:7, 4:8] = True
+    assert finite.all()
+
+
+def test_nan_in_the_weights_reaches_its_filter():
+    layer, x, weight, bias, _ = arguments("three channels")
+    weight[1, 2, 0, 3] = np.nan
+    y = np.empty((len(x), *layer.out_image, layer.filters), np.float32)
+    winograd_rows.forward(layer, x, weight, bias, y)
+    assert np.isnan(y[..., 3]).all()
+    assert np.isfinite(np.delete(y, 3, axis=3)).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinite_bias(value):
+    layer, x, weight, bias, _ = arguments("three channels")
+    bias[2] = value
+    y = np.empty((len(x), *layer.out_image, layer.filters), np.float32)
+    winograd_rows.forward(layer, x, weight, bias, y)
+    assert (y[..., 2] == value).all()
+    assert np.isfinite(np.delete(y, 2, axis=3)).all()
+
+
+def test_public_functions_use_it_only_when_switched_on(switch):
+    rng = np.random.default_rng(7)
+    x, weight = (rng.standard_normal(size, np.float32) for size in ((4, 32, 32, 3), (3, 3, 3, 4 * LANES)))
+    layer = direct.layer(x.shape, (3, 3), 3, 4 * LANES, 1, 1, 1, 1)
+    y = np.empty((4, 32, 32, 4 * LANES), np.float32)
+    winograd_rows.forward(layer, x, weight, None, y)
+    e = pooled_convolution._epilogue(layer, 2, True, False)
+    pooled = np.empty((4, 16, 16, 4 * LANES), np.float32)
+    winograd_rows.forward(layer, x, weight, None, pooled, e)
+    for enabled in (True, False):
+        switch(enabled)
+        assert np.array_equal(cpu.conv2d_forward(x, weight, padding=1), y) is enabled
+        assert np.array_equal(cpu.conv2d_pool_forward(x, weight, None, 2, padding=1)[0], pooled) is enabled
+
+
+UNFIT = {
+    # x, filters, kernel, stride, dilation, groups, dtype
+    "stride 2": ((64, 20, 20, 3), LANES, 3, 2, 1, 1, np.float32),
+    "dilated": ((64, 20, 20, 3), LANES, 3, 1, 2, 1, np.float32),
+    "groups": ((64, 20, 20, 4), LANES, 3, 1, 1, 2, np.float32),
+    "5 x 5": ((64, 20, 20, 3), LANES, 5, 1, 1, 1, np.float32),
+    "rows of three": ((64, 20, 5, 3), LANES, 3, 1, 1, 1, np.float32),
+    "rows of a tile and one": ((64, 20, 7, 3), LANES, 3, 1, 1, 1, np.float32),
+    "few filters": ((64, 20, 20, 3), LANES - 1, 3, 1, 1, 1, np.float32),
+    "many channels": ((64, 20, 20, 32), LANES, 3, 1, 1, 1, np.float32),
+    "float64": ((64, 20, 20, 3), LANES, 3, 1, 1, 1, np.float64),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_not_used_where_it_is_no_use(case):
+    shape, filters, kernel, stride, dilation, groups, dtype = UNFIT[case]
+    layer = direct.layer(shape, kernel, None, filters, stride, 0, dilation, groups)
+    assert not winograd_rows.suits(layer, shape[0], np.dtype(dtype))
+
+
+def test_used_where_windows_are_known():
+    layer = direct.layer((64, 20, 20, 3), 3, None, 4 * LANES, 1, 1, 1, 1)
+    fits = {
+        size: winograd_rows.suits(
+            layer, 64, np.dtype(np.float32), pooled_convolution._epilogue(layer, size, True, True)
+        )
+        for size in (1, 2, 3, (1, 2))
+    }
+    assert fits == {1: True, 2: True, 3: False, (1, 2): False}
+    assert winograd_rows.suits(layer, 64, np.dtype(np.float32))
