@@ -188,6 +188,34 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
             t += apart.stride_w * channels
 
 
+@parallel
+def scatter_narrow(part, parts, dout, argmax, dx, apart, places, distances, g):
+    """As `scatter`, where channels are few: one after another, each window's dout goes to its pixel.
+
+    `places` are those of the windows' first pixels, in a row of windows and in elements of dx from its first
+    one, and `distances` those of a window's pixels from its first.
+    """
+    keep_out_of_line()
+    line, many, taps = g.width * g.channels, places.size, distances.size
+    place, distance, to = pointer(places), pointer(distances), pointer(dx)
+    gradient, where = pointer(dout), pointer(argmax)
+    row, hi = span(part, parts, dout.size // many)
+    while row < hi:
+        # What this part does of an image lies in the nearest caches from here on.
+        n = row // apart.out_h
+        i0 = row - n * apart.out_h
+        i1 = min(apart.out_h, i0 + hi - row)
+        last = i1 * apart.stride_h if i1 < apart.out_h else g.height
+        fill(dx[(n * g.height + i0 * apart.stride_h) * line : (n * g.height + last) * line], 0)
+        for i in range(i0, i1):
+            s, t = (n * apart.out_h + i) * many, (n * g.height + i * apart.stride_h) * line
+            for k in range(many):
+                tap = np.intp(where[s + k])
+                if tap < taps:
+                    to[t + place[k] + distance[tap]] = gradient[s + k]
+        row += i1 - i0
+
+
 @kernel
 def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, target, mask):
     """One vector of channels of one pixel, of one register or of several: the sum of its windows."""

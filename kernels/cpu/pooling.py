@@ -37,8 +37,10 @@ from .workspace import scratch
 _NO_ARGMAX = np.empty(0, np.uint8)
 _INT64 = np.dtype(np.int64)
 
-# Below so many channels, the windows around a pixel take longer by vectors than channel by channel.
+# Below so many channels, the windows around a pixel take longer by vectors than channel by channel; below so
+# many also those that are apart.
 _NARROW = 33
+_NARROW_APART = 6
 
 
 def _lists(parts: int, taps: int) -> np.ndarray:
@@ -197,7 +199,11 @@ def max_pool2d_backward(
     dx = checks.output("out", out, shape, dout.dtype)
     if not dx.size:
         return dx
-    if apart is not None:
+    if apart is not None and g.channels < _NARROW_APART:
+        parts = part_count(len(dx) * g.out_h, dx.size)
+        flat = dout.reshape(-1), argmax.reshape(-1), dx.reshape(-1)
+        pool_vectors.scatter_narrow(parts, *flat, apart.windows, *_places(g), apart.taps)
+    elif apart is not None:
         _scatter(dout, argmax, 1.0, dx, apart)
     elif g.channels < _NARROW:
         _scatter_narrow(dout, argmax, dx, g)
@@ -263,6 +269,13 @@ def _distances(g: Windows) -> np.ndarray:
     taps = np.arange(g.kernel_h * g.kernel_w)
     down, right = taps // g.kernel_w * g.dilation_h, taps % g.kernel_w * g.dilation_w
     return np.stack([down, right, (down * g.width + right) * g.channels], axis=1)
+
+
+@lru_cache(maxsize=512)
+def _places(g: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Where in dx the windows of a row begin, one for each channel, and how far each tap is from there."""
+    windows, channels = np.divmod(np.arange(g.out_w * g.channels), g.channels)
+    return windows * (g.stride_w * g.channels) + channels, np.ascontiguousarray(_distances(g)[:, 2])
 
 
 def _scatter_narrow(dout: np.ndarray, argmax: np.ndarray, dx: np.ndarray, g: Windows) -> None:
