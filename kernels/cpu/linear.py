@@ -15,13 +15,13 @@ from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, get_num_threads, parallel, part_count, span
 from . import simd
+from .dots import dots
 from .image_tiles import gather_images
 from .runs import add_runs
 from .simd import TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
-from .vectors import all_lanes, first_lanes, load, multiply_add, pointer, prefetch, store, total, zeros
-from .winograd_transforms import transpose_square
-from .workspace import clear, copy, scratch, set_start
+from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, prefetch, store
+from .workspace import clear, copy, scratch
 
 _BLOCK_K = 256
 _BLOCK_ROWS = 168
@@ -29,8 +29,11 @@ _BLOCK_ROWS = 168
 _PITCH = _BLOCK_K + 16
 # Panels of B that are packed together, so that its rows are read in longer pieces.
 _PANELS = 4
-# With so few rows of A, a tile would compute too many twice; and as so many elements of B as 32 bits count.
+# With so few rows of A or, of a gradient to the input, of dout or results, a tile computes too many twice, or
+# takes longer to prepare. So many elements of B are as 32 bits count.
 _FEW_ROWS = 4
+_FEW_GRADIENTS = 8
+_FEW_DOTS = 1 << 11
 _MOST_ELEMENTS = (1 << 31) - 1
 # Columns that one task of a product of few rows sums.
 _CHUNK = 64
@@ -42,9 +45,11 @@ _MULTIPLY_ADDS_PER_BYTE = 10
 # Parts for each thread where A lies along k, so that its rows are packed in short pieces: with more parts,
 # each of which packs its own, evener work doesn't repay the packing.
 _PARTS_A_THREAD = 2
-# Multiply-adds of a product that takes less time than preparing a larger one does, and the most of k.
-_SMALL_PRODUCT = 400_000
+# Multiply-adds of a product that takes less time than preparing a larger one does, and the most of k and of
+# results.
+_SMALL_PRODUCT = 1 << 19
 _SMALL_DEPTH = 512
+_SMALL_RESULT = 1 << 16
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
@@ -68,7 +73,7 @@ def _pack_panels(b, p, k0, depth, first, many, width, packed):
     """Copy `depth` rows and `many` columns of B to panels of `width` columns, the last filled up with zeros.
 
     One of B's strides is 1. Rows are read in full, for all panels; columns that lie along k are transposed by
-    squares, as far as these go.
+    squares.
     """
     source = k0 * p.b_k + first * p.b_column
     size = packed.size // _PANELS
@@ -89,25 +94,11 @@ def _pack_panels(b, p, k0, depth, first, many, width, packed):
                 some = first_lanes(values, min(max(many - last - c, 0), lanes))
                 store(load(values, row + last + c, some), places, target + c, everything)
         return
-    if last < many:
-        clear(packed, last // width * size, depth * width)
-    square_columns = many // lanes * lanes
-    square_depth = depth // lanes * lanes
-    for j in range(many):
-        panel = j // width
-        place = panel * size + j - panel * width
-        begin = 0
-        if j < square_columns:
-            begin = square_depth
-            if j % lanes == 0:
-                for k in range(0, square_depth, lanes):
-                    transpose_square(
-                        b, source + j * p.b_column + k, p.b_column, packed, place + k * width, width
-                    )
-        column = b[source + j * p.b_column + begin : source + j * p.b_column + depth]
-        places = packed[place + begin * width : place + depth * width : width]
-        for k in range(column.size):
-            places[k] = column[k]
+    # Squares that reach beyond the block of k end in the panel nevertheless.
+    for j in range(0, many, lanes):
+        target = j // width * size + j % width
+        for k in range(0, depth, lanes):
+            gather_images(b, source + k, p.b_column, j, many, depth - k, packed, target + k * width, width)
 
 
 @kernel
@@ -131,10 +122,9 @@ def _fetch_rows(b, b0, ldb, rows, columns):
 
 
 @parallel
-def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, blocks_of_a):
+def _multiply(part, parts, a, b, bias, c, p, row, crow, col, panels_of_b, blocks_of_a, starts):
     keep_out_of_line()
-    packed = panels_of_b[part]
-    rows_of_a = blocks_of_a[part]
+    packed, rows_of_a, start = panels_of_b[part], blocks_of_a[part], starts[part]
     depth_size = packed.size // _PANELS
     width = depth_size // col.size
     panels = (p.columns + width - 1) // width
@@ -166,6 +156,9 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
                         _pack_panels(b, p, k0, depth, first, many_packed, width, packed)
                     source, b0, ldb = packed, group * depth_size, width
                 if k0 == 0 and p.accumulate == 0:
+                    biases = many if bias.size > 0 else 0
+                    copy(bias, first, start, 0, biases)
+                    clear(start, biases, width - biases)
                     overwrite_panel(
                         rows_of_a,
                         0,
@@ -178,7 +171,7 @@ def _multiply(part, parts, a, b, start, c, p, row, crow, col, panels_of_b, block
                         b0,
                         ldb,
                         start,
-                        first,
+                        0,
                         c,
                         c0,
                         crow,
@@ -218,24 +211,42 @@ def _dot_rows(part, parts, dout, weight, dx):
     """dx = dout W^T for few rows of dout: the products of these with W's rows, read where they lie."""
     keep_out_of_line()
     (rows, columns), inputs = dout.shape, len(weight)
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
     gradients, weights, results = pointer(dout), pointer(weight), pointer(dx)
-    whole = columns // lanes * lanes
-    everything, some = all_lanes(weights), first_lanes(weights, columns - whole)
-    lo, hi = span(part, parts, inputs)
-    for k in range(lo, hi):
+    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lo, hi = span(part, parts, (inputs + lanes - 1) // lanes)
+    for k in range(lo * lanes, min(hi * lanes, inputs), lanes):
+        many = min(inputs - k, lanes)
         for m in range(rows):
-            w, d = k * columns, m * columns
-            products = zeros(weights)
-            for c in range(0, whole, lanes):
-                products = multiply_add(
-                    load(weights, w + c, everything), load(gradients, d + c, everything), products
-                )
-            if whole < columns:
-                products = multiply_add(
-                    load(weights, w + whole, some), load(gradients, d + whole, some), products
-                )
-            results[m * inputs + k] = total(products)
+            products = dots(weights, k * columns, columns, many, gradients, m * columns, columns)
+            store(products, results, m * inputs + k, first_lanes(results, many))
+
+
+@kernel
+def _add_scaled(factor, row, c, accumulate, results, target, mask):
+    """One vector of a row of the outer product."""
+    keep_in_line()
+    values = load(row, c, mask)
+    values = values * like(values, factor)
+    if accumulate:
+        values = load(results, target + c, mask) + values
+    store(values, results, target + c, mask)
+
+
+@parallel
+def _multiply_outer(part, parts, x, dout, accumulate, dweight):
+    """dweight (+)= x^T dout, both of a single row: what is written takes longer than what is multiplied."""
+    keep_out_of_line()
+    columns = dout.size
+    factors, gradients, results = pointer(x), pointer(dout), pointer(dweight)
+    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    whole = columns // lanes * lanes
+    everything, some = all_lanes(results), first_lanes(results, columns - whole)
+    lo, hi = span(part, parts, x.size)
+    for k in range(lo, hi):
+        for c in range(0, whole, lanes):
+            _add_scaled(factors[k], gradients, c, accumulate, results, k * columns, everything)
+        if whole < columns:
+            _add_scaled(factors[k], gradients, whole, accumulate, results, k * columns, some)
 
 
 @parallel
@@ -340,11 +351,11 @@ def _product(
     rows, columns = c.shape
     if not c.size:
         return
-    if rows * columns * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH:
+    biases = _NOTHING[c.dtype] if bias is None else bias
+    if c.size * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and c.size <= _SMALL_RESULT:
         size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, c.dtype)
-        start = _NOTHING[c.dtype] if bias is None else bias
         memory = scratch("weights", size, c.dtype)
-        _multiply_small(1, a, b, *b_strides, start, c, row, crow, col, bool(accumulate), memory)
+        _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, bool(accumulate), memory)
         return
     width = simd.panel_width(c.dtype)
     block, tail, row, crow, col = _tables(rows, columns, a_strides[1] == 1)
@@ -360,8 +371,6 @@ def _product(
         tail=tail,
         accumulate=int(accumulate),
     )
-    start = scratch("start", -(-columns // width) * width, c.dtype)
-    between_jobs(set_start, start[np.newaxis], bias)
     tasks = -(-columns // width) * -(-rows // block)
     parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
     # Panels in one part share the packed rows of A, which each part packs anew.
@@ -369,10 +378,11 @@ def _product(
         parts = min(parts, get_num_threads())
     elif a_strides[1] == 1:
         parts = min(parts, _PARTS_A_THREAD * get_num_threads())
-    panels = scratch("weights", parts * _PANELS * _BLOCK_K * width, c.dtype).reshape(parts, -1)
-    blocks = scratch("windows", parts * _BLOCK_ROWS * _PITCH, c.dtype).reshape(parts, -1)
-    flat = (a.reshape(-1), b.reshape(-1), start, c.reshape(-1))
-    _multiply(parts, *flat, product, row, crow, col, panels, blocks)
+    panels = scratch("weights", (parts, _PANELS * _BLOCK_K * width), c.dtype)
+    blocks = scratch("windows", (parts, _BLOCK_ROWS * _PITCH), c.dtype)
+    starts = scratch("start", (parts, width), c.dtype)
+    flat = (a.ravel(), b.ravel(), biases, c.ravel())
+    _multiply(parts, *flat, product, row, crow, col, panels, blocks, starts)
 
 
 def linear_forward(
@@ -436,7 +446,7 @@ def linear_backward_input(
             f"dout: {dout.shape} has {filters} columns, but weight {weight.shape} makes {columns}"
         )
     dx = checks.output("out", out, (rows, inputs), dout.dtype)
-    if 0 < rows <= _FEW_ROWS:
+    if 0 < rows <= _FEW_GRADIENTS or 0 < dx.size <= _FEW_DOTS:
         _dot_rows(part_count(inputs, rows * weight.nbytes), dout, weight, dx)
         return dx
     _product(dout, (filters, 1), weight, (1, filters), filters, None, dx, False)
@@ -465,5 +475,9 @@ def linear_backward_weight(
     if rows != many:
         raise ValueError(f"dout: {dout.shape} has {rows} rows, but x has {many}: {x.shape}")
     dweight = checks.output("out", out, (inputs, filters), dout.dtype)
-    _product(x, (1, inputs), dout, (filters, 1), rows, None, dweight, accumulate and out is not None)
+    adds = accumulate and out is not None
+    if rows == 1 and dweight.size:
+        _multiply_outer(part_count(inputs, dweight.nbytes), x, dout, bool(adds), dweight)
+    else:
+        _product(x, (1, inputs), dout, (filters, 1), rows, None, dweight, adds)
     return dweight
