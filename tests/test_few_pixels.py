@@ -32,10 +32,33 @@ def arguments(x_shape, filters, kernel, dtype):
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def ways(x_shape, filters, kernel, dtype, **how):
+def layer_of(x_shape, filters, kernel, **how):
     stride, padding, dilation = (how.get(key, default) for key, default in DEFAULTS.items())
-    layer = direct.layer(x_shape, kernel, x_shape[3], filters, stride, padding, dilation, 1)
-    return convolution._forward_way(layer, x_shape[0], np.dtype(dtype), fastcnn.get_winograd())
+    return direct.layer(x_shape, kernel, x_shape[3], filters, stride, padding, dilation, 1)
+
+
+def ways(x_shape, filters, kernel, dtype, find=convolution._forward_way, **how):
+    layer = layer_of(x_shape, filters, kernel, **how)
+    return find(layer, x_shape[0], np.dtype(dtype), fastcnn.get_winograd())
+
+
+def gradients(x_shape, filters, kernel, dtype, how):
+    """The layer, dout, x, the weights, and both gradients in float64."""
+    x, weight, _ = arguments(x_shape, filters, kernel, dtype)
+    layer = layer_of(x_shape, filters, kernel, **how)
+    shape = x_shape[0], *layer.out_image, filters
+    dout = np.random.default_rng(4).standard_normal(shape).astype(dtype)
+    exact = [array.astype(np.float64) for array in (dout, x, weight)]
+    to_input = reference.conv2d_backward_input(exact[0], exact[2], x_shape, **how)
+    return layer, dout, x, weight, to_input, reference.conv2d_backward_weight(*exact[:2], kernel, **how)
+
+
+def run_backward(layer, dout, x, weight, dweight):
+    """The input's gradient, and the weights' added to `dweight`."""
+    dx = np.full_like(x, np.nan)
+    few_pixels.backward_input(layer, dout, weight, dx)
+    few_pixels.add_weight_gradient(layer, dout, x, dweight)
+    return dx, dweight
 
 
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
@@ -58,6 +81,24 @@ def test_forward_is_the_reference_s(x_shape, filters, kernel, how, dtype):
     )
     without = reference.conv2d_forward(*exact[:2], None, **how)
     assert_near(cpu.conv2d_forward(x, weight, **how), without, dtype)
+
+
+BACKWARD = [
+    *CASES,
+    pytest.param((1, 2, 2, 70), 50, (3, 3), {"padding": 1}, id="so few that nothing is transposed"),
+    pytest.param((4, 1, 1, 9), 17, (3, 3), {"padding": 1}, id="one pixel of each image"),
+    pytest.param((2, 7, 8, 5), 9, (2, 2), {"stride": 3}, id="inputs that no output sees"),
+    pytest.param((1, 9, 9, 3), 130, (3, 3), {"padding": 1}, id="three blocks of filters"),
+]
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("x_shape", "filters", "kernel", "how"), BACKWARD)
+def test_backward_is_the_reference_s(x_shape, filters, kernel, how, dtype):
+    layer, dout, x, weight, to_input, to_weight = gradients(x_shape, filters, kernel, dtype, how)
+    dx, dweight = run_backward(layer, dout, x, weight, np.ones_like(weight))
+    assert_near(dx, to_input, dtype)
+    assert_near(dweight, to_weight + 1, dtype)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -96,6 +137,32 @@ def test_bits_do_not_depend_on_threads(x_shape, filters, kernel, how, team, monk
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize(("x_shape", "filters", "kernel", "how"), BACKWARD)
+def test_bits_of_gradients_do_not_depend_on_threads(x_shape, filters, kernel, how, team, monkeypatch):
+    monkeypatch.setattr(few_pixels, "MULTIPLY_ADDS_PER_BYTE", 1e-6)
+    layer, dout, x, weight, *_ = gradients(x_shape, filters, kernel, np.float32, how)
+    results = []
+    for count in (1, 2):
+        team(count)
+        results.append(run_backward(layer, dout, x, weight, np.zeros_like(weight)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("side", [2, 6])
+def test_nan_in_gradients_reaches_what_sees_it_and_no_more(side):
+    layer, dout, x, weight, *_ = gradients((1, side, side, 32), 48, (3, 3), np.float32, {"padding": 1})
+    clean, _ = run_backward(layer, dout, x, weight, np.zeros_like(weight))
+    dout[0, 0, 1, 7] = np.nan
+    dx, dweight = run_backward(layer, dout, x, weight, np.zeros_like(weight))
+    seen = np.zeros((side, side), bool)
+    seen[:2, :3] = True
+    assert np.isnan(dx[0, seen]).all()
+    np.testing.assert_array_equal(dx[0, ~seen], clean[0, ~seen])
+    assert np.isnan(dweight[1, 1, :, 7]).all()
+    assert not np.isnan(np.delete(dweight, 7, axis=3)).any()
+
+
 def test_nan_reaches_what_sees_it_and_no_more():
     x, weight, bias = arguments((1, 6, 6, 32), 48, (3, 3), np.float32)
     clean = cpu.conv2d_forward(x, weight, bias, padding=1)
@@ -122,6 +189,21 @@ def test_is_used_for_few_pixels_only():
     assert way(9, channels=3) is not few_pixels.forward
 
 
+def test_gradients_are_used_for_few_pixels_only():
+    def way(find, x_shape, filters, kernel=3):
+        return ways(x_shape, filters, (kernel, kernel), np.float32, find, padding=kernel // 2)
+
+    for find, used in (
+        (convolution._input_way, few_pixels.backward_input),
+        (convolution._weight_way, few_pixels.add_weight_gradient),
+    ):
+        assert way(find, (1, 4, 4, 20), 20) is used
+        assert way(find, (1, 16, 16, 20), 20, 1) is used
+        assert way(find, (1, 17, 17, 20), 20, 1) is not used
+        assert way(find, (1, 8, 8, 3), 3) is used
+        assert way(find, (1, 9, 9, 3), 3, 5) is not used
+
+
 def test_pooled_forward_uses_it_too(monkeypatch):
     calls = []
     original = few_pixels.forward
@@ -133,14 +215,21 @@ def test_pooled_forward_uses_it_too(monkeypatch):
 
 @pytest.fixture
 def none_are_few(monkeypatch):
-    monkeypatch.setattr(few_pixels, "suits_forward", lambda *arguments: False)
-    convolution._forward_way.cache_clear()
+    ways = convolution._forward_way, convolution._input_way, convolution._weight_way
+    for name in ("suits_forward", "suits_input", "suits_weight"):
+        monkeypatch.setattr(few_pixels, name, lambda *arguments: False)
+    for way in ways:
+        way.cache_clear()
     yield
-    convolution._forward_way.cache_clear()
+    for way in ways:
+        way.cache_clear()
+
+
+CONVOLUTIONS = ["conv2d_forward", "conv2d_pool_forward", "conv2d_backward_input", "conv2d_backward_weight"]
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", ["conv2d_forward", "conv2d_pool_forward"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_other_ways_do_the_same_rows(name, dtype, none_are_few):
     """The table's images are so small that few of its rows reach the direct way otherwise."""
     operation = next(operation for operation in OPERATIONS if operation.name == name)

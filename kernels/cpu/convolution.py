@@ -66,7 +66,7 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
         return few_channels.backward_input
     if winograd.suits(layer, images, dtype):
         return winograd.backward_input
-    return few_pixels.backward_input if few_pixels.suits_backward(layer, images) else direct.backward_input
+    return few_pixels.backward_input if few_pixels.suits_input(layer, images) else direct.backward_input
 
 
 @lru_cache(maxsize=1024)
@@ -83,7 +83,7 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return winograd_strided.add_weight_gradient
     return (
         few_pixels.add_weight_gradient
-        if few_pixels.suits_backward(layer, images)
+        if few_pixels.suits_weight(layer, images)
         else direct_weights.add_weight_gradient
     )
 

@@ -6,29 +6,32 @@ channels of one tap after another. All pixels' sums stay in the nearest caches, 
 pixels that its tap sees, none of them in the padding, and meanwhile the next block arrives. With few weights
 it is all that is spared that counts: no window is copied and no weight packed.
 
-Backward is, for many weights, a matrix product with the pixels' columns, which a direct convolution avoids:
-they are small beside the weights.
+Backward to the input is the same with the outputs for pixels, and each block of weights transposed on the
+way. The gradient of the weights is added to them where they lie, tap by tap: each is a product of the
+channels that it sees with the outputs that see it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import simd, winograd
-from .columns import col2im, im2col
 from .direct import MULTIPLY_ADDS_PER_BYTE, NOWHERE, Layer
+from .dots import dots
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
-from .linear import linear_backward_input, linear_backward_weight
+from .image_tiles import gather_images
 from .simd import TILE_ROWS, VECTOR_BITS
-from .tile import TALL_ROWS, add_rows, add_tiles, padded_rows
-from .vectors import pointer, prefetch
+from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
+from .vectors import first_lanes, load, pointer, prefetch, store
 from .winograd import panel_filters
-from .workspace import copy, scratch, set_start
+from .workspace import clear, copy, scratch
 
 # With more pixels direct convolution takes less time; with few channels the sums of a block are short.
 _MOST_PIXELS = 256
@@ -36,11 +39,12 @@ _FEW_CHANNELS, _MOST_PIXELS_OF_FEW_CHANNELS = 8, 64
 # Where there is Winograd's algorithm, it does the more pixels of more channels times filters.
 _MOST_PIXELS_BESIDE_WINOGRAD = 144
 _MOST_WEIGHTS_BESIDE_WINOGRAD = 1 << 10
-# With fewer weights direct convolution takes less time backward.
-_FEWEST_WEIGHTS = 1 << 17
+# So few pixels of a tap are multiplied with weights as they lie: transposing these would take longer.
+_MOST_DOTS = 4
 # Channels of a block: enough to repay reading and writing the sums, and few enough that the next block fits
 # the second-level cache too.
 _CHANNELS = 64
+_NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 class Sizes(NamedTuple):
@@ -51,11 +55,12 @@ class Sizes(NamedTuple):
     filters: int
     panels: int  # of filters
     panel: int  # filters in one
+    transposed: int  # 0, or of weights that are read from filters to channels: how many lie in a row
 
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether a layer has few enough pixels, beside Winograd's algorithm too."""
-    most = _MOST_PIXELS if layer.channels >= _FEW_CHANNELS else _MOST_PIXELS_OF_FEW_CHANNELS
+    most = _most(layer.channels)
     if layer.channels * layer.filters > _MOST_WEIGHTS_BESIDE_WINOGRAD and winograd.suits(
         layer, images, dtype
     ):
@@ -63,10 +68,19 @@ def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return layer.groups == 1 and 0 < _pixels(layer, images) <= most
 
 
-def suits_backward(layer: Layer, images: int) -> bool:
-    """Whether a layer has few pixels and many weights."""
-    weights = layer.rows.kernel * layer.columns.kernel * layer.channels * layer.filters
-    return layer.groups == 1 and 0 < _pixels(layer, images) <= _MOST_PIXELS and weights >= _FEWEST_WEIGHTS
+def suits_input(layer: Layer, images: int) -> bool:
+    """Whether a layer has few enough pixels on the way back to its input."""
+    return layer.groups == 1 and 0 < _pixels(layer, images) <= _most(layer.filters)
+
+
+def suits_weight(layer: Layer, images: int) -> bool:
+    """Whether a layer has few enough pixels for the gradient of its weights."""
+    return layer.groups == 1 and 0 < _pixels(layer, images) <= _most(layer.channels)
+
+
+def _most(channels: int) -> int:
+    """The most pixels of images of so many channels."""
+    return _MOST_PIXELS if channels >= _FEW_CHANNELS else _MOST_PIXELS_OF_FEW_CHANNELS
 
 
 def _pixels(layer: Layer, images: int) -> int:
@@ -88,31 +102,66 @@ def _write(z, g, panel, y, e, taps, argmax):
                 copy(z, z0 + p * g.panel, y, (n * pixels + p) * g.filters + filter0, many)
 
 
+@kernel
+def _pack_transposed(weight, w0, g, filter0, many, depth, packed):
+    """The weights of a block and a panel as rows of the panel's filters, which lie a row of weights apart."""
+    lanes = VECTOR_BITS // (8 * weight.itemsize)
+    for f in range(0, many, lanes):
+        for k in range(0, depth, lanes):
+            source, target = w0 + filter0 * g.transposed + k, k * g.panel + f
+            gather_images(weight, source, g.transposed, f, many, depth - k, packed, target, g.panel)
+
+
+@kernel
+def _add_dots(x, weight, w0, g, filter0, many, depth, channel, row, crow, r0, r1, z, z0):
+    """As `add_tiles`, for few pixels: each weight is read where it lies."""
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    inputs, weights, sums = pointer(x), pointer(weight), pointer(z)
+    for f in range(0, many, lanes):
+        count = min(many - f, lanes)
+        some, first = first_lanes(sums, count), w0 + (filter0 + f) * g.transposed
+        for r in range(r0, r1):
+            at = z0 + crow[r] + f
+            products = dots(weights, first, g.transposed, count, inputs, channel + row[r], depth)
+            store(load(sums, at, some) + products, sums, at, some)
+
+
 @parallel
-def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, argmax):
+def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, argmax):
     """Sums of a share of the panels, to `z` (panels, pixels, width), and what becomes of them."""
     keep_out_of_line()
     blocks, row, crow, col = tables
-    lanes = VECTOR_BITS // (8 * x.itemsize)
-    if copied.size > 0:
+    lanes, packed = VECTOR_BITS // (8 * x.itemsize), packs[part]
+    if g.transposed == 0 and g.filters < lanes:
         # Whole vectors would be read beyond the last weight; there is but one panel, and one part.
-        copy(weight, 0, copied, 0, weight.size)
-        weight = copied
+        copy(weight, 0, packed, 0, weight.size)
+        weight = packed
     lo, hi = span(part, parts, g.panels)
     for panel in range(lo, hi):
         filter0, many = panel_filters(g, panel, lanes)
         for p in range(panel * g.pixels, (panel + 1) * g.pixels):
-            copy(bias, filter0, z, p * g.panel, many)
+            if bias.size > 0:
+                copy(bias, filter0, z, p * g.panel, many)
+            else:
+                clear(z, p * g.panel, many)
     values = pointer(weight)
     for i in range(len(blocks)):
-        w0, channel, depth, r0, r1 = blocks[i]
+        w0, channel, depth, r0, r1, pixels = blocks[i]
         following = blocks[min(i + 1, len(blocks) - 1), 0]
         for panel in range(lo, hi):
             filter0, many = panel_filters(g, panel, lanes)
+            z0 = panel * g.pixels * g.panel
+            if g.transposed > 0 and pixels <= _MOST_DOTS:
+                _add_dots(x, weight, w0, g, filter0, many, depth, channel, row, crow, r0, r0 + pixels, z, z0)
+                continue
+            source, b0, ldb, ahead = weight, w0 + filter0, g.filters, following + filter0
+            if g.transposed > 0:
+                _pack_transposed(weight, w0, g, filter0, many, depth, packed)
+                source, b0, ldb, ahead = packed, 0, g.panel, weight.size
             # Each tile fetches a vector of the next block's rows: a lone one leaves the others.
-            for k in range(depth if r1 - r0 <= TALL_ROWS else 0):
+            for k in range(depth if r1 - r0 <= TALL_ROWS and g.transposed == 0 else 0):
                 for f in range(lanes, many, lanes):
-                    prefetch(values, following + filter0 + k * g.filters + f)
+                    prefetch(values, ahead + k * g.filters + f)
             add_tiles(
                 x,
                 channel,
@@ -122,14 +171,14 @@ def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, a
                 r1,
                 depth,
                 col[:0],
-                weight,
-                w0 + filter0,
-                g.filters,
+                source,
+                b0,
+                ldb,
                 z,
-                panel * g.pixels * g.panel,
+                z0,
                 crow,
                 many,
-                weight[following + filter0 :],
+                weight[ahead:],
                 lanes // TILE_ROWS,
                 g.filters,
             )
@@ -137,45 +186,87 @@ def _correlate(part, parts, x, weight, copied, bias, y, g, tables, z, e, taps, a
         _write(z, g, panel, y, e, taps, argmax)
 
 
-@lru_cache(maxsize=256)
-def _plan(layer: Layer, images: int, e: Epilogue, width: int) -> tuple[Sizes, tuple[np.ndarray, ...]]:
-    """Sizes, and tables: the blocks of weights, and of each tap the pixels that see the image through it.
-
-    A block is where it begins, its first channel, how many it has, and the rows of its tap's pixels in two
-    tables: of where they are read in the images, and of where their sums lie in a panel.
-    """
-    out = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
+def _axes(layer: Layer, out: tuple[int, int]) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Every tap that sees the image: its number, and of rows and columns, which outputs and inputs meet."""
     axes = layer.rows.forward(), layer.columns.forward()
-    numbers = np.arange(images)[:, np.newaxis, np.newaxis]
-    blocks: list[tuple[int, ...]] = []
-    rows: list[np.ndarray] = []
-    places: list[np.ndarray] = []
-    for tap in np.ndindex(layer.rows.kernel, layer.columns.kernel):
+    for number, tap in enumerate(np.ndindex(layer.rows.kernel, layer.columns.kernel)):
         seen = []
         for axis, many, size, k in zip(axes, out, layer.image, tap, strict=True):
             at = axis.origin + np.arange(many) * axis.step + axis.taps[k]
             inside = (at >= 0) & (at < size)
             seen.append((np.flatnonzero(inside), at[inside]))
-        (i, h), (j, w) = seen
-        if not len(i) or not len(j):
-            continue
+        if all(len(outputs) for outputs, _ in seen):
+            yield number, seen
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    layer: Layer, images: int, e: Epilogue, width: int, transposed: bool = False
+) -> tuple[Sizes, tuple[np.ndarray, ...], np.ndarray]:
+    """Sizes, tables, and the offsets of what `e` pools.
+
+    The tables are the blocks of weights, and of each tap the pixels that see the image through it. A block is
+    where it begins, its first channel, how many it has, the rows of its tap's pixels in two tables (of where
+    they are read in the images, and of where their sums lie in a panel), and how many pixels these are.
+    `transposed` is from the outputs to the images.
+    """
+    out = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
+    numbers = np.arange(images)[:, np.newaxis, np.newaxis]
+    channels, filters, step = layer.channels, layer.filters, layer.filters
+    if transposed:
+        channels, filters, step = layer.filters, layer.channels, 1
+    blocks: list[tuple[int, ...]] = []
+    rows: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    for tap, ((i, h), (j, w)) in _axes(layer, out):
         pixels = (numbers * out[0] + i[:, np.newaxis]) * out[1] + j
         inputs = (numbers * layer.image[0] + h[:, np.newaxis]) * layer.image[1] + w
+        if transposed:
+            pixels, inputs = inputs, pixels
         tile_rows = add_rows(pixels.size)
         first = sum(len(row) for row in rows)
-        rows.append(padded_rows(inputs.ravel() * layer.channels, tile_rows))
+        rows.append(padded_rows(inputs.ravel() * channels, tile_rows))
         places.append(padded_rows(pixels.ravel() * width, tile_rows))
-        begin = (tap[0] * layer.columns.kernel + tap[1]) * layer.channels
-        for channel in range(0, layer.channels, _CHANNELS):
-            depth = min(layer.channels - channel, _CHANNELS)
-            end = first + len(rows[-1])
-            blocks.append(((begin + channel) * layer.filters, channel, depth, first, end))
-    g = Sizes(images, images * out[0] * out[1], layer.filters, -(-layer.filters // width), width)
-    table = np.array(blocks, np.intp).reshape(-1, 5)
+        begin = tap * layer.channels * layer.filters
+        most = max(channels, 1) if transposed and pixels.size <= _MOST_DOTS else _CHANNELS
+        for channel in range(0, channels, most):
+            depth = min(channels - channel, most)
+            blocks.append((begin + channel * step, channel, depth, first, first + len(rows[-1]), pixels.size))
+    sizes = layer.image if transposed else out
+    g = Sizes(
+        images,
+        images * sizes[0] * sizes[1],
+        filters,
+        -(-filters // width),
+        width,
+        layer.filters if transposed else 0,
+    )
+    table = np.array(blocks, np.intp).reshape(-1, 6)
     # One that is empty, for filters of which no tap sees a pixel.
     none = np.empty(0, np.intp)
     tables = table, np.concatenate([none, *rows]), np.concatenate([none, *places]), np.arange(_CHANNELS)
-    return g, tables
+    return g, tables, window_taps(e, width)
+
+
+def _run(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue,
+    argmax: np.ndarray,
+    transposed: bool,
+) -> None:
+    dtype = x.dtype
+    width = simd.panel_width(dtype)
+    g, tables, taps = _plan(layer, x.shape[0], e, width, transposed)
+    parts = part_count(g.panels, x.shape[0] * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
+    z = scratch("products", g.panels * g.pixels * width, dtype)
+    size = _CHANNELS * width if transposed else weight.size + width if layer.filters < width else 1
+    packs = scratch("weights", (parts, size), dtype)
+    flat = x.ravel(), weight.ravel(), packs, _NO_BIAS[dtype] if bias is None else bias, y.ravel()
+    _correlate(parts, *flat, g, tables, z, e, taps, argmax.ravel())
 
 
 def forward(
@@ -188,41 +279,90 @@ def forward(
     argmax: np.ndarray = NOWHERE,
 ) -> None:
     """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`."""
-    g, tables = _plan(layer, x.shape[0], e, simd.panel_width(x.dtype))
-    start = scratch("start", g.panels * g.panel, x.dtype)
-    between_jobs(set_start, start[np.newaxis], bias)
-    parts = part_count(g.panels, x.shape[0] * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
-    z = scratch("products", g.panels * g.pixels * g.panel, x.dtype)
-    lanes = simd.lanes(x.dtype)
-    copied = scratch("weights", weight.size + lanes if layer.filters < lanes else 0, x.dtype)
-    flat = x.reshape(-1), weight.reshape(-1), copied, start, y.reshape(-1)
-    _correlate(parts, *flat, g, tables, z, e, window_taps(e, g.panel), argmax.reshape(-1))
-
-
-def _windows(layer: Layer) -> tuple[tuple, ...]:
-    rows, columns = layer.rows, layer.columns
-    kernel, stride, padding, dilation = zip(rows[1:], columns[1:], strict=True)
-    return kernel, stride, padding, dilation
-
-
-def _columns(layer: Layer, images: int, dtype: np.dtype) -> np.ndarray:
-    """Scratch for the columns of all pixels."""
-    shape = (
-        images * layer.out_image[0] * layer.out_image[1],
-        layer.rows.kernel * layer.columns.kernel * layer.channels,
-    )
-    return scratch("columns", shape[0] * shape[1], dtype).reshape(shape)
+    _run(layer, x, weight, bias, y, e, argmax, False)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
-    columns = _columns(layer, dx.shape[0], dx.dtype)
-    linear_backward_input(dout.reshape(-1, layer.filters), weight.reshape(-1, layer.filters), out=columns)
-    col2im(columns, dx.shape, *_windows(layer), out=dx)
+    _run(layer, dout, weight, None, dx, NO_EPILOGUE, NOWHERE, True)
+
+
+@parallel
+def _add_products(part, parts, x, dout, dweight, g, tables, packs):
+    """Add a share of the gradient of the weights: a panel of filters, tap by tap, after another."""
+    keep_out_of_line()
+    taps, ranges, order, row, crow, col = tables
+    packed, ready = packs[part], -1
+    lo, hi = span(part, parts, g.panels * len(taps))
+    for item in range(lo, hi):
+        panel = item // len(taps)
+        tap = item - panel * len(taps)
+        filter0 = panel * g.panel
+        many = min(g.filters - filter0, g.panel)
+        if panel != ready:
+            ready = panel
+            for k in range(g.pixels):
+                copy(dout, order[k] * g.filters + filter0, packed, k * g.panel, many)
+        c0 = taps[tap, 1] + filter0
+        add_ranges(
+            x,
+            taps[tap, 0],
+            row,
+            col,
+            0,
+            row.size,
+            g.pixels,
+            ranges[tap],
+            packed,
+            0,
+            g.panel,
+            dweight,
+            c0,
+            crow,
+            many,
+            packed[:0],
+        )
+
+
+@lru_cache(maxsize=256)
+def _weight_plan(layer: Layer, images: int, width: int) -> tuple[Sizes, tuple[np.ndarray, ...]]:
+    """Sizes, and tables: where each tap begins in the images and in the weights, and the pixels that see it.
+
+    Pixels are numbered by rows, of all images together: those that see a tap are then in runs, equally far
+    apart. The others are the place of each such pixel in `dout`, and the tile's.
+    """
+    (out_h, out_w), (height, line), channels = layer.out_image, layer.image, layer.channels
+    rows, columns = layer.rows.forward(), layer.columns.forward()
+    h, n, w = np.ix_(np.arange(out_h), np.arange(images), np.arange(out_w))
+    order = (n * out_h + h) * out_w + w
+    inputs = (n * height + h * rows.step) * line + w * columns.step
+    row = padded_rows(np.arange(channels), add_rows(channels))
+    tiles = len(row) // (TILE_ROWS if len(row) % TILE_ROWS == 0 else TALL_ROWS)
+    taps: list[tuple[int, int]] = []
+    ranges: list[np.ndarray] = []
+    for tap, ((i, _), (j, _)) in _axes(layer, layer.out_image):
+        k, m = divmod(tap, layer.columns.kernel)
+        place = (rows.origin + rows.taps[k]) * line + columns.origin + columns.taps[m]
+        taps.append((place * channels, tap * channels * layer.filters))
+        runs, length = len(i) * images, len(j)
+        if length == out_w:
+            runs, length = 1, runs * length
+        ranges.append(np.tile((int(i[0]) * images * out_w + int(j[0]), length, out_w, runs), tiles))
+    g = Sizes(images, images * out_h * out_w, layer.filters, -(-layer.filters // width), width, 0)
+    tile = (
+        row,
+        padded_rows(np.arange(channels) * layer.filters, add_rows(channels)),
+        inputs.ravel() * channels,
+    )
+    many = len(taps)
+    starts = np.array(taps, np.intp).reshape(many, 2), np.array(ranges, np.intp).reshape(many, 4 * tiles)
+    return g, (*starts, order.ravel(), *tile)
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
-    columns = im2col(x, *_windows(layer), out=_columns(layer, x.shape[0], x.dtype))
-    gradient = dweight.reshape(-1, layer.filters)
-    linear_backward_weight(dout.reshape(-1, layer.filters), columns, out=gradient, accumulate=True)
+    images, width = x.shape[0], simd.panel_width(x.dtype)
+    g, tables = _weight_plan(layer, images, width)
+    parts = part_count(g.panels * len(tables[0]), images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
+    packs = scratch("weights", (parts, g.pixels * width), x.dtype)
+    _add_products(parts, x.ravel(), dout.ravel(), dweight.ravel(), g, tables, packs)
