@@ -1,9 +1,9 @@
 """Convolution: forward, and backward to the input and to the weights.
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
-convolve by the definition, `winograd`, `winograd_weights`, `winograd_strided` and, for few channels,
-`winograd_rows` in fewer multiplications, `depthwise`, `image_lanes`, `winograd_lanes`, `few_channels` and `few_pixels` where sizes are too small to
-fill vectors or to repay packing.
+convolve by the definition, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so
+do `winograd_rows` and `winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`,
+`few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from . import (
     winograd_lanes,
     winograd_lanes_weights,
     winograd_rows,
+    winograd_rows_weights,
     winograd_strided,
     winograd_weights,
 )
@@ -81,11 +82,11 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return winograd_weights.add_weight_gradient
     if winograd_strided.suits(layer, images, dtype):
         return winograd_strided.add_weight_gradient
-    return (
-        few_pixels.add_weight_gradient
-        if few_pixels.suits_weight(layer, images)
-        else direct_weights.add_weight_gradient
-    )
+    if few_pixels.suits_weight(layer, images):
+        return few_pixels.add_weight_gradient
+    if winograd_rows_weights.suits(layer, images, dtype):
+        return winograd_rows_weights.add_weight_gradient
+    return direct_weights.add_weight_gradient
 
 
 def conv2d_forward(

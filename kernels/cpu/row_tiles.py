@@ -9,12 +9,14 @@ from numba.extending import intrinsic
 from .epilogue import DEAD
 from .loops import sum_loop
 from .simd import TILE_ROWS
-from .winograd_points import ONE, OUTPUT, TILE, Transformer
+from .winograd_points import GRADIENT, ONE, OUTPUT, TILE, Transformer
 
 # Points of the transforms.
 SIZE = 6
 # Tiles whose products are summed together: as many as fit the registers, and even, for windows of two rows.
 TILES = 4 if TILE_ROWS == 8 else 2
+# Taps whose gradients are summed together.
+TAPS = 3 if TILE_ROWS == 8 else 1
 # What is done with outputs: they are stored; go through ReLU, or a pooling of 1 x 1; or are pooled, 2 x 2.
 STORED, RELU, POOLED = range(3)
 
@@ -129,3 +131,46 @@ def tile_products(typing_context, finish, t0, operands):
         return context.get_dummy_value()
 
     return types.void(finish, t0, operands), codegen
+
+
+@intrinsic
+def add_gradients(typing_context, t0, t1, tables, k0, spectrum, plane, dout, d0, pixel, ahead, sums, s0):
+    """Add tiles t0 to t1 of dout, times what `TAPS` taps meet of the image, to the sums of these.
+
+    Element i of the sum of tap k, a vector of filters at sums[s0 + (k * SIZE + i) * lanes], takes that of the
+    transform of dout[d0 + targets[t] + m * pixel] times spectrum[sources[t] + taps[k0 + k] + i * plane], for
+    each tile t. Meanwhile a cache fetches dout `ahead` elements further on. Arrays are pointers, and `tables`
+    those to sources, targets and taps.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        t0, t1, tables, k0, images, plane, dout, d0, pixel, ahead, sums, s0 = arguments
+        sources, targets, taps = cgutils.unpack_tuple(builder, tables)
+        emit = Transformer(context, builder, spectrum.dtype)
+        planes = [builder.mul(plane, ir.Constant(_I64, i)) for i in range(SIZE)]
+        steps = [builder.mul(pixel, ir.Constant(_I64, m)) for m in range(TILE)]
+        offsets = [builder.load(emit.at(taps, k0, ir.Constant(_I64, k))) for k in range(TAPS)]
+        images = [emit.at(images, offset) for offset in offsets]
+
+        def step(t, totals):
+            place = emit.at(dout, d0, builder.load(emit.at(targets, t)))
+            pixels = [emit.at(place, distance) for distance in steps]
+            for of_pixel in pixels:
+                emit.prefetch(emit.at(of_pixel, ahead), to_write=False)
+            gradients = emit.transformed(GRADIENT, SIZE, [emit.load(of_pixel) for of_pixel in pixels])
+            source = builder.load(emit.at(sources, t))
+            new: list = []
+            for image in images:
+                window = emit.at(image, source)
+                for i in range(SIZE):
+                    element = emit.broadcast(builder.load(emit.at(window, planes[i])))
+                    new.append(emit.multiply_add(element, gradients[i], totals[len(new)]))
+            return new
+
+        zeros = [ir.Constant(emit.vector, None)] * (TAPS * SIZE)
+        for i, total in enumerate(sum_loop(emit, t0, t1, zeros, step, unrolls=False)):
+            place = emit.at(sums, s0, ir.Constant(_I64, i * emit.lanes))
+            emit.store(emit.add(emit.load(place), total), place)
+        return context.get_dummy_value()
+
+    return types.void(t0, t1, tables, k0, spectrum, plane, dout, d0, pixel, ahead, sums, s0), codegen

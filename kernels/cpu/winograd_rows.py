@@ -23,12 +23,12 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd
-from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer, fill_window
+from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer
 from .elementwise import passes_caches
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TILES, tile_products
 from .simd import VECTOR_BITS
-from .vectors import fence, pointer
+from .vectors import all_lanes, fence, first_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER, INPUT, TILE, transform
 from .workspace import clear, copy, scratch
 
@@ -95,10 +95,35 @@ def _some_tiles(finish, t0, t1, operands):
 
 
 @kernel
-def _transform_band(x, n, first, g, window, spectrum):
-    """The transformed rows under the band from output row `first` on: by row, point and element."""
+def _read_rows(x, n, first, g, window):
+    """Copy the image's rows under the band from output row `first` on; `window` is zero beside them."""
+    image, target = pointer(x), pointer(window)
+    lanes, line = lanes_of(image), g.window_w * g.channels
+    before = min(max(-g.origin_w, 0), g.window_w)
+    skipped = max(g.origin_w, 0)
+    size = max(min(g.image_w - skipped, g.window_w - before), 0) * g.channels
+    whole = size // lanes * lanes
+    everything, some = all_lanes(image), first_lanes(image, size - whole)
+    for r in range(g.window_h):
+        h = g.origin_h + first + r
+        t = r * line + before * g.channels
+        if h < 0 or h >= g.image_h:
+            clear(window, t, size)
+            continue
+        s = ((n * g.image_h + h) * g.image_w + skipped) * g.channels
+        for k in range(0, whole, lanes):
+            store(load(image, s + k, everything), target, t + k, everything)
+        store(load(image, s + whole, some), target, t + whole, some)
+
+
+@kernel
+def transform_band(x, n, first, g, window, spectrum):
+    """The transformed rows under the band from output row `first` on: by row, point and element.
+
+    The padding beside the image must be zero in `window`, and stays so.
+    """
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    fill_window(x, n, g, g.origin_h + first, g.window_h, window)
+    _read_rows(x, n, first, g, window)
     for r in range(g.window_h):
         source, target = r * g.window_w * g.channels, r * SIZE * g.plane
         for k in range(0, g.plane, lanes):
@@ -112,11 +137,12 @@ def _convolve(part, parts, x, images, weights, start, y, argmax, g, of, finish, 
     window, spectrum = windows[part], spectra[part]
     tiles, depth = of.sources.size, of.taps.size
     tables = pointer(of.sources), pointer(of.targets), pointer(of.taps), depth
+    clear(window, 0, window.size)
     lo, hi = span(part, parts, images * g.bands)
     for task in range(lo, hi):
         n = task // g.bands
         first = min(task % g.bands * g.rows, g.height - g.rows)
-        _transform_band(x, n, first, g, window, spectrum)
+        transform_band(x, n, first, g, window, spectrum)
         y0 = n * (y.size // images) + first // max(e.pool_h, 1) * g.out_row
         for t in range(0, tiles, _CHUNK):
             for v in range(start.size // lanes):
@@ -152,7 +178,7 @@ def _transform_weights(part, parts, weight, bias, weights, start):
 
 
 @lru_cache(maxsize=512)
-def _plan(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Grid, Tables]:
+def plan(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Grid, Tables]:
     lanes = simd.lanes(dtype)
     height, width = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
     channels, kernel_h = layer.channels, layer.rows.kernel
@@ -193,6 +219,11 @@ def _plan(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Grid
     )
 
 
+def window_size(g: Grid, lanes: int) -> int:
+    """Elements of a band's rows of the padded image: the transforms of the last ones read on."""
+    return g.window_h * g.window_w * g.channels + (SIZE - 1) * g.channels + lanes
+
+
 def forward(
     layer: Layer,
     x: np.ndarray,
@@ -205,15 +236,13 @@ def forward(
     """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
     images, dtype = len(x), x.dtype
     lanes = simd.lanes(dtype)
-    g, of = _plan(layer, min(images, _TASKS), dtype, e)
+    g, of = plan(layer, min(images, _TASKS), dtype, e)
     vectors = -(-layer.filters // lanes)
     weights = scratch("weights", vectors * of.taps.size * SIZE * lanes, dtype)
     start = scratch("start", vectors * lanes, dtype)
     biases = NO_BIAS[dtype] if bias is None else bias
     _transform_weights(part_count(vectors, weights.nbytes), weight, biases, weights, start)
     parts = part_count(images * g.bands, images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
-    # The transforms of a row's last elements read on.
-    window = g.window_h * g.window_w * g.channels + (SIZE - 1) * g.channels + lanes
     _convolve(
         parts,
         x.reshape(-1),
@@ -227,7 +256,7 @@ def forward(
         _FINISHES[e.pool_h, e.pool_w],
         int(e.pool_h < 2 and layer.filters % lanes == 0 and passes_caches(y, 2)),
         e,
-        scratch("windows", (parts, window), dtype),
+        scratch("windows", (parts, window_size(g, lanes)), dtype),
         scratch("spectra", (parts, g.window_h * SIZE * g.plane), dtype),
     )
 
@@ -238,7 +267,7 @@ def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     width = e.out_w * e.pool_w if e.pool_h else layer.out_image[1]
     if width < TILE:
         return False
-    g, of = _plan(layer, images, dtype, e)
+    g, of = plan(layer, images, dtype, e)
     lanes = simd.lanes(dtype)
     vectors = -(-layer.filters // lanes)
     transforms = g.window_h * g.plane / lanes * _TRANSFORM_CYCLES
@@ -247,13 +276,18 @@ def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     return transforms + tiles < direct
 
 
-def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
-    """Whether the forward pass may be done here, and is faster than the direct way."""
+def fits(layer: Layer, dtype: np.dtype) -> bool:
+    """Whether a layer's passes can and may be done by rows of tiles."""
     if not winograd.get_winograd() or dtype != np.float32 or layer.groups > 1:
         return False
     if any(side.stride > 1 or side.dilation > 1 for side in (layer.rows, layer.columns)):
         return False
-    if layer.columns.kernel != _TAPS or (e.pool_h, e.pool_w) not in _FINISHES:
-        return False
     narrow = layer.channels <= _MOST_CHANNELS and layer.filters >= simd.lanes(dtype)
-    return narrow and _pays(layer, min(images, _TASKS), dtype, e)
+    return narrow and layer.columns.kernel == _TAPS and layer.out_image[1] >= TILE
+
+
+def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
+    """Whether the forward pass may be done here, and is faster than the direct way."""
+    if not fits(layer, dtype) or (e.pool_h, e.pool_w) not in _FINISHES:
+        return False
+    return _pays(layer, min(images, _TASKS), dtype, e)
