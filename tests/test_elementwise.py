@@ -39,6 +39,7 @@ def _calls(x, dout):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_around_the_caches(monkeypatch, shape, dtype):
+    monkeypatch.setattr(elementwise, "_FITS", 0)
     rng = np.random.default_rng(0)
     x, dout = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     for call in _calls(x, dout):
@@ -52,7 +53,26 @@ def test_around_the_caches(monkeypatch, shape, dtype):
 
 
 def test_an_output_that_is_not_aligned_is_written_through_the_caches(monkeypatch):
+    monkeypatch.setattr(elementwise, "_FITS", 0)
     monkeypatch.setattr(elementwise, "_last_level_bytes", lambda: 0)
     out = _aligned(5001, np.float32)[1:]
     x = np.linspace(-1, 1, 5000, dtype=np.float32)
     np.testing.assert_array_equal(cpu.relu_forward(x, out=out), x.clip(0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(3, 50, 50, 7), (4, 28, 28, 33), (5, 64, 64, 1)])
+def test_batch_norm_in_one_job_has_the_bits_of_several(team, shape, dtype):
+    rng = np.random.default_rng(1)
+    x, dout = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    weight, bias = (rng.standard_normal(shape[-1]).astype(dtype) for _ in range(2))
+    results = []
+    for threads in (1, 2):
+        team(threads)
+        running = np.zeros(shape[-1], dtype), np.ones(shape[-1], dtype)
+        forward = cpu.batch_norm_forward(x, weight, bias, *running, True)
+        backward = cpu.batch_norm_backward(dout, x, weight, *forward[1:], True)
+        evaluated = cpu.batch_norm_forward(x, weight, bias, *running, False)
+        results.append([*forward, *running, *backward, *evaluated])
+    for one, several in zip(*results, strict=True):
+        np.testing.assert_array_equal(several, one)

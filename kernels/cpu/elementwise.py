@@ -33,6 +33,8 @@ from .workspace import scratch
 _AHEAD = 4
 # A contiguous array in one row.
 flat = np.ndarray.ravel
+# Bytes that any processor's caches hold, so that there is nothing to ask.
+_FITS = 1 << 18
 # The values of channels should stay in the first-level cache.
 _LONGEST = 1024
 
@@ -66,7 +68,7 @@ def _parts_and_way(y: np.ndarray, arrays: int) -> tuple[int, int]:
     # The answers for a single block take a third of its time to find.
     if y.size <= BLOCK:
         return 1, 0
-    return part_count(blocks(y.size), y.size), int(passes_caches(y, arrays))
+    return part_count(blocks(y.size), y.size), int(y.nbytes > _FITS and passes_caches(y, arrays))
 
 
 class Elementwise:

@@ -14,7 +14,7 @@ from .. import checks
 from ..jit import kernel
 from ..threads import between_jobs, parallel, part_count
 from . import normalized
-from .elementwise import channelwise, table_sizes
+from .elementwise import channelwise, passes_caches, table_sizes
 from .moments import batch_moments, column_sizes, column_width, gradient_sums, merge, moments, products
 from .pieces import blocks, fold, piece_count
 from .vectors import load, multiply_add
@@ -25,9 +25,9 @@ _NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 _FLOAT64 = np.dtype(np.float64)
 
 
-def _is_small(size: int) -> bool:
-    """Whether all steps are done by one job, each in one part."""
-    return size > 0 and piece_count(size) == 1 and part_count(blocks(size), size) == 1
+def _is_one_job(size: int) -> bool:
+    """Whether all steps are done by one job, because each would have one part."""
+    return size > 0 and part_count(piece_count(size), size) == 1 and part_count(blocks(size), size) == 1
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def batch_norm_forward(
     y = checks.output("out", out, x.shape, x.dtype)
     running = running_mean, running_var
     outputs = out_mean, out_inv_std
-    if _is_small(x.size):
+    if _is_one_job(x.size):
         mean, inv_std, _ = _statistics(x, (weight, bias), running, training, momentum, eps, outputs, y)
         return y, mean, inv_std
     mean, inv_std, rows = _statistics(x, (weight, bias), running, training, momentum, eps, outputs)
@@ -140,26 +140,42 @@ _to_normal = _normalize.body
 
 @parallel
 def _forward_at_once(
-    part, parts, training, x, y, running, momentum, eps, affine, mean, inv_std, width, memory, tables, period
+    part,
+    parts,
+    training,
+    x,
+    y,
+    running,
+    momentum,
+    eps,
+    affine,
+    mean,
+    inv_std,
+    slabs,
+    memory,
+    tables,
+    period,
+    around,
 ):
-    """The statistics and the result of a small array."""
-    rows = memory[3 * width :].reshape(3, mean.size)
+    """The statistics and the result."""
+    rows = memory.reshape(3, mean.size)
     if training:
-        slabs = memory[: 3 * width].reshape(1, 3, width)
         _moments(0, 1, x, slabs)
         _by_moments(0, 1, slabs, running, momentum, eps, affine, mean, inv_std, rows)
     else:
         _by_running(0, 1, running, eps, affine, mean, inv_std, rows)
-    _to_normal(0, 1, y, rows, tables, period, 0, (x,))
+    _to_normal(0, 1, y, rows, tables, period, around, (x,))
 
 
 def _run_at_once(training, x, y, *given):
-    """Overwrite all that a small array's forward pass results in."""
+    """Overwrite all that a forward pass in one job results in."""
     channels = x.shape[-1]
     width, (period, length) = column_width(channels, x.dtype), table_sizes(channels, x.dtype)
-    memory = scratch("moments", 3 * (width + channels), _FLOAT64)
+    slabs = scratch("moments", (piece_count(x.size), 3, width), _FLOAT64)
+    memory = scratch("values", 3 * channels, _FLOAT64)
     tables = scratch("channels", (1, 3 * length), x.dtype)
-    _forward_at_once(1, training, x.ravel(), y.ravel(), *given, width, memory, tables, period)
+    around = int(passes_caches(y, 2))
+    _forward_at_once(1, training, x.ravel(), y.ravel(), *given, slabs, memory, tables, period, around)
 
 
 def _optional(name: str, values: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -175,11 +191,11 @@ def _statistics(
     momentum: float,
     eps: float,
     out: tuple[np.ndarray | None, np.ndarray | None],
-    small: np.ndarray | None = None,
+    result: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """mean and inv_std, and the values for `_normalize`; in training the running statistics move.
 
-    A `small` result is overwritten at once, and there are no such values.
+    A `result` is overwritten in the same job, and there are no such values.
     """
     shape, dtype = x.shape[-1:], x.dtype
     weight = _optional("weight", affine[0], shape, dtype)
@@ -203,9 +219,9 @@ def _statistics(
         between_jobs(np.copyto, copy, array)
     settings = float(momentum), float(eps)
     results = (weight, bias), mean, inv_std
-    rows = np.empty((3, channels)) if small is None else _NOTHING[_FLOAT64]
-    if small is not None:
-        _run_at_once(bool(training), x, small, moving, *settings, *results)
+    rows = np.empty((3, channels)) if result is None else _NOTHING[_FLOAT64]
+    if result is not None:
+        _run_at_once(bool(training), x, result, moving, *settings, *results)
     elif not training:
         _take_running(1, moving, float(eps), *results, rows)
     elif count:
@@ -286,7 +302,7 @@ def batch_norm_backward(
     given = weight, mean, inv_std
 
     out_sums = out_dweight, out_dbias
-    if training and _is_small(x.size):
+    if training and _is_one_job(x.size):
         arrays, adds = _gradient_arrays(x, given, out_sums, accumulate)
         _run_back_at_once(dout, x, dx, arrays, adds)
         return dx, arrays[3], arrays[4]
@@ -337,28 +353,29 @@ _products, _by_sums, _to_gradient = products.body, _take_sums.body, _spread.body
 
 
 @parallel
-def _backward_at_once(part, parts, dout, x, dx, arrays, adds, width, memory, tables, period):
-    """The sums and the gradient of a small array, in training."""
+def _backward_at_once(part, parts, dout, x, dx, arrays, adds, slabs, memory, tables, period, around):
+    """The sums and the gradient, in training."""
     weight, mean, inv_std, dweight, dbias = arrays
-    slabs, spread = memory[: 2 * width].reshape(1, 2 * width), memory[2 * width :].reshape(4, mean.size)
+    width, spread = slabs.shape[1] // 2, memory.reshape(4, mean.size)
     _products(0, 1, (dout, x), mean, tables[:width].reshape(1, width), slabs, 0)
     count = x.size // mean.size
     _by_sums(0, 1, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread)
     of_channels = tables[width:].reshape(1, tables.size - width)
-    _to_gradient(0, 1, dx, spread, of_channels, period, 0, (dout, x))
+    _to_gradient(0, 1, dx, spread, of_channels, period, around, (dout, x))
 
 
 def _run_back_at_once(
     dout: np.ndarray, x: np.ndarray, dx: np.ndarray, arrays: tuple[np.ndarray, ...], adds: tuple[int, int]
 ) -> None:
-    """Overwrite all that a small array's backward pass in training results in."""
+    """Overwrite all that a backward pass in training, in one job, results in."""
     channels, dtype = x.shape[-1], x.dtype
-    _, width, _ = column_sizes(x.size, channels, dtype)
+    pieces, width, _ = column_sizes(x.size, channels, dtype)
     period, length = table_sizes(channels, dtype)
-    memory = scratch("column sums", 2 * width + 4 * channels, _FLOAT64)
+    slabs = scratch("column sums", (pieces, 2 * width), _FLOAT64)
+    memory = scratch("values", 4 * channels, _FLOAT64)
     tables = scratch("columns", width + 4 * length, dtype)
     flat = dout.ravel(), x.ravel(), dx.ravel()
-    _backward_at_once(1, *flat, arrays, adds, width, memory, tables, period)
+    _backward_at_once(1, *flat, arrays, adds, slabs, memory, tables, period, int(passes_caches(dx, 3)))
 
 
 def _gradient_arrays(
