@@ -34,7 +34,7 @@ _AHEAD = 4
 # A contiguous array in one row.
 flat = np.ndarray.ravel
 # Bytes that any processor's caches hold, so that there is nothing to ask.
-_FITS = 1 << 18
+_FITS = 1 << 19
 # The values of channels should stay in the first-level cache.
 _LONGEST = 1024
 
@@ -55,7 +55,10 @@ def passes_caches(out: np.ndarray, arrays: int) -> bool:
     Where they don't fit the last cache together, a result that is read from its beginning would be gone by
     then anyway.
     """
-    return arrays * out.nbytes > 3 * _last_level_bytes() // 4 and out.ctypes.data % (VECTOR_BITS // 8) == 0
+    size = arrays * out.nbytes
+    if size <= _FITS or size <= 3 * _last_level_bytes() // 4:
+        return False
+    return out.ctypes.data % (VECTOR_BITS // 8) == 0
 
 
 def name_after(function: Callable, part: Callable, name: str) -> None:
@@ -68,7 +71,7 @@ def _parts_and_way(y: np.ndarray, arrays: int) -> tuple[int, int]:
     # The answers for a single block take a third of its time to find.
     if y.size <= BLOCK:
         return 1, 0
-    return part_count(blocks(y.size), y.size), int(y.nbytes > _FITS and passes_caches(y, arrays))
+    return part_count(blocks(y.size), y.size), int(passes_caches(y, arrays))
 
 
 class Elementwise:

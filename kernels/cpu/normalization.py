@@ -7,6 +7,7 @@ once for the sums and once for the result. All sums are in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ..threads import between_jobs, parallel, part_count
 from . import normalized
 from .elementwise import channelwise, passes_caches, table_sizes
 from .moments import batch_moments, column_sizes, column_width, gradient_sums, merge, moments, products
-from .pieces import blocks, fold, piece_count
+from .pieces import BLOCK, blocks, fold, piece_count
 from .vectors import load, multiply_add
 from .workspace import scratch
 
@@ -27,7 +28,9 @@ _FLOAT64 = np.dtype(np.float64)
 
 def _is_one_job(size: int) -> bool:
     """Whether all steps are done by one job, because each would have one part."""
-    return size > 0 and part_count(piece_count(size), size) == 1 and part_count(blocks(size), size) == 1
+    if size <= BLOCK:
+        return size > 0
+    return part_count(piece_count(size), size) == 1 and part_count(blocks(size), size) == 1
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -151,15 +154,18 @@ def _forward_at_once(
     affine,
     mean,
     inv_std,
-    slabs,
+    pieces,
+    width,
     memory,
     tables,
     period,
     around,
 ):
     """The statistics and the result."""
-    rows = memory.reshape(3, mean.size)
+    sums = memory.size - 3 * mean.size
+    rows = memory[sums:].reshape(3, mean.size)
     if training:
+        slabs = memory[:sums].reshape(pieces, 3, width)
         _moments(0, 1, x, slabs)
         _by_moments(0, 1, slabs, running, momentum, eps, affine, mean, inv_std, rows)
     else:
@@ -169,13 +175,22 @@ def _forward_at_once(
 
 def _run_at_once(training, x, y, *given):
     """Overwrite all that a forward pass in one job results in."""
-    channels = x.shape[-1]
-    width, (period, length) = column_width(channels, x.dtype), table_sizes(channels, x.dtype)
-    slabs = scratch("moments", (piece_count(x.size), 3, width), _FLOAT64)
-    memory = scratch("values", 3 * channels, _FLOAT64)
-    tables = scratch("channels", (1, 3 * length), x.dtype)
-    around = int(passes_caches(y, 2))
-    _forward_at_once(1, training, x.ravel(), y.ravel(), *given, slabs, memory, tables, period, around)
+    dtype = x.dtype
+    pieces, width, values, length, period = _sizes(x.size, x.shape[-1], dtype)
+    memory, tables = scratch("moments", values, _FLOAT64), scratch("channels", (1, length), dtype)
+    sizes = pieces, width, memory, tables, period, int(passes_caches(y, 2))
+    _forward_at_once(1, training, x.ravel(), y.ravel(), *given, *sizes)
+
+
+@lru_cache(maxsize=512)
+def _sizes(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, int, int, int]:
+    """Pieces and width of the sums, float64 values and elements of tables that they take, and the period."""
+    pieces, width, (period, length) = (
+        piece_count(size),
+        column_width(channels, dtype),
+        table_sizes(channels, dtype),
+    )
+    return pieces, width, 3 * (pieces * width + channels), 3 * length, period
 
 
 def _optional(name: str, values: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -353,10 +368,11 @@ _products, _by_sums, _to_gradient = products.body, _take_sums.body, _spread.body
 
 
 @parallel
-def _backward_at_once(part, parts, dout, x, dx, arrays, adds, slabs, memory, tables, period, around):
+def _backward_at_once(part, parts, dout, x, dx, arrays, adds, pieces, width, memory, tables, period, around):
     """The sums and the gradient, in training."""
     weight, mean, inv_std, dweight, dbias = arrays
-    width, spread = slabs.shape[1] // 2, memory.reshape(4, mean.size)
+    sums = 2 * pieces * width
+    slabs, spread = memory[:sums].reshape(pieces, 2 * width), memory[sums:].reshape(4, mean.size)
     _products(0, 1, (dout, x), mean, tables[:width].reshape(1, width), slabs, 0)
     count = x.size // mean.size
     _by_sums(0, 1, slabs, count, weight, mean, inv_std, dweight, dbias, adds, spread)
@@ -371,11 +387,11 @@ def _run_back_at_once(
     channels, dtype = x.shape[-1], x.dtype
     pieces, width, _ = column_sizes(x.size, channels, dtype)
     period, length = table_sizes(channels, dtype)
-    slabs = scratch("column sums", (pieces, 2 * width), _FLOAT64)
-    memory = scratch("values", 4 * channels, _FLOAT64)
+    memory = scratch("column sums", 2 * pieces * width + 4 * channels, _FLOAT64)
     tables = scratch("columns", width + 4 * length, dtype)
     flat = dout.ravel(), x.ravel(), dx.ravel()
-    _backward_at_once(1, *flat, arrays, adds, slabs, memory, tables, period, int(passes_caches(dx, 3)))
+    sizes = pieces, width, memory, tables, period, int(passes_caches(dx, 3))
+    _backward_at_once(1, *flat, arrays, adds, *sizes)
 
 
 def _gradient_arrays(
