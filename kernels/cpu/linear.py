@@ -122,11 +122,12 @@ def _fetch_rows(b, b0, ldb, rows, columns):
 
 
 @parallel
-def _multiply(part, parts, a, b, bias, c, p, row, crow, col, panels_of_b, blocks_of_a, starts):
+def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
     keep_out_of_line()
-    packed, rows_of_a, start = panels_of_b[part], blocks_of_a[part], starts[part]
-    depth_size = packed.size // _PANELS
-    width = depth_size // col.size
+    width = TILE_VECTORS * VECTOR_BITS // (8 * a.itemsize)
+    depth_size = _BLOCK_K * width
+    packed, rest = memory[part, : _PANELS * depth_size], memory[part, _PANELS * depth_size :]
+    start, rows_of_a = rest[:width], rest[width:]
     panels = (p.columns + width - 1) // width
     blocks = (p.rows + p.block_rows - 1) // p.block_rows
     in_place = p.b_column == 1 and (p.rows <= _UNPACKED_ROWS or p.rows * p.b_k <= _UNPACKED)
@@ -312,18 +313,39 @@ def _few_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.
     _multiply_few(parts, x.reshape(-1), rows, weight.reshape(-1), starts, bias, y.reshape(-1), columns)
 
 
-@lru_cache(maxsize=512)
-def _tables(rows: int, columns: int, along_k: bool) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a block, where the last block's tables begin, and the tables of A's rows, C's rows and k.
+class _Plan(NamedTuple):
+    """What large products that differ in numbers only have in common."""
 
-    A packed block holds row after row, each `_PITCH` long, or else k after k, each as long as the block.
-    """
-    block = min(rows, _BLOCK_ROWS)
-    last = rows - (-(-rows // block) - 1) * block
-    a_row, a_k = (_PITCH, 1) if along_k else (1, block)
-    row, crow = ([padded_rows(np.arange(many) * step) for many in (block, last)] for step in (a_row, columns))
-    col = np.arange(_BLOCK_K) * a_k
-    return block, len(row[0]), np.concatenate(row), np.concatenate(crow), col
+    sizes: Product
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray]  # of A's rows, C's rows and k
+    tasks: int
+    work: float
+    memory: int  # elements of scratch for each part
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    rows: int,
+    depth: int,
+    columns: int,
+    a_strides: tuple[int, int],
+    b_strides: tuple[int, int],
+    accumulate: bool,
+    dtype: np.dtype,
+) -> _Plan:
+    """See `_Plan`. A packed block holds row after row, each `_PITCH` long, or else k after k."""
+    block, width = min(rows, _BLOCK_ROWS), simd.panel_width(dtype)
+    blocks = -(-rows // block)
+    a_row, a_k = (_PITCH, 1) if a_strides[1] == 1 else (1, block)
+    lengths = block, rows - (blocks - 1) * block
+    row, crow = ([padded_rows(np.arange(many) * step) for many in lengths] for step in (a_row, columns))
+    return _Plan(
+        Product(rows, depth, columns, *a_strides, *b_strides, block, len(row[0]), int(accumulate)),
+        (np.concatenate(row), np.concatenate(crow), np.arange(_BLOCK_K) * a_k),
+        -(-columns // width) * blocks,
+        rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE,
+        _PANELS * _BLOCK_K * width + width + _BLOCK_ROWS * _PITCH,
+    )
 
 
 @lru_cache(maxsize=512)
@@ -355,34 +377,17 @@ def _product(
     if c.size * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and c.size <= _SMALL_RESULT:
         size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, c.dtype)
         memory = scratch("weights", size, c.dtype)
-        _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, bool(accumulate), memory)
+        _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, accumulate, memory)
         return
-    width = simd.panel_width(c.dtype)
-    block, tail, row, crow, col = _tables(rows, columns, a_strides[1] == 1)
-    product = Product(
-        rows,
-        depth,
-        columns,
-        a_row=a_strides[0],
-        a_k=a_strides[1],
-        b_k=b_strides[0],
-        b_column=b_strides[1],
-        block_rows=block,
-        tail=tail,
-        accumulate=int(accumulate),
-    )
-    tasks = -(-columns // width) * -(-rows // block)
-    parts = part_count(tasks, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE)
+    plan = _plan(rows, depth, columns, a_strides, b_strides, accumulate, c.dtype)
+    parts = part_count(plan.tasks, plan.work)
     # Panels in one part share the packed rows of A, which each part packs anew.
-    if parts == tasks:
+    if parts == plan.tasks:
         parts = min(parts, get_num_threads())
     elif a_strides[1] == 1:
         parts = min(parts, _PARTS_A_THREAD * get_num_threads())
-    panels = scratch("weights", (parts, _PANELS * _BLOCK_K * width), c.dtype)
-    blocks = scratch("windows", (parts, _BLOCK_ROWS * _PITCH), c.dtype)
-    starts = scratch("start", (parts, width), c.dtype)
-    flat = (a.ravel(), b.ravel(), biases, c.ravel())
-    _multiply(parts, *flat, product, row, crow, col, panels, blocks, starts)
+    memory = scratch("product", (parts, plan.memory), c.dtype)
+    _multiply(parts, a.ravel(), b.ravel(), biases, c.ravel(), plan.sizes, *plan.tables, memory)
 
 
 def linear_forward(
@@ -475,9 +480,9 @@ def linear_backward_weight(
     if rows != many:
         raise ValueError(f"dout: {dout.shape} has {rows} rows, but x has {many}: {x.shape}")
     dweight = checks.output("out", out, (inputs, filters), dout.dtype)
-    adds = accumulate and out is not None
+    adds = bool(accumulate and out is not None)
     if rows == 1 and dweight.size:
-        _multiply_outer(part_count(inputs, dweight.nbytes), x, dout, bool(adds), dweight)
+        _multiply_outer(part_count(inputs, dweight.nbytes), x, dout, adds, dweight)
     else:
         _product(x, (1, inputs), dout, (filters, 1), rows, None, dweight, adds)
     return dweight
