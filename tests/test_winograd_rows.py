@@ -164,6 +164,31 @@ def test_gradient_to_the_weights_is_added(case, team):
     assert results[0] == results[1]
 
 
+@every_case
+def test_gradients_behind_pooling_are_added(case, team):
+    layer, x, weight, bias, padding = arguments(case)
+    if min(layer.out_image) < 2 or layer.out_image[1] < 4:
+        pytest.skip("no whole tile of whole windows")
+    e = pooled_convolution._epilogue(layer, 2, True, True)
+    y, argmax = reference.conv2d_pool_forward(x, weight, bias, 2, True, padding=padding)
+    # What no window has is no gradient either.
+    argmax[0, 0, 0, :3] = 4, 77, 254
+    dout = np.random.default_rng(6).standard_normal(y.shape, np.float32)
+    known = np.where(argmax < 4, argmax, DEAD).astype(np.uint8)
+    expected = reference.conv2d_pool_backward_weight(
+        *exact(dout), known, *exact(x), weight.shape[:2], 2, padding=padding
+    )
+    results = []
+    for count in (1, 2):
+        team(count)
+        dweight, dbias = np.ones_like(weight), np.ones_like(bias)
+        winograd_rows_weights.add_weight_gradient(layer, dout, x, dweight, e, argmax, dbias)
+        assert error(dweight - 1, expected[0]) < BOUND
+        assert error(dbias - 1, expected[1]) < BOUND
+        results.append(dweight.tobytes() + dbias.tobytes())
+    assert results[0] == results[1]
+
+
 def test_nan_in_an_image_or_a_gradient_reaches_its_weights():
     layer, x, weight, _, _ = arguments("three channels")
     dout = np.ones((len(x), *layer.out_image, layer.filters), np.float32)
@@ -222,8 +247,16 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     winograd_rows.forward(layer, x, weight, None, pooled, e)
     dweight = np.zeros_like(weight)
     winograd_rows_weights.add_weight_gradient(layer, y, x, dweight)
+    keeps = e._replace(keeps=1)
+    argmax = np.empty(pooled.shape, np.uint8)
+    winograd_rows.forward(layer, x, weight, None, pooled, keeps, argmax)
+    dpooled, dbias = np.zeros_like(weight), np.zeros(4 * LANES, np.float32)
+    winograd_rows_weights.add_weight_gradient(layer, pooled, x, dpooled, keeps, argmax, dbias)
     for enabled in (True, False):
         switch(enabled)
+        behind, _ = cpu.conv2d_pool_backward_weight(pooled, argmax, x, 3, 2, padding=1)
+        pools = winograd_rows_weights.suits_pooled(layer, 4, x.dtype, keeps)
+        assert np.array_equal(behind, dpooled) is pools
         # With vectors of 256 bits it takes as long as the direct way.
         suits = winograd_rows_weights.suits(layer, 4, x.dtype)
         assert suits <= enabled

@@ -26,6 +26,7 @@ from . import (
     winograd,
     winograd_lanes,
     winograd_rows,
+    winograd_rows_weights,
     winograd_strided,
     winograd_weights,
 )
@@ -271,6 +272,9 @@ def conv2d_pool_backward_weight(
         if not accumulate or given is None:
             between_jobs(gradient.fill, 0)
     if not dweight.size or not dout.size:
+        return dweight, dbias
+    if winograd_rows_weights.suits_pooled(layer, x.shape[0], dout.dtype, e):
+        winograd_rows_weights.add_weight_gradient(layer, dout, x, dweight, e, argmax, dbias)
         return dweight, dbias
     way = _ways(layer, e, x.shape[0], dout.dtype)[0]
     if way == "sparse":

@@ -133,44 +133,95 @@ def tile_products(typing_context, finish, t0, operands):
     return types.void(finish, t0, operands), codegen
 
 
-@intrinsic
-def add_gradients(typing_context, t0, t1, tables, k0, spectrum, plane, dout, d0, pixel, ahead, sums, s0):
+def _unpooled(emit, dout, argmax):
+    """Two rows of gradients, from those of pixels that are pooled from 2 x 2; and those that are in them."""
+    builder = emit.builder
+    rows: list[list] = [[], []]
+    passed = []
+    codes = ir.VectorType(_I8, emit.lanes)
+    zero = ir.Constant(emit.vector, None)
+
+    def constant(code):
+        return ir.Constant(codes, [code] * emit.lanes)
+
+    for place, code in zip(dout, argmax, strict=True):
+        gradient = emit.load(place)
+        where = builder.load(builder.bitcast(code, codes.as_pointer()))
+        where.align = 1
+        for offset in range(4):
+            taken = builder.icmp_signed("==", where, constant(offset))
+            rows[offset // 2].append(builder.select(taken, gradient, zero))
+        passed.append(builder.select(builder.icmp_unsigned("<", where, constant(4)), gradient, zero))
+    return rows, passed
+
+
+@intrinsic(prefer_literal=True)
+def add_gradients(
+    typing_context, pooled, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0
+):
     """Add tiles t0 to t1 of dout, times what `TAPS` taps meet of the image, to the sums of these.
 
     Element i of the sum of tap k, a vector of filters at sums[s0 + (k * SIZE + i) * lanes], takes that of the
     transform of dout[d0 + targets[t] + m * pixel] times spectrum[sources[t] + taps[k0 + k] + i * plane], for
-    each tile t. Meanwhile a cache fetches dout `ahead` elements further on. Arrays are pointers, and `tables`
-    those to sources, targets and taps.
+    each tile t. Meanwhile a cache fetches dout `ahead` elements further on. Arrays are pointers: `tables` has
+    sources, targets and taps, `image` spectrum and plane, `gradients` dout and argmax.
+
+    If the literal `pooled` is 1, a tile has two rows, whose gradients are those of two pixels of dout behind
+    pooling by 2 x 2; their sum is added to sums[b0] if k0 is 0.
     """
+    if not isinstance(pooled, types.IntegerLiteral):
+        return None
+    rows = 1 + pooled.literal_value
+    signature = types.void(pooled, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0)
 
     def codegen(context, builder, signature, arguments):
-        t0, t1, tables, k0, images, plane, dout, d0, pixel, ahead, sums, s0 = arguments
+        _, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0 = arguments
         sources, targets, taps = cgutils.unpack_tuple(builder, tables)
-        emit = Transformer(context, builder, spectrum.dtype)
-        planes = [builder.mul(plane, ir.Constant(_I64, i)) for i in range(SIZE)]
-        steps = [builder.mul(pixel, ir.Constant(_I64, m)) for m in range(TILE)]
+        spectrum, plane = cgutils.unpack_tuple(builder, image)
+        dout, argmax = cgutils.unpack_tuple(builder, gradients)
+        emit = Transformer(context, builder, signature.args[10].dtype)
+        planes = [builder.mul(plane, ir.Constant(_I64, i)) for i in range(SIZE * rows)]
+        steps = [builder.mul(pixel, ir.Constant(_I64, m)) for m in range(TILE // rows)]
         offsets = [builder.load(emit.at(taps, k0, ir.Constant(_I64, k))) for k in range(TAPS)]
-        images = [emit.at(images, offset) for offset in offsets]
+        images = [emit.at(spectrum, offset) for offset in offsets]
 
         def step(t, totals):
-            place = emit.at(dout, d0, builder.load(emit.at(targets, t)))
-            pixels = [emit.at(place, distance) for distance in steps]
-            for of_pixel in pixels:
-                emit.prefetch(emit.at(of_pixel, ahead), to_write=False)
-            gradients = emit.transformed(GRADIENT, SIZE, [emit.load(of_pixel) for of_pixel in pixels])
+            target = builder.load(emit.at(targets, t))
+            places = [
+                [emit.at(values, d0, target, distance) for distance in steps]
+                for values in (dout, argmax)[:rows]
+            ]
+            for place in (place for of_values in places for place in of_values):
+                emit.prefetch(emit.at(place, ahead), to_write=False)
+            passed: list = []
+            if rows == 1:
+                values = [[emit.load(place) for place in places[0]]]
+            else:
+                values, passed = _unpooled(emit, *places)
             source = builder.load(emit.at(sources, t))
-            new: list = []
-            for image in images:
-                window = emit.at(image, source)
-                for i in range(SIZE):
-                    element = emit.broadcast(builder.load(emit.at(window, planes[i])))
-                    new.append(emit.multiply_add(element, gradients[i], totals[len(new)]))
-            return new
+            windows = [emit.at(image, source) for image in images]
+            totals, bias = totals[: TAPS * SIZE], totals[TAPS * SIZE :]
+            for row, of_row in enumerate(values):
+                transformed = emit.transformed(GRADIENT, SIZE, of_row)
+                new: list = []
+                for window in windows:
+                    for i in range(SIZE):
+                        element = builder.load(emit.at(window, planes[row * SIZE + i]))
+                        total = totals[len(new)]
+                        new.append(emit.multiply_add(emit.broadcast(element), transformed[i], total))
+                totals = new
+            for gradient in passed:
+                bias = [emit.add(bias[0], gradient)]
+            return [*totals, *bias]
 
-        zeros = [ir.Constant(emit.vector, None)] * (TAPS * SIZE)
-        for i, total in enumerate(sum_loop(emit, t0, t1, zeros, step, unrolls=False)):
-            place = emit.at(sums, s0, ir.Constant(_I64, i * emit.lanes))
+        zeros = [ir.Constant(emit.vector, None)] * (TAPS * SIZE + rows - 1)
+        totals = sum_loop(emit, t0, t1, zeros, step, unrolls=False)
+        results = [emit.at(sums, s0, ir.Constant(_I64, i * emit.lanes)) for i in range(TAPS * SIZE)]
+        for total, place in zip(totals, results, strict=False):
             emit.store(emit.add(emit.load(place), total), place)
+        with builder.if_then(builder.icmp_signed("==", k0, ir.Constant(k0.type, 0))):
+            for total in totals[TAPS * SIZE :]:
+                emit.store(emit.add(emit.load(emit.at(sums, b0)), total), emit.at(sums, b0))
         return context.get_dummy_value()
 
-    return types.void(t0, t1, tables, k0, spectrum, plane, dout, d0, pixel, ahead, sums, s0), codegen
+    return signature, codegen

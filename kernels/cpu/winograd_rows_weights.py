@@ -20,11 +20,11 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd_rows
-from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
-from .epilogue import NO_EPILOGUE
+from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer
+from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import SIZE, TAPS, add_gradients
 from .simd import VECTOR_BITS
-from .vectors import all_lanes, load, pointer, store
+from .vectors import all_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER_GRADIENT, TILE, transform
 from .winograd_rows import Grid, transform_band
 from .workspace import clear, copy, scratch
@@ -36,6 +36,8 @@ _PIECES = 16
 _CHUNK = 64
 # So many tiles ahead dout is fetched: with a quarter of that memory is waited for.
 _AHEAD = 64
+# Behind pooling, sums over the largest pixels alone take no longer with more channels.
+_MOST_POOLED_CHANNELS = 3
 # Measured cycles: of a vector of the image that is transformed, of a tile of dout for each few taps, and of a
 # tile of dout that is copied.
 _TRANSFORM_CYCLES = 25.0
@@ -47,44 +49,71 @@ class Tables(NamedTuple):
     """Offsets, in elements."""
 
     sources: np.ndarray  # of each whole tile of a band in its transformed rows
-    targets: np.ndarray  # of its first pixel
+    targets: np.ndarray  # of its first pixel in dout
     ends: np.ndarray  # as `sources`, of the tiles that end with their rows
     spares: np.ndarray  # where those lie when copied
     taps: np.ndarray  # of a row of the kernel and a channel, from a tile's source; a multiple of `TAPS`
+    pool: int  # 1, or 2 if the pixels of dout are pooled ones of 2 x 2
 
 
 @kernel
-def _copy_ends(dout, d0, rows, g, missing, spare):
-    """The last `missing` pixels of rows of dout, of a vector of filters, as tiles that begin with zeros."""
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+def _copy_ends(values, d0, rows, width, filters, missing, many, lanes, spare):
+    """The last `missing` pixels of rows, of a vector of filters, as tiles of `many` that begin with zeros."""
     for r in range(rows):
-        clear(spare, r * TILE * lanes, (TILE - missing) * lanes)
-        for m in range(TILE - missing, TILE):
-            pixel = (r + 1) * g.width - TILE + m
-            copy(dout, d0 + pixel * g.filters, spare, (r * TILE + m) * lanes, lanes)
+        clear(spare, r * many * lanes, (many - missing) * lanes)
+        for m in range(many - missing, many):
+            pixel = (r + 1) * width - many + m
+            copy(values, d0 + pixel * filters, spare, (r * many + m) * lanes, lanes)
 
 
 @kernel
-def _add_tiles(sources, targets, t0, t1, taps, spectrum, plane, dout, d0, pixel, ahead, sums, s0):
+def _add_tiles(pool, t0, t1, tables, depth, image, gradients, d0, pixel, ahead, sums, s0):
     """The share of some tiles of dout in the sums of all taps, of one vector of filters."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * sums.itemsize)
-    tiles = pointer(sources), pointer(targets), pointer(taps)
-    values, gradients, totals = pointer(spectrum), pointer(dout), pointer(sums)
-    for k in range(0, taps.size, TAPS):
+    step = SIZE * lanes_of(sums)
+    b0 = s0 + depth * step
+    for k in range(0, depth, TAPS):
         # Once is enough.
         fetched = ahead if k == 0 else 0
-        s = s0 + k * SIZE * lanes
-        add_gradients(t0, t1, tiles, k, values, plane, gradients, d0, pixel, fetched, totals, s)
+        s = s0 + k * step
+        if pool == 1:
+            add_gradients(0, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
+        else:
+            add_gradients(1, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
+
+
+@kernel
+def _add_band(dout, argmax, d0, rows, g, of, spectrum, sums, size, spare, codes):
+    """The share of a band of `rows` rows of dout, from `d0` on, in the sums of all taps and filters."""
+    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    width, many = g.width // of.pool, TILE // of.pool
+    tiles, missing = rows * (width // many), width % many
+    ahead = _AHEAD * many * g.filters
+    # Arrays are handed on as pointers: each would be seven numbers, at every call.
+    taps, depth, totals = pointer(of.taps), of.taps.size, pointer(sums)
+    image = pointer(spectrum), g.plane
+    tables, gradients = (pointer(of.sources), pointer(of.targets), taps), (pointer(dout), pointer(argmax))
+    for t in range(0, tiles, _CHUNK):
+        end = min(t + _CHUNK, tiles)
+        for v in range(sums.size // size):
+            d = d0 + min(v * lanes, g.filters - lanes)
+            s = v * size
+            _add_tiles(of.pool, t, end, tables, depth, image, gradients, d, g.filters, ahead, totals, s)
+    if missing == 0:
+        return
+    tables, gradients = (pointer(of.ends), pointer(of.spares), taps), (pointer(spare), pointer(codes))
+    for v in range(sums.size // size):
+        d = d0 + min(v * lanes, g.filters - lanes)
+        _copy_ends(dout, d, rows, width, g.filters, missing, many, lanes, spare)
+        if of.pool > 1:
+            _copy_ends(argmax, d, rows, width, g.filters, missing, many, lanes, codes)
+        _add_tiles(of.pool, 0, rows, tables, depth, image, gradients, 0, lanes, 0, totals, v * size)
 
 
 @parallel
-def _weight(part, parts, x, images, dout, g, of, partial, windows, spectra, spares):
+def _weight(part, parts, x, images, dout, argmax, g, of, size, partial, windows, spectra, spares, codes):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
-    window, spectrum, spare = windows[part], spectra[part], spares[part]
-    tiles_w, missing = g.width // TILE, g.width % TILE
-    size = of.taps.size * SIZE * lanes
+    window, spectrum = windows[part], spectra[part]
     clear(window, 0, window.size)
     lo, hi = span(part, parts, len(partial))
     for piece in range(lo, hi):
@@ -96,106 +125,110 @@ def _weight(part, parts, x, images, dout, g, of, partial, windows, spectra, spar
             first = (task - n * g.bands) * g.rows
             rows = min(g.rows, g.height - first)
             transform_band(x, n, first, g, window, spectrum)
-            image0 = (n * g.height + first) * g.width * g.filters
-            for t in range(0, rows * tiles_w, _CHUNK):
-                for v in range(sums.size // size):
-                    d0 = image0 + min(v * lanes, g.filters - lanes)
-                    _add_tiles(
-                        of.sources,
-                        of.targets,
-                        t,
-                        min(t + _CHUNK, rows * tiles_w),
-                        of.taps,
-                        spectrum,
-                        g.plane,
-                        dout,
-                        d0,
-                        g.filters,
-                        _AHEAD * TILE * g.filters,
-                        sums,
-                        v * size,
-                    )
-            if missing == 0:
-                continue
-            for v in range(sums.size // size):
-                _copy_ends(dout, image0 + min(v * lanes, g.filters - lanes), rows, g, missing, spare)
-                s0 = v * size
-                _add_tiles(
-                    of.ends, of.spares, 0, rows, of.taps, spectrum, g.plane, spare, 0, lanes, 0, sums, s0
-                )
+            d0 = n * (dout.size // images) + first // of.pool * g.out_row
+            _add_band(
+                dout, argmax, d0, rows // of.pool, g, of, spectrum, sums, size, spares[part], codes[part]
+            )
+
+
+@kernel
+def _add_pieces(partial, s0, target, t0):
+    """The sum of a vector over all pieces."""
+    sums = pointer(partial)
+    everything = all_lanes(sums)
+    value = load(sums, s0, everything)
+    for piece in range(1, len(partial)):
+        value = value + load(sums, piece * partial.shape[1] + s0, everything)
+    store(value, pointer(target), t0, everything)
 
 
 @parallel
-def _fold(part, parts, partial, memory, dweight):
-    """Add the pieces, transform the sums back, and add them to the gradient."""
+def _fold(part, parts, partial, memory, dweight, dbias):
+    """Add the pieces, transform the sums back, and add them to the gradients."""
     keep_out_of_line()
     kernel_h, kernel_w, channels, filters = dweight.shape
     lanes = VECTOR_BITS // (8 * partial.itemsize)
     vectors = (filters + lanes - 1) // lanes
     size = partial.shape[1] // vectors
     total, result = memory[part, : SIZE * lanes], memory[part, SIZE * lanes :]
-    everything = all_lanes(pointer(total))
     lo, hi = span(part, parts, vectors)
     for v in range(lo, hi):
         f = min(v * lanes, filters - lanes)
+        # Filters of the last vector that belong to the one before it too are added there.
+        own = v * lanes - f
         for k in range(kernel_h * channels):
             for i in range(0, SIZE * lanes, lanes):
-                place = v * size + k * SIZE * lanes + i
-                value = load(pointer(partial), place, everything)
-                for piece in range(1, len(partial)):
-                    value = value + load(pointer(partial), piece * partial.shape[1] + place, everything)
-                store(value, pointer(total), i, everything)
+                _add_pieces(partial, v * size + k * SIZE * lanes + i, total, i)
             transform(SIZE, FILTER_GRADIENT, total, 0, lanes, result, 0, lanes)
             for w in range(kernel_w):
-                # Filters of the last vector that belong to the one before it too are added there.
-                for j in range(v * lanes - f, lanes):
+                for j in range(own, lanes):
                     dweight[k // channels, w, k % channels, f + j] += result[w * lanes + j]
+        if dbias.size > 0:
+            _add_pieces(partial, (v + 1) * size - lanes, total, 0)
+            for j in range(own, lanes):
+                dbias[f + j] += total[j]
 
 
 @lru_cache(maxsize=512)
-def _plan(layer: Layer, images: int, dtype: np.dtype) -> tuple[Grid, Tables]:
+def _plan(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Grid, Tables]:
     lanes = simd.lanes(dtype)
-    g, of = winograd_rows.plan(layer, images, dtype, NO_EPILOGUE)
+    g, of = winograd_rows.plan(layer, images, dtype, e)
+    pool = max(e.pool_h, 1)
+    rows, columns = np.arange(0, g.rows, pool), np.arange(g.width // TILE) * TILE
     row = SIZE * g.plane
-    rows, columns = np.arange(g.rows), np.arange(g.width // TILE) * TILE
     return g, Tables(
         sources=np.add.outer(rows * row, columns * g.channels).ravel(),
-        targets=np.add.outer(rows * g.width, columns).ravel() * g.filters,
+        targets=np.add.outer(rows // pool * g.out_row, columns // pool * g.filters).ravel(),
         ends=rows * row + (g.width - TILE) * g.channels,
-        spares=rows * (TILE * lanes),
+        spares=rows // pool * (TILE // pool * lanes),
         taps=np.concatenate([of.taps, np.repeat(of.taps[-1:], -of.taps.size % TAPS)]),
+        pool=pool,
     )
 
 
-def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
-    """Add the gradient of the weights to `dweight`."""
+def add_weight_gradient(
+    layer: Layer,
+    dout: np.ndarray,
+    x: np.ndarray,
+    dweight: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
+    dbias: np.ndarray | None = None,
+) -> None:
+    """Add the weights' gradient to `dweight` and, of what `e` pooled, the bias's to `dbias`."""
     images, dtype = len(x), x.dtype
     lanes = simd.lanes(dtype)
-    g, of = _plan(layer, min(images, _PIECES), dtype)
+    g, of = _plan(layer, min(images, _PIECES), dtype, e)
     vectors = -(-layer.filters // lanes)
     pieces = min(_PIECES, images * g.bands)
-    partial = scratch("partial", (pieces, vectors * of.taps.size * SIZE * lanes), dtype)
+    # Behind the sums of a vector of filters is that of the bias.
+    size = (of.taps.size * SIZE + 1) * lanes
+    partial = scratch("partial", (pieces, vectors * size), dtype)
     parts = part_count(pieces, images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
+    spare = (parts, g.rows * TILE * lanes)
     _weight(
         parts,
         x.reshape(-1),
         images,
         dout.reshape(-1),
+        argmax.reshape(-1),
         g,
         of,
+        size,
         partial,
         scratch("windows", (parts, winograd_rows.window_size(g, lanes)), dtype),
         scratch("spectra", (parts, g.window_h * SIZE * g.plane), dtype),
-        scratch("spares", (parts, g.rows * TILE * lanes), dtype),
+        scratch("spares", spare, dtype),
+        scratch("codes", spare, np.uint8),
     )
-    parts = part_count(vectors, partial.nbytes)
-    _fold(parts, partial, scratch("results", (parts, 2 * SIZE * lanes), dtype), dweight)
+    results = scratch("results", (part_count(vectors, partial.nbytes), 2 * SIZE * lanes), dtype)
+    _fold(len(results), partial, results, dweight, NO_BIAS[dtype] if dbias is None else dbias)
 
 
 @lru_cache(maxsize=512)
 def _pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether rows of tiles take less time than the direct way."""
-    g, of = _plan(layer, images, dtype)
+    g, of = _plan(layer, images, dtype, NO_EPILOGUE)
     lanes = simd.lanes(dtype)
     vectors = -(-layer.filters // lanes)
     transforms = g.window_h / g.rows * g.plane / lanes * _TRANSFORM_CYCLES
@@ -208,3 +241,9 @@ def _pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient may be computed here, and is sooner than the direct way."""
     return winograd_rows.fits(layer, dtype) and _pays(layer, min(images, _PIECES), dtype)
+
+
+def suits_pooled(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
+    """Whether that behind pooling may be computed here, and is sooner than from the largest pixels alone."""
+    fits = (e.pool_h, e.pool_w) == (2, 2) and e.out_w * 2 >= TILE
+    return fits and layer.channels <= _MOST_POOLED_CHANNELS and suits(layer, images, dtype)
