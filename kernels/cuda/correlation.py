@@ -22,351 +22,108 @@ from ..cpu.direct import Layer
 from . import checks
 from . import tile as tiles
 from .arrays import DeviceArray
+from .correlation_memory import (
+    PixelsAt,
+    Sizes,
+    forward_writer,
+    image_reader,
+    input_writer,
+    pixel,
+    pooled_reader,
+    transposed_weight_reader,
+    weight_reader,
+)
 from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
-from .taps import advanced, digits, following, forward_axis, input_axis, narrow, quotient
+from .taps import Axis, advanced, digits, forward_axis, input_axis, narrow, quotient
 from .tile import SCALAR_TILES, TILES, Tile
-from .vectors import ALIGNMENT, LANES, is_aligned, load4, load8, store4
-
-# In place of an offset in a window: ReLU let nothing pass.
-DEAD = 255
+from .vectors import LANES, is_aligned
 
 
-class Sizes(NamedTuple):
-    """What a launch computes; forward, the images are x's and the result y's, backward dout's and dx's."""
+class _Portion(NamedTuple):
+    """What a block computes: a tile of one group's product, for one phase of the result's pixels."""
 
-    images: int
-    height: int
-    width: int
-    channels: int
-    out_h: int
-    out_w: int
-    filters: int
-    depth: int  # channels of one group of the images
-    columns: int  # and of the result
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    dilation_h: int
-    dilation_w: int
-    top: int
-    left: int
-    span: int  # terms of the sum in one block of the grid's z axis
-    biased: int
-    pool_h: int  # the windows that pixels of the result, or backward of the images, belong to
-    pool_w: int
-    pooled: int  # 1: end with max-pooling, and with ReLU if `relu`
-    relu: int
-    keeps: int  # 1: write argmax
+    row: int
+    column: int
+    rows: int  # of the whole product
+    group: int
+    phase: tuple[int, int]
+    down: Axis
+    across: Axis
 
 
-@device_function
-def _pixel(row, height, width, pool_h, pool_w):
-    """Image, row and column of pixel `row`, where pixels are ordered by the windows of a pool."""
-    area = pool_h * pool_w
-    window = quotient(row, area)
-    offset = row - window * area
-    down = quotient(offset, pool_w)
-    n, i, j = digits(window, quotient(height, pool_h), quotient(width, pool_w))
-    return n, narrow(i * pool_h + down), narrow(j * pool_w + offset - down * pool_w)
-
-
-@device_function
-def _seen(term, window, steps, taps, g):
-    """Row and column of the pixel that tap (kh, kw) sees from `window`, and whether the images have it."""
-    h = narrow(window[0] + term[0] * steps[0])
-    w = narrow(window[1] + term[1] * steps[1])
-    return h, w, term[0] < taps[0] and h >= 0 and h < g.height and w >= 0 and w < g.width
-
-
-def _image_reader(vector: bool) -> tuple[Callable, Callable]:
-    """Device functions for where image n begins, and that read four terms of a pixel's sum from there on.
-
-    The four, or eight if `vector`, begin at (kh, kw, c). They are zero outside the image and behind the last
-    term.
-    """
+def _portion(tile: Tile, transposed: bool) -> Callable:
+    """A device function for the `_Portion` of this block."""
+    axis = input_axis if transposed else forward_axis
+    rows_a, columns_b = tile.rows, tile.columns
 
     @device_function
-    def origin(n, channel, g):
-        return n * (g.height * g.width) * g.channels + channel
+    def portion(g):
+        column_tiles = quotient(g.columns + columns_b - 1, columns_b)
+        row_tile = quotient(cuda.blockIdx.x, column_tiles)
+        column_tile = cuda.blockIdx.x - row_tile * column_tiles
+        phase_h, phase_w, group = digits(cuda.blockIdx.y, g.stride_w, quotient(g.filters, g.columns))
+        down = axis(phase_h, g.out_h, g.kernel_h, g.stride_h, g.dilation_h, g.top)
+        across = axis(phase_w, g.out_w, g.kernel_w, g.stride_w, g.dilation_w, g.left)
+        rows = g.images * down.outputs * across.outputs
+        if not transposed:
+            # Pixels that no window has are left out.
+            rows = g.images * (g.windows_h * g.windows_w) * (g.pool_h * g.pool_w)
+        first_row, first_column = narrow(row_tile * rows_a), narrow(column_tile * columns_b)
+        return _Portion(first_row, first_column, narrow(rows), group, (phase_h, phase_w), down, across)
+
+    return portion
+
+
+def _pixels_at(tile: Tile, transposed: bool, origin: Callable) -> Callable:
+    """A device function for where this thread reads the images for its block's portion."""
+    rows_a = tile.rows
 
     @device_function
-    def one(x, start, term, window, steps, taps, g):
-        h, w, inside = _seen(term, window, steps, taps, g)
-        return x[start + narrow(h * g.width + w) * g.channels + term[2]] if inside else x.dtype.type(0)
-
-    @device_function
-    def read_scalars(x, argmax, start, term, window, steps, taps, depth, g):
-        second = following(term, taps[1], depth)
-        third = following(second, taps[1], depth)
-        fourth = following(third, taps[1], depth)
-        return (
-            one(x, start, term, window, steps, taps, g),
-            one(x, start, second, window, steps, taps, g),
-            one(x, start, third, window, steps, taps, g),
-            one(x, start, fourth, window, steps, taps, g),
+    def pixels_at(mine, g):
+        row = mine.row + cuda.threadIdx.x % rows_a
+        down, across = mine.down, mine.across
+        pool_h, pool_w = (narrow(1), narrow(1)) if transposed else (g.pool_h, g.pool_w)
+        n, i, j = pixel(row, down.outputs, across.outputs, pool_h, pool_w)
+        return PixelsAt(
+            origin(n, mine.group * g.depth, g),
+            (narrow(i * down.step + down.origin), narrow(j * across.step + across.origin)),
+            (down.tap_step, across.tap_step),
+            (down.taps if row < mine.rows else narrow(0), across.taps),
         )
 
-    @device_function
-    def read_vector(x, argmax, start, term, window, steps, taps, depth, g):
-        h, w, inside = _seen(term, window, steps, taps, g)
-        if inside:
-            return load8(x, start + narrow(h * g.width + w) * g.channels + term[2])
-        zero = x.dtype.type(0)
-        return zero, zero, zero, zero, zero, zero, zero, zero
-
-    return origin, read_vector if vector else read_scalars
+    return pixels_at
 
 
-def _pooled_reader(vector: bool) -> tuple[Callable, Callable]:
-    """The same of the images before a max-pooling's gradient: zero but for the largest pixel of a window."""
+def _fetcher(tile: Tile, fetch_pixels: Callable, fetch_weights: Callable) -> Callable:
+    """A device function that reads this thread's pixels and weights of a slice, for `tiles.sum_slices`."""
+    depth_k = tile.depth
 
     @device_function
-    def origin(n, channel, g):
-        return n * (quotient(g.height, g.pool_h) * quotient(g.width, g.pool_w)) * g.channels + channel
+    def fetch(operands, state):
+        x, weight, argmax, pixels_at, weights_at, step, middle, depth, g = operands
+        term, weight_term, k = state
+        pixels = fetch_pixels(x, argmax, term, pixels_at, depth, g)
+        weights = fetch_weights(weight, k, weight_term, weights_at, g)
+        term, weight_term = advanced(term, step, middle, depth), advanced(weight_term, step, middle, depth)
+        return pixels, weights, (term, weight_term, narrow(k + depth_k))
+
+    return fetch
+
+
+def _putter(tile: Tile, put_weights: Callable) -> Callable:
+    """A device function that puts them into the buffers."""
+    rows_a, run = tile.rows, tile.run
 
     @device_function
-    def place(start, term, window, steps, taps, g):
-        """Where the gradient of a pixel's window lies (-1: nowhere), and the pixel's offset in the window."""
-        h, w, inside = _seen(term, window, steps, taps, g)
-        if not inside:
-            return -1, 0
-        row, column = quotient(h, g.pool_h), quotient(w, g.pool_w)
-        columns = quotient(g.width, g.pool_w)
-        if row >= quotient(g.height, g.pool_h) or column >= columns:
-            return -1, 0
-        offset = (h - row * g.pool_h) * g.pool_w + w - column * g.pool_w
-        return start + (row * columns + column) * g.channels + term[2], offset
+    def put(a, at_a, b, at_b, pixels, weights):
+        thread = cuda.threadIdx.x
+        first = narrow(at_a + thread // rows_a * (run * rows_a) + thread % rows_a)
+        for lane in range(run):
+            a[first + lane * rows_a] = pixels[lane]
+        put_weights(b, at_b, weights)
 
-    @device_function
-    def chosen(x, argmax, at, offset):
-        first, second, third, fourth = load4(x, at)
-        zero = x.dtype.type(0)
-        return (
-            first if argmax[at] == offset else zero,
-            second if argmax[at + 1] == offset else zero,
-            third if argmax[at + 2] == offset else zero,
-            fourth if argmax[at + 3] == offset else zero,
-        )
-
-    @device_function
-    def one(x, argmax, start, term, window, steps, taps, g):
-        at, offset = place(start, term, window, steps, taps, g)
-        return x[at] if at >= 0 and argmax[at] == offset else x.dtype.type(0)
-
-    @device_function
-    def read_scalars(x, argmax, start, term, window, steps, taps, depth, g):
-        second = following(term, taps[1], depth)
-        third = following(second, taps[1], depth)
-        fourth = following(third, taps[1], depth)
-        return (
-            one(x, argmax, start, term, window, steps, taps, g),
-            one(x, argmax, start, second, window, steps, taps, g),
-            one(x, argmax, start, third, window, steps, taps, g),
-            one(x, argmax, start, fourth, window, steps, taps, g),
-        )
-
-    @device_function
-    def read_vector(x, argmax, start, term, window, steps, taps, depth, g):
-        at, offset = place(start, term, window, steps, taps, g)
-        if at >= 0:
-            return chosen(x, argmax, at, offset) + chosen(x, argmax, at + LANES, offset)
-        zero = x.dtype.type(0)
-        return zero, zero, zero, zero, zero, zero, zero, zero
-
-    return origin, read_vector if vector else read_scalars
-
-
-def _weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
-    """Device functions that read a thread's weights of a slice, and put them into the buffer.
-
-    They are four neighbouring columns of one term, and of another where there are two for each thread.
-    """
-    pitch = tile.columns // LANES
-    quads = tile.depth * pitch
-    threads, is_twice = tile.threads, quads > tile.threads
-
-    @device_function
-    def four(weight, thread, slice_start, end, outer, group, first_column, columns):
-        k = narrow(slice_start + thread // pitch)
-        column = narrow(first_column + thread % pitch * LANES)
-        at = k * outer + group * columns + column
-        zero = weight.dtype.type(0)
-        if thread >= quads or k >= end or column >= columns:
-            return zero, zero, zero, zero
-        if vector:
-            return load4(weight, at)
-        return (
-            weight[at],
-            weight[at + 1] if column + 1 < columns else zero,
-            weight[at + 2] if column + 2 < columns else zero,
-            weight[at + 3] if column + 3 < columns else zero,
-        )
-
-    @device_function
-    def fetch(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
-        return four(weight, thread, slice_start, end, outer, group, first_column, columns)
-
-    @device_function
-    def fetch_twice(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
-        return four(weight, thread, slice_start, end, outer, group, first_column, columns) + four(
-            weight, thread + threads, slice_start, end, outer, group, first_column, columns
-        )
-
-    @device_function
-    def put(b, start, thread, values):
-        if thread < quads:
-            store4(b, start + thread * LANES, values)
-
-    @device_function
-    def put_twice(b, start, thread, values):
-        store4(b, start + thread * LANES, values[:LANES])
-        store4(b, start + (thread + threads) * LANES, values[LANES:])
-
-    return (fetch_twice, put_twice) if is_twice else (fetch, put)
-
-
-def _transposed_weight_reader(tile: Tile, vector: bool) -> tuple[Callable, Callable]:
-    """The same for the gradient to the input: they are neighbouring terms of one column."""
-    run, width = tile.run, tile.columns
-    readers = tile.depth // run * width
-
-    @device_function
-    def place(term, tap, inner, outer, group, column, columns):
-        kh = tap[0] + term[0] * tap[2]
-        kw = tap[1] + term[1] * tap[3]
-        return ((kh * tap[4] + kw) * columns + column) * outer + group * inner + term[2]
-
-    @device_function
-    def fetch_vector(weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns):
-        k = slice_start + thread // width * run
-        column = first_column + thread % width
-        if thread < readers and k < end and column < columns:
-            return load8(weight, place(term, tap, inner, outer, group, column, columns))
-        zero = weight.dtype.type(0)
-        return zero, zero, zero, zero, zero, zero, zero, zero
-
-    @device_function
-    def fetch_scalars(
-        weight, thread, slice_start, end, term, tap, inner, outer, group, first_column, columns
-    ):
-        k = slice_start + thread // width * run
-        column = first_column + thread % width
-        left = end - k if thread < readers and column < columns else 0
-        zero = weight.dtype.type(0)
-        second = following(term, tap[5], inner)
-        third = following(second, tap[5], inner)
-        fourth = following(third, tap[5], inner)
-        return (
-            weight[place(term, tap, inner, outer, group, column, columns)] if left > 0 else zero,
-            weight[place(second, tap, inner, outer, group, column, columns)] if left > 1 else zero,
-            weight[place(third, tap, inner, outer, group, column, columns)] if left > 2 else zero,
-            weight[place(fourth, tap, inner, outer, group, column, columns)] if left > 3 else zero,
-        )
-
-    @device_function
-    def put(b, start, thread, values):
-        if thread < readers:
-            place = start + thread // width * (run * width) + thread % width
-            for lane in range(run):
-                b[place + lane * width] = values[lane]
-
-    return fetch_vector if vector else fetch_scalars, put
-
-
-def _row_writer(vector: bool) -> Callable:
-    """A device function that writes four neighbouring columns, as far as there are so many."""
-
-    @device_function
-    def write_vector(y, at, values, many):
-        store4(y, at, values)
-
-    @device_function
-    def write_scalars(y, at, values, many):
-        for lane in range(LANES):
-            if lane < many:
-                y[at + lane] = values[lane]
-
-    return write_vector if vector else write_scalars
-
-
-def _forward_writer(vector: bool) -> Callable:
-    """A device function that adds the bias to a block of four rows and columns of sums, and writes them."""
-    write = _row_writer(vector)
-
-    @device_function
-    def pool(block, y, argmax, at, row, rows, many, g):
-        """Four rows hold four, two windows or one. The first of several is the largest, and NaN beats all."""
-        best = cuda.local.array(LANES, y.dtype)
-        where = cuda.local.array(LANES, np.int32)
-        area, zero = g.pool_h * g.pool_w, y.dtype.type(0)
-        for r in range(LANES):
-            # area is 1, 2 or 4.
-            offset = r & (area - 1)
-            for lane in range(LANES):
-                value = block[r * LANES + lane]
-                if offset == 0 or value > best[lane] or value != value:
-                    best[lane] = value
-                    where[lane] = offset
-            if offset + 1 == area and row + r < rows:
-                for lane in range(LANES):
-                    if g.relu and not best[lane] > zero:
-                        where[lane] = DEAD
-                        if best[lane] <= zero:
-                            best[lane] = zero
-                place = at + quotient(row + r, area) * g.filters
-                write(y, place, (best[0], best[1], best[2], best[3]), many)
-                if g.keeps:
-                    for lane in range(LANES):
-                        if lane < many:
-                            argmax[place + lane] = where[lane]
-
-    @device_function
-    def finish(block, row, column, bias, y, argmax, offset, rows, group, phase, counts, g):
-        many = g.columns - column
-        if many <= 0:
-            return
-        if g.biased:
-            for lane in range(LANES):
-                if lane < many:
-                    start = bias[group * g.columns + column + lane]
-                    for r in range(LANES):
-                        block[r * LANES + lane] += start
-        at = offset + group * g.columns + column
-        if g.pooled:
-            pool(block, y, argmax, at, row, rows, many, g)
-            return
-        for r in range(LANES):
-            if row + r < rows:
-                k = r * LANES
-                values = block[k], block[k + 1], block[k + 2], block[k + 3]
-                write(y, at + (row + r) * g.filters, values, many)
-
-    return finish
-
-
-def _input_writer(vector: bool) -> Callable:
-    """A device function that writes a block of four rows and columns of sums to the pixels of its phase."""
-    write = _row_writer(vector)
-
-    @device_function
-    def finish(block, row, column, bias, y, argmax, offset, rows, group, phase, counts, g):
-        many = g.columns - column
-        if many <= 0:
-            return
-        pixel = digits(row, counts[0], counts[1])
-        for r in range(LANES):
-            if row + r < rows:
-                n, i, j = pixel
-                line = n * g.out_h + phase[0] + i * g.stride_h
-                pixels = line * g.out_w + phase[1] + j * g.stride_w
-                k = r * LANES
-                values = block[k], block[k + 1], block[k + 2], block[k + 3]
-                write(y, offset + pixels * g.filters + group * g.columns + column, values, many)
-            pixel = following(pixel, counts[0], counts[1])
-
-    return finish
+    return put
 
 
 def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, floats: tuple[str, ...]) -> Kernel:
@@ -374,126 +131,48 @@ def _correlation(tile: Tile, vector: bool, transposed: bool, pooled: bool, float
 
     With `vector`, channels of a group are multiples of eight, columns of four, and arrays are aligned.
     """
-    reader = _transposed_weight_reader if transposed else _weight_reader
-    fetch_weights, put_weights = reader(tile, vector)
-    origin, fetch_pixels = (_pooled_reader if pooled else _image_reader)(vector)
-    axis = input_axis if transposed else forward_axis
-    finish = tiles.in_blocks(tile, (_input_writer if transposed else _forward_writer)(vector))
-    place, multiply = tiles.place(tile), tiles.multiply(tile)
-    rows_a, columns_b, depth_k, run = tile.rows, tile.columns, tile.depth, tile.run
-    thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
+    reader = transposed_weight_reader if transposed else weight_reader
+    begin_weights, fetch_weights, put_weights = reader(tile, vector)
+    origin, fetch_pixels = (pooled_reader if pooled else image_reader)(vector)
+    portion, pixels_at = _portion(tile, transposed), _pixels_at(tile, transposed, origin)
+    fetch, put = _fetcher(tile, fetch_pixels, fetch_weights), _putter(tile, put_weights)
+    sum_slices, place = tiles.sum_slices(tile, fetch, put), tiles.place(tile)
+    finish = tiles.in_blocks(tile, (input_writer if transposed else forward_writer)(vector))
+    rows_a, depth_k, run = tile.rows, tile.depth, tile.run
     # With two vectors of weights under way, 64 sums in a thread take more registers than two blocks leave it.
     blocks = 1 if tile is TILES[0] and not transposed else tile.blocks
-    size_a, size_b, size_sums = 2 * rows_a * depth_k, 2 * columns_b * depth_k, thread_rows * thread_columns
+    size_sums = tile.thread_rows * tile.thread_columns
+    pass_name = "input" if transposed else "forward"
 
     @kernel(
         f"T[::1], T[::1], T[::1], T[::1], uint8[::1], int64, UniTuple(int32, {len(Sizes._fields)})",
-        name=", ".join(
-            [("input" if transposed else "forward"), tile.name, *["vector"] * vector, *["pooled"] * pooled]
-        ),
+        name=", ".join([pass_name, tile.name, *["vector"] * vector, *["pooled"] * pooled]),
         floats=floats,
         launch_bounds=(tile.threads, blocks),
     )
     def correlation(x, weight, bias, y, argmax, part, sizes):
-        a = cuda.shared.array(size_a, x.dtype, ALIGNMENT)
-        b = cuda.shared.array(size_b, x.dtype, ALIGNMENT)
-        left = cuda.local.array(thread_rows, x.dtype)
-        right = cuda.local.array(thread_columns, x.dtype)
         sums = cuda.local.array(size_sums, x.dtype)
         g = Sizes(*sizes)
-        thread = cuda.threadIdx.x
-
-        # The part of the result that this block computes: a tile of a group's product, of one phase of the
-        # pixels.
-        column_tiles = quotient(g.columns + columns_b - 1, columns_b)
-        row_tile = quotient(cuda.blockIdx.x, column_tiles)
-        first_row = narrow(row_tile * rows_a)
-        first_column = narrow((cuda.blockIdx.x - row_tile * column_tiles) * columns_b)
-        phase_h, phase_w, group = digits(cuda.blockIdx.y, g.stride_w, quotient(g.filters, g.columns))
-        count_h, step_h, origin_h, taps_h, tap_h, first_h, every_h = axis(
-            phase_h, g.out_h, g.kernel_h, g.stride_h, g.dilation_h, g.top
-        )
-        count_w, step_w, origin_w, taps_w, tap_w, first_w, every_w = axis(
-            phase_w, g.out_w, g.kernel_w, g.stride_w, g.dilation_w, g.left
-        )
-        pool_h, pool_w = (narrow(1), narrow(1)) if transposed else (g.pool_h, g.pool_w)
-        windows = g.images * quotient(count_h, pool_h) * quotient(count_w, pool_w)
-        rows = narrow(windows * (pool_h * pool_w))
-        if first_row >= rows:
+        mine = portion(g)
+        if mine.row >= mine.rows:
             return
-
-        depth = max(g.depth, narrow(1))
-
-        # Its terms, a slice at a time, and where this thread reads.
+        # Its terms, a slice at a time.
         start = narrow(cuda.blockIdx.z * g.span)
-        end = narrow(min(start + g.span, taps_h * taps_w * g.depth))
+        end = narrow(min(start + g.span, mine.down.taps * mine.across.taps * g.depth))
         slices = narrow((end - start + depth_k - 1) // depth_k)
-        middle = max(taps_w, 1)
+        middle, depth = max(mine.across.taps, 1), max(g.depth, narrow(1))
         step = digits(depth_k, middle, depth)
-        row = thread % rows_a
+        # And where this thread begins.
+        thread = cuda.threadIdx.x
+        tap = mine.down.first_tap, mine.across.first_tap, mine.down.every, mine.across.every, mine.across.taps
+        k, weights_at = begin_weights(start, end, mine.group, mine.column, tap, g)
+        operands = x, weight, argmax, pixels_at(mine, g), weights_at, step, middle, depth, g
         term = digits(start + thread // rows_a * run, middle, depth)
-        weight_term = digits(start + thread // columns_b * run, middle, depth)
-        n, i, j = _pixel(first_row + row, count_h, count_w, pool_h, pool_w)
-        window = narrow(i * step_h + origin_h), narrow(j * step_w + origin_w)
-        base, steps = origin(n, group * g.depth, g), (tap_h, tap_w)
-        taps = (taps_h if first_row + row < rows else narrow(0)), taps_w
-        tap = first_h, first_w, every_h, every_w, g.kernel_w, taps_w
-        outer = g.channels if transposed else g.filters
-        put_at = thread // rows_a * (run * rows_a) + row
-
-        for k in range(thread_rows * thread_columns):
-            sums[k] = 0
+        sum_slices(operands, (term, digits(k, middle, depth), k), slices, sums)
         top, across = place(thread)
-        for s in range(slices + 1):
-            if s < slices:
-                pixels = fetch_pixels(x, argmax, base, term, window, steps, taps, depth, g)
-                weights = fetch_weights(
-                    weight,
-                    thread,
-                    start,
-                    end,
-                    weight_term,
-                    tap,
-                    g.depth,
-                    outer,
-                    group,
-                    first_column,
-                    g.columns,
-                )
-                term = advanced(term, step, middle, depth)
-                weight_term = advanced(weight_term, step, middle, depth)
-                start = narrow(start + depth_k)
-            if s > 0:
-                old = narrow((s - 1) % 2)
-                multiply(
-                    a,
-                    old * (rows_a * depth_k) + top,
-                    b,
-                    old * (columns_b * depth_k) + across,
-                    left,
-                    right,
-                    sums,
-                )
-            if s < slices:
-                buffer = narrow(s % 2)
-                for lane in range(run):
-                    a[buffer * (rows_a * depth_k) + put_at + lane * rows_a] = pixels[lane]
-                put_weights(b, buffer * (columns_b * depth_k), thread, weights)
-                cuda.syncthreads()
-        finish(
-            sums,
-            first_row + top,
-            first_column + across,
-            bias,
-            y,
-            argmax,
-            cuda.blockIdx.z * part,
-            rows,
-            group,
-            (phase_h, phase_w),
-            (count_h, count_w),
-            g,
-        )
+        row, column, offset = mine.row + top, mine.column + across, cuda.blockIdx.z * part
+        counts = mine.down.outputs, mine.across.outputs
+        finish(sums, row, column, bias, y, argmax, offset, mine.rows, mine.group, mine.phase, counts, g)
 
     return correlation
 
@@ -569,6 +248,8 @@ def sizes_of(
         span,
         int(biased),
         *pool,
+        layer.out_image[0] // pool.height,
+        layer.out_image[1] // pool.width,
     )
 
 

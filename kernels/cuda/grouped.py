@@ -14,7 +14,8 @@ from ..cpu.direct import Layer
 from . import checks
 from . import weight_gradient as weights
 from .arrays import DeviceArray
-from .correlation import Sizes, sizes_of
+from .correlation import sizes_of
+from .correlation_memory import Sizes
 from .jit import THREADS, Kernel, kernel
 from .splits import add_parts, multiprocessors, scratch
 from .taps import advanced, digits, forward_axis, input_axis, narrow, quotient

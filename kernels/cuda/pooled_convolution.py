@@ -17,7 +17,8 @@ from . import checks, correlation, grouped, weight_gradient, winograd
 from .arrays import DeviceArray, blocks
 from .columns import sum_rows
 from .convolution import conv2d_forward
-from .correlation import DEAD, Pool
+from .correlation import Pool
+from .correlation_memory import DEAD
 from .jit import THREADS, kernel
 from .splits import nothing
 from .taps import digits, quotient

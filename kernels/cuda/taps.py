@@ -7,6 +7,8 @@ added with carries. That costs a few instructions where divisions would cost a h
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from numba.cuda.types import int32, uint32
 
 from .jit import SIMULATED, device_function
@@ -59,17 +61,22 @@ def following(number, middle, low):
     return high, mid, last
 
 
+class Axis(NamedTuple):
+    """A pass along one axis: output q reads inputs origin + q * step + tap * tap_step."""
+
+    outputs: int
+    step: int
+    origin: int
+    taps: int  # how many
+    tap_step: int
+    first_tap: int  # where they are in the kernel
+    every: int
+
+
 @device_function
 def forward_axis(phase, result, kernel, stride, dilation, before):
-    """The forward pass along one axis: output q reads inputs origin + q * step + tap * tap_step.
-
-    Returns
-    -------
-    count, step, origin : outputs, and as above
-    taps, tap_step : how many, and as above
-    first_tap, every : positions in the kernel of the taps
-    """
-    return (
+    """The forward pass along one axis, as an `Axis`; it has one phase."""
+    return Axis(
         narrow(result),
         narrow(stride),
         narrow(-before),
@@ -100,7 +107,7 @@ def input_axis(phase, result, kernel, stride, dilation, before):
     every = 1
     while not _divides(stride, every * dilation, 0):
         every += 1
-    return (
+    return Axis(
         quotient(result - phase + stride - 1, stride),
         narrow(1),
         narrow((phase + before - dilation * first) // stride),

@@ -24,7 +24,8 @@ from typing import NamedTuple
 from numba import cuda
 
 from .jit import device_function
-from .vectors import LANES, load4
+from .taps import narrow
+from .vectors import ALIGNMENT, LANES, load4
 
 # A warp's threads stand in 4 rows and 8 columns: the columns' vectors of B fill the banks once, and those of
 # A are broadcast.
@@ -158,6 +159,40 @@ def _twice(multiply: Callable, step_a: int, step_b: int) -> Callable:
         multiply(a, at_a + step_a, b, at_b + step_b, left, right, sums)
 
     return twice
+
+
+def sum_slices(tile: Tile, fetch: Callable, put: Callable) -> Callable:
+    """A device function that overwrites a thread's `sums` with its share of a product of so many slices.
+
+    ``fetch(operands, state)`` returns what the thread reads of the next slice of A and of B, and the state
+    from which it reads the slice after it. ``put(a, at_a, b, at_b, of_a, of_b)`` writes that to the buffers.
+    """
+    multiply_slice, place_of = multiply(tile), place(tile)
+    rows, columns = tile.thread_rows, tile.thread_columns
+    size_a, size_b, size_sums = tile.rows * tile.depth, tile.columns * tile.depth, rows * columns
+    both_a, both_b = 2 * size_a, 2 * size_b
+
+    @device_function
+    def sum_slices(operands, state, slices, sums):
+        a = cuda.shared.array(both_a, sums.dtype, ALIGNMENT)
+        b = cuda.shared.array(both_b, sums.dtype, ALIGNMENT)
+        left = cuda.local.array(rows, sums.dtype)
+        right = cuda.local.array(columns, sums.dtype)
+        down, across = place_of(cuda.threadIdx.x)
+        for k in range(size_sums):
+            sums[k] = 0
+        for s in range(slices + 1):
+            if s < slices:
+                of_a, of_b, state = fetch(operands, state)
+            if s > 0:
+                old = narrow((s - 1) % 2)
+                multiply_slice(a, old * size_a + down, b, old * size_b + across, left, right, sums)
+            if s < slices:
+                buffer = narrow(s % 2)
+                put(a, buffer * size_a, b, buffer * size_b, of_a, of_b)
+                cuda.syncthreads()
+
+    return sum_slices
 
 
 def in_blocks(tile: Tile, finish: Callable) -> Callable:

@@ -27,7 +27,7 @@ from .jit import FLOATS, Kernel, device_function, kernel
 from .splits import add_parts, grid, nothing, scratch
 from .taps import advanced, digits, following, narrow, quotient
 from .tile import SCALAR_TILES, TILES, Tile
-from .vectors import ALIGNMENT, LANES, is_aligned, load4, load8, store4, store8
+from .vectors import LANES, is_aligned, load4, load8, store4, store8
 
 
 class Sizes(NamedTuple):
@@ -197,20 +197,48 @@ def _writer(vector: bool) -> Callable:
     return finish
 
 
+def _fetcher(vector: bool, pooled: bool) -> Callable:
+    """A device function that reads this thread's rows and columns of a slice, for `tiles.sum_slices`."""
+    fetch_rows = _fetch_vector if vector else fetch_scalars
+    fetch_columns = _gradient_reader(vector, pooled)
+
+    @device_function
+    def fetch(operands, state):
+        x, dout, argmax, row, channel, column, many, step, g = operands
+        pixel_a, pixel_b = state
+        of_x = fetch_rows(x, pixel_a, row, g, channel)
+        of_dout = fetch_columns(dout, argmax, pixel_b, g, column, many)
+        after = advanced(pixel_a, step, g.out_h, g.out_w), advanced(pixel_b, step, g.out_h, g.out_w)
+        return of_x, of_dout, after
+
+    return fetch
+
+
+def _putter(tile: Tile, vector: bool) -> Callable:
+    """A device function that puts them into the buffers."""
+    put_values = store8 if vector else store4
+    run, readers_b = tile.run, tile.columns // tile.run * tile.depth
+
+    @device_function
+    def put(a, at_a, b, at_b, of_x, of_dout):
+        thread = cuda.threadIdx.x
+        put_values(a, at_a + thread * run, of_x)
+        if thread < readers_b:
+            put_values(b, at_b + thread * run, of_dout)
+
+    return put
+
+
 def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, ...]) -> Kernel:
     """The kernel for one tile.
 
     With `vector`, channels of a group are multiples of eight, filters of four, and arrays are aligned.
     """
-    fetch_rows = _fetch_vector if vector else fetch_scalars
-    fetch_columns = _gradient_reader(vector, pooled)
-    finish = tiles.in_blocks(tile, _writer(vector))
-    place, multiply = tiles.place(tile), tiles.multiply(tile)
+    sum_slices = tiles.sum_slices(tile, _fetcher(vector, pooled), _putter(tile, vector))
+    finish, place = tiles.in_blocks(tile, _writer(vector)), tiles.place(tile)
     rows_a, columns_b, depth_k, run = tile.rows, tile.columns, tile.depth, tile.run
     across_a, across_b = rows_a // run, columns_b // run
-    put = store8 if vector else store4
-    thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
-    size_a, size_b, size_sums = 2 * rows_a * depth_k, 2 * columns_b * depth_k, thread_rows * thread_columns
+    size_sums = tile.thread_rows * tile.thread_columns
 
     @kernel(
         f"T[::1], T[::1], uint8[::1], T[::1], int64, UniTuple(int32, {len(Sizes._fields)})",
@@ -219,56 +247,30 @@ def _weight_gradient(tile: Tile, vector: bool, pooled: bool, floats: tuple[str, 
         launch_bounds=(tile.threads, tile.blocks),
     )
     def weight_gradient(x, dout, argmax, dweight, part, sizes):
-        a = cuda.shared.array(size_a, x.dtype, ALIGNMENT)
-        b = cuda.shared.array(size_b, x.dtype, ALIGNMENT)
-        left = cuda.local.array(thread_rows, x.dtype)
-        right = cuda.local.array(thread_columns, x.dtype)
         sums = cuda.local.array(size_sums, x.dtype)
         g = Sizes(*sizes)
-        thread = cuda.threadIdx.x
+        thread, group = cuda.threadIdx.x, cuda.blockIdx.y
         column_tiles = (g.columns + columns_b - 1) // columns_b
         row_tile = quotient(cuda.blockIdx.x, column_tiles)
         first_row = row_tile * rows_a
         first_column = (cuda.blockIdx.x - row_tile * column_tiles) * columns_b
-        group = cuda.blockIdx.y
 
         # What this thread reads: neighbouring rows, and columns, of every depth_k-th pixel.
         row = digits(first_row + thread % across_a * run, g.kernel_w, g.depth)
         column = first_column + thread % across_b * run
         many = g.columns - column if thread < across_b * depth_k else 0
         start = cuda.blockIdx.z * g.span
-        pixel = digits(start + thread // across_a, g.out_h, g.out_w)
-        pixel_b = digits(start + thread // across_b, g.out_h, g.out_w)
+        state = (
+            digits(start + thread // across_a, g.out_h, g.out_w),
+            digits(start + thread // across_b, g.out_h, g.out_w),
+        )
         step = digits(depth_k, g.out_h, g.out_w)
         pixels = min(g.span, g.images * g.out_h * g.out_w - start)
         slices = (pixels + depth_k - 1) // depth_k
 
-        for k in range(size_sums):
-            sums[k] = 0
+        operands = x, dout, argmax, row, group * g.depth, group * g.columns + column, many, step, g
+        sum_slices(operands, state, slices, sums)
         down, across = place(thread)
-        for s in range(slices + 1):
-            if s < slices:
-                from_x = fetch_rows(x, pixel, row, g, group * g.depth)
-                from_dout = fetch_columns(dout, argmax, pixel_b, g, group * g.columns + column, many)
-                pixel = advanced(pixel, step, g.out_h, g.out_w)
-                pixel_b = advanced(pixel_b, step, g.out_h, g.out_w)
-            if s > 0:
-                old = (s - 1) % 2
-                multiply(
-                    a,
-                    old * (rows_a * depth_k) + down,
-                    b,
-                    old * (columns_b * depth_k) + across,
-                    left,
-                    right,
-                    sums,
-                )
-            if s < slices:
-                buffer = s % 2
-                put(a, buffer * (rows_a * depth_k) + thread * run, from_x)
-                if thread < across_b * depth_k:
-                    put(b, buffer * (columns_b * depth_k) + thread * run, from_dout)
-                cuda.syncthreads()
         finish(sums, first_row + down, first_column + across, dweight, cuda.blockIdx.z * part, group, g)
 
     return weight_gradient

@@ -24,7 +24,8 @@ from ..cpu.winograd import get_winograd
 from ..cpu.winograd_points import FAR, NEAR
 from . import correlation
 from .arrays import DeviceArray, empty
-from .correlation import DEAD, PLAIN, Pool
+from .correlation import PLAIN, Pool
+from .correlation_memory import DEAD
 from .jit import FLOATS, THREADS, Kernel, device_function, kernel
 from .splits import nothing
 from .taps import digits, narrow, quotient
