@@ -122,84 +122,64 @@ def _pixel_ranges(of, first, rows, ranges):
     return ranges
 
 
+@kernel
+def _fetched_next(x, dout, of, n, first, rows, inputs, p, panels):
+    """What is fetched beside panel p: the next block's inputs at every other panel, else its gradients."""
+    b = of.blocks
+    if p % 2 == 0:
+        following = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
+        fresh = min(rows * b.step * b.image_w * of.channels, inputs)
+        return share(x, following, fresh, p // 2, (panels + 1) // 2)
+    size = b.width * dout.shape[1]
+    following = (n * b.height + first + rows) * size
+    return share(dout.reshape(dout.size), following, rows * size, p // 2, panels // 2)
+
+
+@kernel
+def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias, memory, e, pool):
+    """Add the products of image n's block from grid row `first` on to all of a unit's panels."""
+    window, all_ranges, spare = memory
+    panels, depth, width = partial.shape
+    sums, taps, col, b = partial.reshape(partial.size), of.taps, of.pixels, of.blocks
+    rows = min(b.rows, b.height - first)
+    pixels = rows * b.width
+    a, a0 = _read_inputs(x, n, first, of, unit * cut.groups * cut.channels, window)
+    ranges = _pixel_ranges(of, first, rows, all_ranges)
+    inputs = 0 if cut.units > 1 else x.size
+    for p in range(panels):
+        ahead = _fetched_next(x, dout, of, n, first, rows, inputs, p, panels)
+        group = p // (panels // cut.groups)
+        column = (p - group * (panels // cut.groups)) * width
+        many = min(columns - column, width)
+        column += (unit // cut.slices * cut.groups + group) * columns
+        source, b0, ldb = _read_gradients(
+            dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, p * width
+        )
+        at, c0 = a0 + group * cut.channels, p * depth * width
+        add_ranges(
+            a, at, taps, col, 0, taps.size, pixels, ranges, source, b0, ldb, sums, c0, of.places, many, ahead
+        )
+
+
 @parallel
 def _add_products(
-    part,
-    parts,
-    x,
-    images,
-    dout,
-    of,
-    cut,
-    columns,
-    partial,
-    windows,
-    all_ranges,
-    spares,
-    e,
-    pool,
-    argmax,
-    biases,
+    part, parts, x, images, dout, of, cut, columns, partial, windows, ranges, spares, e, pool, argmax, biases
 ):
     keep_out_of_line()
-    panels, depth, width = partial.shape[2] // cut.groups, partial.shape[3], partial.shape[4]
     b = of.blocks
-    window, spare = windows[part], spares[part]
-    filters = dout.shape[1]
-    inputs = 0 if cut.units > 1 else x.size
-    gradients = dout.reshape(dout.size)
+    memory = windows[part], ranges[part], spares[part]
     lo, hi = span(part, parts, cut.pieces * cut.units)
     for item in range(lo, hi):
         piece = item // cut.units
         unit = item - piece * cut.units
-        sums = partial[piece, unit].reshape(cut.groups * panels * depth * width)
-        clear(sums, 0, sums.size)
-        bias = biases[piece, unit]
+        sums, bias = partial[piece, unit], biases[piece, unit]
+        clear(sums.reshape(sums.size), 0, sums.size)
         clear(bias, 0, bias.size)
-        group0 = unit // cut.slices * cut.groups
         task0, task1 = span(piece, cut.pieces, images * b.blocks)
         for task in range(task0, task1):
             n = task // b.blocks
             first = (task - n * b.blocks) * b.rows
-            rows = min(b.rows, b.height - first)
-            a, a0 = _read_inputs(x, n, first, of, unit * cut.groups * cut.channels, window)
-            ranges = _pixel_ranges(of, first, rows, all_ranges[part])
-            following = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
-            fresh = min(rows * b.step * b.image_w * of.channels, inputs)
-            of_dout = (n * b.height + first + rows) * b.width * filters
-            for p in range(cut.groups * panels):
-                # The next block's inputs are fetched at every other panel, its gradients at the rest.
-                if p % 2 == 0:
-                    ahead = share(x, following, fresh, p // 2, (cut.groups * panels + 1) // 2)
-                else:
-                    ahead = share(
-                        gradients, of_dout, rows * b.width * filters, p // 2, cut.groups * panels // 2
-                    )
-                g = p // panels
-                column = (p - g * panels) * width
-                many = min(columns - column, width)
-                column += (group0 + g) * columns
-                source, b0, ldb = _read_gradients(
-                    dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, p * width
-                )
-                add_ranges(
-                    a,
-                    a0 + g * cut.channels,
-                    of.taps,
-                    of.pixels,
-                    0,
-                    of.taps.size,
-                    rows * b.width,
-                    ranges,
-                    source,
-                    b0,
-                    ldb,
-                    sums,
-                    p * depth * width,
-                    of.places,
-                    many,
-                    ahead,
-                )
+            _add_block(x, dout, argmax, n, first, unit, of, cut, columns, sums, bias, memory, e, pool)
 
 
 @parallel
