@@ -157,10 +157,9 @@ def _slopes(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     weight = checks.floating("weight", weight, 1, x.dtype)
     if not x.ndim:
         raise ValueError("x: expected (..., C), got a scalar")
-    if weight.shape != (1,) and weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight: shape {weight.shape} is neither (1,) nor {x.shape[-1:]}, the channels of x"
-        )
+    slopes = weight.shape
+    if slopes != (1,) and slopes != x.shape[-1:]:
+        raise ValueError(f"weight: shape {slopes} is neither (1,) nor {x.shape[-1:]}, the channels of x")
     return weight
 
 
@@ -192,7 +191,7 @@ def prelu_forward(x: np.ndarray, weight: np.ndarray, *, out: np.ndarray | None =
     weight = _slopes(x, weight)
     y = checks.output("out", out, x.shape, x.dtype)
     if x.size:
-        _prelu(y, weight.reshape(1, -1), x)
+        _prelu(y, weight[np.newaxis], x)
     return y
 
 

@@ -33,6 +33,8 @@ from .workspace import scratch
 _AHEAD = 4
 # A contiguous array in one row.
 flat = np.ndarray.ravel
+# So many elements are done in one part.
+FEW = 8 * BLOCK
 # Bytes that any processor's caches hold, so that there is nothing to ask.
 _FITS = 1 << 19
 # The values of channels should stay in the first-level cache.
@@ -68,8 +70,8 @@ def name_after(function: Callable, part: Callable, name: str) -> None:
 
 def _parts_and_way(y: np.ndarray, arrays: int) -> tuple[int, int]:
     """In how many parts to overwrite y, and whether around the caches; see `passes_caches`."""
-    # The answers for a single block take a third of its time to find.
-    if y.size <= BLOCK:
+    # The answers for a few blocks take a third of their time to find.
+    if y.size <= FEW:
         return 1, 0
     return part_count(blocks(y.size), y.size), int(passes_caches(y, arrays))
 

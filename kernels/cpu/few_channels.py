@@ -15,11 +15,12 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..jit import keep_out_of_line
-from ..threads import between_jobs, parallel, part_count, span
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
-from .simd import TILE_ROWS
+from .image_tiles import gather_images
+from .simd import TILE_ROWS, TILE_VECTORS, VECTOR_BITS
 from .tile import Emitter, overwrite_panel
 from .workspace import clear, copy, scratch
 
@@ -75,14 +76,29 @@ def _add_vector(typing_context, target, t0, source, s0, count):
     return types.void(target, t0, source, s0, count), codegen
 
 
+@kernel
+def _pack(weight, depth, width, memory):
+    """The weights as panels of columns (kh, kw, c), a panel's width in each, of rows f."""
+    lanes, columns = VECTOR_BITS // (8 * weight.itemsize), weight.size // depth
+    for first in range(0, columns, lanes):
+        # Squares that reach beyond their panel are written before the next one is.
+        target = first // width * width * depth + first % width
+        for f in range(0, depth, lanes):
+            gather_images(weight, f, depth, first, columns, depth - f, memory, target + f * width, width)
+
+
 @parallel
-def _scatter(part, parts, dout, images, packed, start, dx, of, all_products, all_sums):
+def _scatter(part, parts, dout, images, weight, dx, of, all_products, all_sums, memory):
+    """dx, overwritten; each part packs the weights, which are few, for itself."""
     keep_out_of_line()
     products, sums = all_products[part], all_sums[part]
-    panels, depth, width = packed.shape
-    weights = packed.reshape(packed.size)
-    size = of.sizes
+    size, depth = of.sizes, of.filters.size
     line = size.line
+    width = TILE_VECTORS * VECTOR_BITS // (8 * dout.itemsize)
+    start, weights = memory[part, :width], memory[part, width:]
+    clear(start, 0, width)
+    _pack(weight, depth, width, weights)
+    panels = (weight.size // depth + width - 1) // width
     lo, hi = span(part, parts, images * len(of.blocks))
     for task in range(lo, hi):
         n = task // len(of.blocks)
@@ -188,8 +204,8 @@ def _blocks(layer: Layer, images: int, row_bytes: int) -> list[tuple[int, int, i
 
 
 @lru_cache(maxsize=512)
-def _shares(layer: Layer, images: int, dtype: np.dtype) -> tuple[Shares, int]:
-    """The tables, and the elements that a block of sums takes."""
+def _shares(layer: Layer, images: int, dtype: np.dtype) -> tuple[Shares, int, int]:
+    """The tables, and the elements that a block of sums and packed weights take."""
     rows, columns = layer.rows, layer.columns
     lanes = simd.lanes(dtype)
     extents = [side.dilation * (side.kernel - 1) + 1 for side in (rows, columns)]
@@ -200,11 +216,13 @@ def _shares(layer: Layer, images: int, dtype: np.dtype) -> tuple[Shares, int]:
     height = int((ends - blocks[:, 4]).max())
     most = int((blocks[:, 3] - blocks[:, 2]).max())
     line = -(-rows.kernel * columns.kernel * layer.channels // lanes) * lanes
+    panel = simd.panel_width(dtype)
+    packed = panel + (-(-line // panel) * layer.filters + lanes) * panel
     chunk = max(_PRODUCTS_BYTES // (line * dtype.itemsize), 1)
     chunk = min(-(-chunk // TILE_ROWS) * TILE_ROWS, _MOST_PIXELS)
     step = -(-_runs(layer)[1] // lanes) * lanes // (columns.stride * layer.channels) + 1
     pixels = np.arange(chunk)
-    return Shares(
+    shares = Shares(
         blocks,
         pixels * layer.filters,
         pixels * line,
@@ -224,7 +242,8 @@ def _shares(layer: Layer, images: int, dtype: np.dtype) -> tuple[Shares, int]:
             line,
             step,
         ),
-    ), height * pitch + lanes
+    )
+    return shares, height * pitch + lanes, packed
 
 
 def suits(layer: Layer, dtype: np.dtype) -> bool:
@@ -249,34 +268,10 @@ def cycles(layer: Layer, dtype: np.dtype) -> float:
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input; see `suits`."""
     images = len(dout)
-    of, sums = _shares(layer, min(images, _BLOCKS), dout.dtype)
-    width = simd.panel_width(dout.dtype)
-    line = of.sizes.line
-    panels = -(-weight[..., 0].size // width)
-    packed = scratch("weights", panels * layer.filters * width, weight.dtype).reshape(panels, -1, width)
-    start = scratch("start", width, dout.dtype)
-    between_jobs(_prepare, weight, packed, start)
+    dtype = dout.dtype
+    of, sums, packed = _shares(layer, min(images, _BLOCKS), dtype)
     parts = part_count(images * len(of.blocks), images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
-    products = scratch("products", parts * (of.pixels.size + TILE_ROWS) * line, dout.dtype)
-    _scatter(
-        parts,
-        dout.reshape(-1),
-        images,
-        packed,
-        start,
-        dx.reshape(-1),
-        of,
-        products.reshape(parts, -1),
-        scratch("windows", parts * sums, dout.dtype).reshape(parts, -1),
-    )
-
-
-def _prepare(weight: np.ndarray, packed: np.ndarray, start: np.ndarray) -> None:
-    """The weights as panels of columns (kh, kw, c), a panel's width in each, of rows f; sums start at 0."""
-    panels, filters, width = packed.shape
-    flat = weight.reshape(-1, filters)
-    packed[-1] = 0
-    for p in range(panels):
-        columns = flat[p * width : (p + 1) * width]
-        packed[p, :, : len(columns)] = columns.T
-    start.fill(0)
+    products = scratch("products", (parts, (of.pixels.size + TILE_ROWS) * of.sizes.line), dtype)
+    windows = scratch("windows", (parts, sums), dtype)
+    memory = scratch("weights", (parts, packed), dtype)
+    _scatter(parts, dout.ravel(), images, weight.ravel(), dx.ravel(), of, products, windows, memory)

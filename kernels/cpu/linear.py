@@ -370,23 +370,24 @@ def _product(
     accumulate: bool,
 ) -> None:
     """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns."""
-    rows, columns = c.shape
-    if not c.size:
+    (rows, columns), dtype = c.shape, c.dtype
+    results = rows * columns
+    if not results:
         return
-    biases = _NOTHING[c.dtype] if bias is None else bias
-    if c.size * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and c.size <= _SMALL_RESULT:
-        size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, c.dtype)
-        memory = scratch("weights", size, c.dtype)
+    biases = _NOTHING[dtype] if bias is None else bias
+    if results * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and results <= _SMALL_RESULT:
+        size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, dtype)
+        memory = scratch("weights", size, dtype)
         _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, accumulate, memory)
         return
-    plan = _plan(rows, depth, columns, a_strides, b_strides, accumulate, c.dtype)
+    plan = _plan(rows, depth, columns, a_strides, b_strides, accumulate, dtype)
     parts = part_count(plan.tasks, plan.work)
     # Panels in one part share the packed rows of A, which each part packs anew.
     if parts == plan.tasks:
         parts = min(parts, get_num_threads())
     elif a_strides[1] == 1:
         parts = min(parts, _PARTS_A_THREAD * get_num_threads())
-    memory = scratch("product", (parts, plan.memory), c.dtype)
+    memory = scratch("product", (parts, plan.memory), dtype)
     _multiply(parts, a.ravel(), b.ravel(), biases, c.ravel(), plan.sizes, *plan.tables, memory)
 
 
@@ -451,7 +452,7 @@ def linear_backward_input(
             f"dout: {dout.shape} has {filters} columns, but weight {weight.shape} makes {columns}"
         )
     dx = checks.output("out", out, (rows, inputs), dout.dtype)
-    if 0 < rows <= _FEW_GRADIENTS or 0 < dx.size <= _FEW_DOTS:
+    if 0 < rows <= _FEW_GRADIENTS or 0 < rows * inputs <= _FEW_DOTS:
         _dot_rows(part_count(inputs, rows * weight.nbytes), dout, weight, dx)
         return dx
     _product(dout, (filters, 1), weight, (1, filters), filters, None, dx, False)

@@ -15,9 +15,9 @@ from .. import checks
 from ..jit import kernel
 from ..threads import between_jobs, parallel, part_count
 from . import normalized
-from .elementwise import channelwise, passes_caches, table_sizes
+from .elementwise import FEW, channelwise, passes_caches, table_sizes
 from .moments import batch_moments, column_sizes, column_width, gradient_sums, merge, moments, products
-from .pieces import BLOCK, blocks, fold, piece_count
+from .pieces import blocks, fold, piece_count
 from .vectors import load, multiply_add
 from .workspace import scratch
 
@@ -28,7 +28,7 @@ _FLOAT64 = np.dtype(np.float64)
 
 def _is_one_job(size: int) -> bool:
     """Whether all steps are done by one job, because each would have one part."""
-    if size <= BLOCK:
+    if size <= FEW:
         return size > 0
     return part_count(piece_count(size), size) == 1 and part_count(blocks(size), size) == 1
 
