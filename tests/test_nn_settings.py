@@ -237,7 +237,7 @@ def test_a_deleted_setting_is_gone():
 
 def test_a_subclass_adds_its_own():
     class Scaled(nn.LeakyReLU):
-        _settings = {"scale": lambda name, value: float(value)}  # noqa: RUF012
+        _setting_checks = {"scale": lambda name, value: float(value)}  # noqa: RUF012
 
     layer = Scaled(0.5)
     layer.scale, layer.negative_slope = 3, np.float32(0.25)

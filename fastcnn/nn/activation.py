@@ -83,7 +83,7 @@ class ReLU(_Elementwise):
     `inplace` is accepted for the sake of PyTorch code and changes nothing: the input is never modified.
     """
 
-    _settings: ClassVar = {"inplace": settings.flag}
+    _setting_checks: ClassVar = {"inplace": settings.flag}
 
     def __init__(self, inplace: bool = False):
         super().__init__()
@@ -100,7 +100,7 @@ class LeakyReLU(_Elementwise):
     """x where x > 0, else negative_slope * x. `inplace` is accepted and changes nothing."""
 
     negative_slope: float
-    _settings: ClassVar = {"negative_slope": settings.number, "inplace": settings.flag}
+    _setting_checks: ClassVar = {"negative_slope": settings.number, "inplace": settings.flag}
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False):
         super().__init__()
@@ -132,7 +132,7 @@ class PReLU(Module):
     """
 
     weight: Parameter
-    _settings: ClassVar = {"num_parameters": settings.count, "init": settings.number}
+    _setting_checks: ClassVar = {"num_parameters": settings.count, "init": settings.number}
 
     def __init__(self, num_parameters: int = 1, init: float = 0.25, dtype: Any = np.float32):
         super().__init__()
@@ -186,7 +186,7 @@ class _AlongAxis(Module):
     """Softmax or its logarithm along axis `dim`."""
 
     _kernel: str
-    _settings: ClassVar = {"dim": settings.whole}
+    _setting_checks: ClassVar = {"dim": settings.whole}
 
     def __init__(self, dim: int):
         super().__init__()

@@ -51,7 +51,7 @@ class _BatchNorm(Module):
     _ranks: tuple[int, ...]
     eps: float
     momentum: float | None
-    _settings: ClassVar = {
+    _setting_checks: ClassVar = {
         "num_features": settings.count,
         "eps": settings.number,
         "momentum": settings.optional(settings.number),

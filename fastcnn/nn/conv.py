@@ -65,7 +65,7 @@ class Conv2d(Module):
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
-    _settings: ClassVar = {
+    _setting_checks: ClassVar = {
         "in_channels": settings.count,
         "out_channels": settings.count,
         "kernel_size": settings.size,

@@ -34,7 +34,7 @@ class Dropout(Module):
     """
 
     p: float
-    _settings: ClassVar = {"p": settings.share, "inplace": settings.flag}
+    _setting_checks: ClassVar = {"p": settings.share, "inplace": settings.flag}
 
     def __init__(self, p: float = 0.5, inplace: bool = False):
         super().__init__()

@@ -32,7 +32,7 @@ class Linear(Module):
 
     weight: Parameter
     bias: Parameter | None
-    _settings: ClassVar = {"in_features": settings.count, "out_features": settings.count}
+    _setting_checks: ClassVar = {"in_features": settings.count, "out_features": settings.count}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: Any = np.float32):
         super().__init__()
@@ -123,7 +123,7 @@ class _Reshape(Module):
 class Flatten(_Reshape):
     """Axes `start_dim` to `end_dim` as one, in PyTorch's order: C, H, W."""
 
-    _settings: ClassVar = {"start_dim": settings.whole, "end_dim": settings.whole}
+    _setting_checks: ClassVar = {"start_dim": settings.whole, "end_dim": settings.whole}
 
     def __init__(self, start_dim: int = 1, end_dim: int = -1):
         super().__init__()
@@ -155,7 +155,7 @@ def _sizes(name: str, value: Any) -> tuple[int, ...]:
 class Unflatten(_Reshape):
     """Axis `dim` cut into `unflattened_size`, of which one may be -1."""
 
-    _settings: ClassVar = {"dim": settings.whole, "unflattened_size": _sizes}
+    _setting_checks: ClassVar = {"dim": settings.whole, "unflattened_size": _sizes}
 
     def __init__(self, dim: int, unflattened_size: tuple[int, ...]):
         super().__init__()

@@ -43,7 +43,7 @@ class CrossEntropyLoss(Module):
     weight: np.ndarray | None
     reduction: str
     label_smoothing: float
-    _settings: ClassVar = {
+    _setting_checks: ClassVar = {
         "weight": settings.optional(_factors),
         "ignore_index": settings.whole,
         "reduction": settings.choice("mean", "sum", "none"),

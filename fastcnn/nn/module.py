@@ -69,12 +69,14 @@ class Module:
     _not_saved: set[str]
     # How each setting of a layer is checked, and what is stored of it, whenever it is assigned: in the
     # constructor and later. A subclass lists its own, to which those of its bases are added.
-    _settings: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
+    _setting_checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._settings = dict(
-            setting for base in reversed(cls.__mro__) for setting in vars(base).get("_settings", {}).items()
+        cls._setting_checks = dict(
+            setting
+            for base in reversed(cls.__mro__)
+            for setting in vars(base).get("_setting_checks", {}).items()
         )
 
     def __init__(self) -> None:
@@ -88,8 +90,8 @@ class Module:
         if isinstance(value, (Parameter, Module)):
             self._register(name, value)
             return
-        if name in type(self)._settings:
-            value = type(self)._settings[name](name, value)
+        if name in type(self)._setting_checks:
+            value = type(self)._setting_checks[name](name, value)
             # A backward pass needs the settings of its forward pass.
             self.__dict__["_saved"] = None
         if name in (self.__dict__.get("_parameters") or ()):

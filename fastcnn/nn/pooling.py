@@ -44,7 +44,7 @@ class _Pool2d(Module):
     padding: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool
-    _settings: ClassVar = {
+    _setting_checks: ClassVar = {
         "kernel_size": settings.size,
         "stride": settings.size,
         "padding": checks.pair,
@@ -105,7 +105,7 @@ class MaxPool2d(_Pool2d):
         Whether a last window that reaches beyond the image counts.
     """
 
-    _settings: ClassVar = {"dilation": settings.size, "return_indices": settings.flag}
+    _setting_checks: ClassVar = {"dilation": settings.size, "return_indices": settings.flag}
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class AvgPool2d(_Pool2d):
         Divide by this instead of the number of pixels.
     """
 
-    _settings: ClassVar = {
+    _setting_checks: ClassVar = {
         "count_include_pad": settings.flag,
         "divisor_override": settings.optional(_divisor),
     }
@@ -269,7 +269,7 @@ class AdaptiveAvgPool2d(Module):
         None for an axis keeps its size.
     """
 
-    _settings: ClassVar = {"output_size": _output_sizes}
+    _setting_checks: ClassVar = {"output_size": _output_sizes}
 
     def __init__(self, output_size: Any):
         super().__init__()
