@@ -44,7 +44,7 @@ _BAND_BYTES = 24 * 1024
 _FEWEST_ROWS = 4
 _MOST_ROWS = 16
 # Bands that a batch is cut into at least, if its images have enough rows.
-_TASKS = 8
+_TASKS = 4
 # Tiles that are done with one vector of filters before the next.
 _CHUNK = 64
 # Measured cycles: of a vector of the image that is transformed, of what begins and ends the sums of a tile,
