@@ -172,3 +172,17 @@ def test_what_equals_a_known_setting_is_still_refused(name, value):
     cpu.conv2d_forward(x, weight, **{name: (1, 1)})
     with pytest.raises(TypeError, match=f"^{name}: expected an int"):
         cpu.conv2d_forward(x, weight, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_images_of_no_channels_give_the_bias(dtype):
+    x, weight, bias = (
+        np.zeros((2, 9, 9, 0), dtype),
+        np.zeros((3, 3, 0, 16), dtype),
+        np.arange(16, dtype=dtype),
+    )
+    expected = np.broadcast_to(bias, (2, 7, 7, 16))
+    np.testing.assert_array_equal(cpu.conv2d_forward(x, weight, bias), expected)
+    np.testing.assert_array_equal(cpu.conv2d_pool_forward(x, weight, bias, 7)[0], expected[:, :1, :1])
+    assert cpu.conv2d_backward_input(expected, weight, x.shape).shape == x.shape
+    assert cpu.conv2d_backward_weight(expected, x, 3).shape == weight.shape

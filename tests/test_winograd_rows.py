@@ -274,6 +274,7 @@ UNFIT = {
     "rows of three": ((64, 20, 5, 3), LANES, 3, 1, 1, 1, np.float32),
     "rows of a tile and one": ((64, 20, 7, 3), LANES, 3, 1, 1, 1, np.float32),
     "few filters": ((64, 20, 20, 3), LANES - 1, 3, 1, 1, 1, np.float32),
+    "no channels": ((64, 20, 20, 0), LANES, 3, 1, 1, 1, np.float32),
     "many channels": ((64, 20, 20, 32), LANES, 3, 1, 1, 1, np.float32),
     "float64": ((64, 20, 20, 3), LANES, 3, 1, 1, 1, np.float64),
 }

@@ -330,7 +330,7 @@ class Layer:
         inner = (self.filters if transposed else self.channels) // groups
         packed = scratch("weights", (groups, panels, len(positions) * inner, width), dtype)
         start = scratch("start", groups * panels * width, dtype)
-        taps = weight.reshape(-1, *weight.shape[2:])
+        taps = weight.reshape(weight.shape[0] * weight.shape[1], *weight.shape[2:])
         biases = NO_BIAS[dtype] if bias is None else bias
         parts = part_count(groups * panels, packed.nbytes)
         _pack(parts, taps, positions, int(transposed), columns, biases, packed, start)

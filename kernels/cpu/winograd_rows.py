@@ -282,7 +282,7 @@ def fits(layer: Layer, dtype: np.dtype) -> bool:
         return False
     if any(side.stride > 1 or side.dilation > 1 for side in (layer.rows, layer.columns)):
         return False
-    narrow = layer.channels <= _MOST_CHANNELS and layer.filters >= simd.lanes(dtype)
+    narrow = 0 < layer.channels <= _MOST_CHANNELS and layer.filters >= simd.lanes(dtype)
     return narrow and layer.columns.kernel == _TAPS and layer.out_image[1] >= TILE
 
 
