@@ -164,19 +164,20 @@ def test_gradient_to_the_weights_is_added(case, team):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("pool_size", [1, 2])
 @every_case
-def test_gradients_behind_pooling_are_added(case, team):
+def test_gradients_behind_pooling_are_added(case, pool_size, team):
     layer, x, weight, bias, padding = arguments(case)
-    if min(layer.out_image) < 2 or layer.out_image[1] < 4:
-        pytest.skip("no whole tile of whole windows")
-    e = pooled_convolution._epilogue(layer, 2, True, True)
-    y, argmax = reference.conv2d_pool_forward(x, weight, bias, 2, True, padding=padding)
+    if layer.out_image[0] < pool_size:
+        pytest.skip("windows larger than the image")
+    e = pooled_convolution._epilogue(layer, pool_size, True, True)
+    y, argmax = reference.conv2d_pool_forward(x, weight, bias, pool_size, True, padding=padding)
     # What no window has is no gradient either.
     argmax[0, 0, 0, :3] = 4, 77, 254
     dout = np.random.default_rng(6).standard_normal(y.shape, np.float32)
-    known = np.where(argmax < 4, argmax, DEAD).astype(np.uint8)
+    known = np.where(argmax < pool_size**2, argmax, DEAD).astype(np.uint8)
     expected = reference.conv2d_pool_backward_weight(
-        *exact(dout), known, *exact(x), weight.shape[:2], 2, padding=padding
+        *exact(dout), known, *exact(x), weight.shape[:2], pool_size, padding=padding
     )
     results = []
     for count in (1, 2):

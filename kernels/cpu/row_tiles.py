@@ -133,10 +133,11 @@ def tile_products(typing_context, finish, t0, operands):
     return types.void(finish, t0, operands), codegen
 
 
-def _unpooled(emit, dout, argmax):
-    """Two rows of gradients, from those of pixels that are pooled from 2 x 2; and those that are in them."""
+def _unpooled(emit, side, dout, argmax):
+    """`side` rows of gradients, from those of pixels that are pooled from so many rows and columns; and which
+    of these are in them."""
     builder = emit.builder
-    rows: list[list] = [[], []]
+    rows: list[list] = [[] for _ in range(side)]
     passed = []
     codes = ir.VectorType(_I8, emit.lanes)
     zero = ir.Constant(emit.vector, None)
@@ -148,16 +149,17 @@ def _unpooled(emit, dout, argmax):
         gradient = emit.load(place)
         where = builder.load(builder.bitcast(code, codes.as_pointer()))
         where.align = 1
-        for offset in range(4):
+        for offset in range(side * side):
             taken = builder.icmp_signed("==", where, constant(offset))
-            rows[offset // 2].append(builder.select(taken, gradient, zero))
-        passed.append(builder.select(builder.icmp_unsigned("<", where, constant(4)), gradient, zero))
+            rows[offset // side].append(builder.select(taken, gradient, zero))
+        inside = builder.icmp_unsigned("<", where, constant(side * side))
+        passed.append(builder.select(inside, gradient, zero))
     return rows, passed
 
 
 @intrinsic(prefer_literal=True)
 def add_gradients(
-    typing_context, pooled, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0
+    typing_context, finish, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0
 ):
     """Add tiles t0 to t1 of dout, times what `TAPS` taps meet of the image, to the sums of these.
 
@@ -166,13 +168,14 @@ def add_gradients(
     each tile t. Meanwhile a cache fetches dout `ahead` elements further on. Arrays are pointers: `tables` has
     sources, targets and taps, `image` spectrum and plane, `gradients` dout and argmax.
 
-    If the literal `pooled` is 1, a tile has two rows, whose gradients are those of two pixels of dout behind
-    pooling by 2 x 2; their sum is added to sums[b0] if k0 is 0.
+    The literal `finish` is the forward pass's. If that pools, the gradients of a tile, of two rows behind 2 x 2,
+    are those of the pooled pixels in dout, and their sum is added to sums[b0] if k0 is 0.
     """
-    if not isinstance(pooled, types.IntegerLiteral):
+    if not isinstance(finish, types.IntegerLiteral):
         return None
-    rows = 1 + pooled.literal_value
-    signature = types.void(pooled, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0)
+    way = finish.literal_value
+    rows = 2 if way == POOLED else 1
+    signature = types.void(finish, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0)
 
     def codegen(context, builder, signature, arguments):
         _, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0 = arguments
@@ -187,17 +190,15 @@ def add_gradients(
 
         def step(t, totals):
             target = builder.load(emit.at(targets, t))
-            places = [
-                [emit.at(values, d0, target, distance) for distance in steps]
-                for values in (dout, argmax)[:rows]
-            ]
+            sides = (dout,) if way == STORED else (dout, argmax)
+            places = [[emit.at(values, d0, target, distance) for distance in steps] for values in sides]
             for place in (place for of_values in places for place in of_values):
                 emit.prefetch(emit.at(place, ahead), to_write=False)
             passed: list = []
-            if rows == 1:
+            if way == STORED:
                 values = [[emit.load(place) for place in places[0]]]
             else:
-                values, passed = _unpooled(emit, *places)
+                values, passed = _unpooled(emit, rows, *places)
             source = builder.load(emit.at(sources, t))
             windows = [emit.at(image, source) for image in images]
             totals, bias = totals[: TAPS * SIZE], totals[TAPS * SIZE :]
@@ -214,7 +215,7 @@ def add_gradients(
                 bias = [emit.add(bias[0], gradient)]
             return [*totals, *bias]
 
-        zeros = [ir.Constant(emit.vector, None)] * (TAPS * SIZE + rows - 1)
+        zeros = [ir.Constant(emit.vector, None)] * (TAPS * SIZE + (way != STORED))
         totals = sum_loop(emit, t0, t1, zeros, step, unrolls=False)
         results = [emit.at(sums, s0, ir.Constant(_I64, i * emit.lanes)) for i in range(TAPS * SIZE)]
         for total, place in zip(totals, results, strict=False):

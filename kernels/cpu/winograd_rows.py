@@ -35,7 +35,7 @@ from .workspace import clear, copy, scratch
 # Columns of the kernels.
 _TAPS = SIZE + 1 - TILE
 # What is done with outputs, by the sizes of an epilogue's windows.
-_FINISHES = {(0, 0): STORED, (1, 1): RELU, (2, 2): POOLED}
+FINISHES = {(0, 0): STORED, (1, 1): RELU, (2, 2): POOLED}
 # More channels fill vectors.
 _MOST_CHANNELS = 31
 # The transformed rows of a band should stay in the first-level cache; but with fewer rows too many are
@@ -253,7 +253,7 @@ def forward(
         argmax.reshape(-1),
         g,
         of,
-        _FINISHES[e.pool_h, e.pool_w],
+        FINISHES[e.pool_h, e.pool_w],
         int(e.pool_h < 2 and layer.filters % lanes == 0 and passes_caches(y, 2)),
         e,
         scratch("windows", (parts, window_size(g, lanes)), dtype),
@@ -288,6 +288,6 @@ def fits(layer: Layer, dtype: np.dtype) -> bool:
 
 def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
     """Whether the forward pass may be done here, and is faster than the direct way."""
-    if not fits(layer, dtype) or (e.pool_h, e.pool_w) not in _FINISHES:
+    if not fits(layer, dtype) or (e.pool_h, e.pool_w) not in FINISHES:
         return False
     return _pays(layer, min(images, _TASKS), dtype, e)

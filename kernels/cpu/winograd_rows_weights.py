@@ -22,7 +22,7 @@ from ..threads import parallel, part_count, span
 from . import simd, winograd_rows
 from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer
 from .epilogue import NO_EPILOGUE, Epilogue
-from .row_tiles import SIZE, TAPS, add_gradients
+from .row_tiles import POOLED, RELU, SIZE, STORED, TAPS, add_gradients
 from .simd import VECTOR_BITS
 from .vectors import all_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER_GRADIENT, TILE, transform
@@ -36,7 +36,7 @@ _PIECES = 16
 _CHUNK = 64
 # So many tiles ahead dout is fetched: with a quarter of that memory is waited for.
 _AHEAD = 64
-# Behind pooling, sums over the largest pixels alone take no longer with more channels.
+# Behind pooling by 2 x 2, sums over the largest pixels alone take no longer with more channels.
 _MOST_POOLED_CHANNELS = 3
 # Measured cycles: of a vector of the image that is transformed, of a tile of dout for each few taps, and of a
 # tile of dout that is copied.
@@ -53,7 +53,8 @@ class Tables(NamedTuple):
     ends: np.ndarray  # as `sources`, of the tiles that end with their rows
     spares: np.ndarray  # where those lie when copied
     taps: np.ndarray  # of a row of the kernel and a channel, from a tile's source; a multiple of `TAPS`
-    pool: int  # 1, or 2 if the pixels of dout are pooled ones of 2 x 2
+    finish: int  # how the forward pass ends; see `row_tiles`
+    pool: int  # rows and columns of the grid behind a pixel of dout
 
 
 @kernel
@@ -67,7 +68,7 @@ def _copy_ends(values, d0, rows, width, filters, missing, many, lanes, spare):
 
 
 @kernel
-def _add_tiles(pool, t0, t1, tables, depth, image, gradients, d0, pixel, ahead, sums, s0):
+def _add_tiles(finish, t0, t1, tables, depth, image, gradients, d0, pixel, ahead, sums, s0):
     """The share of some tiles of dout in the sums of all taps, of one vector of filters."""
     keep_out_of_line()
     step = SIZE * lanes_of(sums)
@@ -76,10 +77,12 @@ def _add_tiles(pool, t0, t1, tables, depth, image, gradients, d0, pixel, ahead, 
         # Once is enough.
         fetched = ahead if k == 0 else 0
         s = s0 + k * step
-        if pool == 1:
-            add_gradients(0, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
+        if finish == STORED:
+            add_gradients(STORED, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
+        elif finish == RELU:
+            add_gradients(RELU, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
         else:
-            add_gradients(1, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
+            add_gradients(POOLED, t0, t1, tables, k, image, gradients, d0, pixel, fetched, sums, s, b0)
 
 
 @kernel
@@ -98,16 +101,16 @@ def _add_band(dout, argmax, d0, rows, g, of, spectrum, sums, size, spare, codes)
         for v in range(sums.size // size):
             d = d0 + min(v * lanes, g.filters - lanes)
             s = v * size
-            _add_tiles(of.pool, t, end, tables, depth, image, gradients, d, g.filters, ahead, totals, s)
+            _add_tiles(of.finish, t, end, tables, depth, image, gradients, d, g.filters, ahead, totals, s)
     if missing == 0:
         return
     tables, gradients = (pointer(of.ends), pointer(of.spares), taps), (pointer(spare), pointer(codes))
     for v in range(sums.size // size):
         d = d0 + min(v * lanes, g.filters - lanes)
         _copy_ends(dout, d, rows, width, g.filters, missing, many, lanes, spare)
-        if of.pool > 1:
+        if of.finish != STORED:
             _copy_ends(argmax, d, rows, width, g.filters, missing, many, lanes, codes)
-        _add_tiles(of.pool, 0, rows, tables, depth, image, gradients, 0, lanes, 0, totals, v * size)
+        _add_tiles(of.finish, 0, rows, tables, depth, image, gradients, 0, lanes, 0, totals, v * size)
 
 
 @parallel
@@ -182,6 +185,7 @@ def _plan(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Grid
         ends=rows * row + (g.width - TILE) * g.channels,
         spares=rows // pool * (TILE // pool * lanes),
         taps=np.concatenate([of.taps, np.repeat(of.taps[-1:], -of.taps.size % TAPS)]),
+        finish=winograd_rows.FINISHES[e.pool_h, e.pool_w],
         pool=pool,
     )
 
@@ -244,6 +248,7 @@ def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
 
 
 def suits_pooled(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
-    """Whether that behind pooling may be computed here, and is sooner than from the largest pixels alone."""
-    fits = (e.pool_h, e.pool_w) == (2, 2) and e.out_w * 2 >= TILE
-    return fits and layer.channels <= _MOST_POOLED_CHANNELS and suits(layer, images, dtype)
+    """Whether that behind `e` may be computed here, and is sooner than from the largest pixels alone."""
+    if (e.pool_h, e.pool_w) not in winograd_rows.FINISHES or e.out_w * e.pool_w < TILE:
+        return False
+    return (e.pool_h == 1 or layer.channels <= _MOST_POOLED_CHANNELS) and suits(layer, images, dtype)
