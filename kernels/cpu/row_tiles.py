@@ -157,6 +157,17 @@ def _unpooled(emit, side, dout, argmax):
     return rows, passed
 
 
+def _with_products(emit, totals, gradients, windows, planes):
+    """The sums of all taps and points, plus a tile's row of gradients times what the taps meet."""
+    transformed = emit.transformed(GRADIENT, SIZE, gradients)
+    new: list = []
+    for window in windows:
+        for gradient, plane in zip(transformed, planes, strict=False):
+            element = emit.broadcast(emit.builder.load(emit.at(window, plane)))
+            new.append(emit.multiply_add(element, gradient, totals[len(new)]))
+    return new
+
+
 @intrinsic(prefer_literal=True)
 def add_gradients(
     typing_context, finish, t0, t1, tables, k0, image, gradients, d0, pixel, ahead, sums, s0, b0
@@ -168,7 +179,7 @@ def add_gradients(
     each tile t. Meanwhile a cache fetches dout `ahead` elements further on. Arrays are pointers: `tables` has
     sources, targets and taps, `image` spectrum and plane, `gradients` dout and argmax.
 
-    The literal `finish` is the forward pass's. If that pools, the gradients of a tile, of two rows behind 2 x 2,
+    The literal `finish` is the forward pass's. If that pools, the gradients of a tile, two rows if by 2 x 2,
     are those of the pooled pixels in dout, and their sum is added to sums[b0] if k0 is 0.
     """
     if not isinstance(finish, types.IntegerLiteral):
@@ -194,23 +205,15 @@ def add_gradients(
             places = [[emit.at(values, d0, target, distance) for distance in steps] for values in sides]
             for place in (place for of_values in places for place in of_values):
                 emit.prefetch(emit.at(place, ahead), to_write=False)
-            passed: list = []
             if way == STORED:
-                values = [[emit.load(place) for place in places[0]]]
+                values, passed = [[emit.load(place) for place in places[0]]], []
             else:
                 values, passed = _unpooled(emit, rows, *places)
             source = builder.load(emit.at(sources, t))
             windows = [emit.at(image, source) for image in images]
             totals, bias = totals[: TAPS * SIZE], totals[TAPS * SIZE :]
             for row, of_row in enumerate(values):
-                transformed = emit.transformed(GRADIENT, SIZE, of_row)
-                new: list = []
-                for window in windows:
-                    for i in range(SIZE):
-                        element = builder.load(emit.at(window, planes[row * SIZE + i]))
-                        total = totals[len(new)]
-                        new.append(emit.multiply_add(emit.broadcast(element), transformed[i], total))
-                totals = new
+                totals = _with_products(emit, totals, of_row, windows, planes[row * SIZE :])
             for gradient in passed:
                 bias = [emit.add(bias[0], gradient)]
             return [*totals, *bias]
