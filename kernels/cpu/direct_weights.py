@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import geometry, simd
 from .direct import (
     MULTIPLY_ADDS_PER_BYTE,
+    NO_BIAS,
     NOWHERE,
     Layer,
     column_of_pixels,
@@ -182,10 +183,24 @@ def _add_products(
             _add_block(x, dout, argmax, n, first, unit, of, cut, columns, sums, bias, memory, e, pool)
 
 
+@kernel
+def _add_biases(biases, cut, columns, dbias):
+    """Add all pieces to dbias; the slices of a group have each summed up the same."""
+    of_group = biases.shape[2] // cut.groups
+    for f in range(dbias.size):
+        group = f // columns
+        unit = group // cut.groups
+        k = (group - unit * cut.groups) * of_group + f - group * columns
+        for piece in range(cut.pieces):
+            dbias[f] += biases[piece, unit * cut.slices, k]
+
+
 @parallel
-def _reduce(part, parts, partial, cut, columns, dweight):
-    """Add all pieces to dweight (kH * kW * C / groups, F)."""
+def _reduce(part, parts, partial, biases, cut, columns, dweight, dbias):
+    """Add all pieces to dweight (kH * kW * C / groups, F), and to dbias if it has elements."""
     keep_out_of_line()
+    if part == 0:
+        _add_biases(biases, cut, columns, dbias)
     width = partial.shape[4]
     panels = partial.shape[2] // cut.groups
     inner = cut.slices * cut.channels
@@ -288,13 +303,5 @@ def add_weight_gradient(
         biases,
     )
     flat = dweight.reshape(-1, layer.filters)
-    _reduce(part_count(len(flat), partial.nbytes), partial, cut, columns, flat)
-    if dbias is not None:
-        # The slices of a group have each summed up the same.
-        sums = biases[:, :: cut.slices].reshape(cut.pieces, layer.groups, -1)[:, :, :columns]
-        between_jobs(_add_all, sums, dbias)
-
-
-def _add_all(pieces: np.ndarray, dbias: np.ndarray) -> None:
-    for piece in pieces:
-        dbias += piece.ravel()
+    dbias = NO_BIAS[dtype] if dbias is None else dbias
+    _reduce(part_count(len(flat), partial.nbytes), partial, biases, cut, columns, flat, dbias)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import direct, simd
 from .direct import fill_window
 from .epilogue import DEAD, Epilogue
@@ -131,10 +131,14 @@ def _weight(
 
 
 @parallel
-def _reduce_weight(part, parts, partial, s, dweight):
-    """Add all pieces to dweight (kH, kW * C, F)."""
+def _reduce_weight(part, parts, partial, biases, s, dweight, dbias):
+    """Add all pieces to dweight (kH, kW * C, F) and dbias."""
     keep_out_of_line()
     pieces = partial.shape[0]
+    if part == 0:
+        for f in range(s.filters):
+            for piece in range(pieces):
+                dbias[f] += biases[piece, f]
     lo, hi = span(part, parts, s.kernel_h * s.filters)
     for row in range(lo, hi):
         kh = row // s.filters
@@ -325,12 +329,8 @@ def add_weight_gradient(
     counts = _parts("counts", parts, s.filters, np.dtype(np.uintp))
     flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
     _weight(parts, *flat, s, bases, places, partial, biases, windows, values, offsets, counts)
-    _reduce_weight(part_count(s.kernel_h * s.filters, partial.nbytes), partial, s, dweight.reshape(-1))
-    between_jobs(_add_all, biases, dbias)
-
-
-def _add_all(biases: np.ndarray, dbias: np.ndarray) -> None:
-    dbias += np.add.reduce(biases)
+    parts = part_count(s.kernel_h * s.filters, partial.nbytes)
+    _reduce_weight(parts, partial, biases, s, dweight.reshape(-1), dbias)
 
 
 def input_gradient(

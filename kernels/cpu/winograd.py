@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import simd
-from .direct import Layer
+from .direct import NO_BIAS, Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel, overwrite_panel
@@ -40,7 +40,7 @@ from .winograd_transforms import (
     transpose_square,
     weight_vector,
 )
-from .workspace import clear, copy, scratch, set_start
+from .workspace import clear, copy, scratch
 
 # Fewer channels or filters leave too little to multiply between the transforms.
 _FEWEST_CHANNELS = 16
@@ -193,9 +193,18 @@ def _cut_filters(part, parts, weight, height, width, channels, filters, g, trans
                 copy(weight, source + run * size, pieces, target, size)
 
 
+@kernel
+def _set_start(bias, start):
+    """What sums start with: the biases, if there are any, and zeros."""
+    clear(start, 0, start.size)
+    copy(bias, 0, start, 0, bias.size)
+
+
 @parallel
-def _transform_all_weights(part, parts, weight, transposed, g, u, squares):
+def _transform_all_weights(part, parts, weight, transposed, bias, g, u, start, squares):
     keep_out_of_line()
+    if part == 0:
+        _set_start(bias, start)
     lanes = VECTOR_BITS // (8 * weight.itemsize)
     slices = (g.depth + lanes - 1) // lanes
     lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
@@ -379,9 +388,11 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
 
 
 @parallel
-def _transform_all_input(part, parts, x, g, zeros, offsets, columns, v):
+def _transform_all_input(part, parts, x, bias, g, start, zeros, offsets, columns, v):
     """The only block's tiles, one chunk of channels behind the other."""
     keep_out_of_line()
+    if part == 0:
+        _set_start(bias, start)
     first, last = span(0, 1, g.tiles)
     chunks = (g.channels + g.chunk - 1) // g.chunk
     lo, hi = span(part, parts, chunks)
@@ -587,17 +598,17 @@ def _in_pieces(weight: np.ndarray, of: Filters, g: Tiling, transposed: bool) -> 
 def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
     panels = -(-g.filters // g.panel)
     start = scratch("start", panels * g.panel, x.dtype)
-    between_jobs(set_start, start[np.newaxis], bias)
     x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
+    bias = NO_BIAS[x.dtype] if bias is None else bias
     end = (e, window_taps(e, g.panel), argmax.reshape(-1))
     run = _run_few if g.chunk else _run_many
-    run(x, weight, int(transposed), start, y, g, tables, panels, end)
+    run(x, weight, int(transposed), bias, start, y, g, tables, panels, end)
 
 
-def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
+def _run_many(x, weight, transposed, bias, start, y, g, tables, panels, end):
     u = scratch("weights", panels * g.area * g.weight_step, x.dtype)
     parts = part_count(panels * -(-g.depth // simd.lanes(x.dtype)), u.nbytes)
-    _transform_all_weights(parts, weight, transposed, g, u, _squares(g, parts))
+    _transform_all_weights(parts, weight, transposed, bias, g, u, start, _squares(g, parts))
     parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * g.area * g.depth * g.filters)
     vs = _shares("input", parts, g.area * g.input_step)
     zeros = np.zeros(g.panel, x.dtype)
@@ -605,11 +616,11 @@ def _run_many(x, weight, transposed, start, y, g, tables, panels, end):
     _correlate(parts, x, u, start, y, g, tables, *memory, *end)
 
 
-def _run_few(x, weight, transposed, start, y, g, tables, panels, end):
+def _run_few(x, weight, transposed, bias, start, y, g, tables, panels, end):
     chunks = -(-g.channels // g.chunk)
     v = scratch("input", chunks * g.area * g.input_step, x.dtype)
     parts = part_count(chunks, v.nbytes)
-    _transform_all_input(parts, x, g, np.zeros(g.panel, x.dtype), *windows(g, parts), v)
+    _transform_all_input(parts, x, bias, g, start, np.zeros(g.panel, x.dtype), *windows(g, parts), v)
     parts = part_count(panels, g.tiles * g.area * g.channels * g.filters)
     us = _shares("weights", parts, g.area * g.weight_step)
     memory = (us, _squares(g, parts), *_products(g, end[0], parts))

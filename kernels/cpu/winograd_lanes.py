@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..jit import entry, keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from . import direct, image_lanes, simd, winograd
-from .direct import Layer
+from .direct import NO_BIAS, Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .image_lanes import empty_row, fill_window, pitch, pool_outputs
 from .simd import VECTOR_BITS
 from .vectors import keep_in_line
 from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
-from .workspace import scratch
+from .workspace import clear, copy, scratch
 
 # The sizes of transforms that are compiled, for filters whose sides are by 3 smaller; and with which of them
 # filters are done that are cut in two along each axis.
@@ -196,30 +196,61 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
                 _write_rows(argmax, n0, images, g, t, place)
 
 
-@entry
-def _transform_weights(weight, g, matrix, rows, transformed):
-    """(kH, kW, C, F) as columns, groups of filters, cuts, channels and rows of the transform, and filters."""
-    kernel_h, kernel_w, channels, filters = weight.shape
-    size, side = matrix.shape
-    for f in range(filters):
-        target = f // FILTERS * (g.cuts * g.cuts * channels * size * FILTERS) + f % FILTERS
-        column = (filters + FILTERS - 1) // FILTERS * (g.cuts * g.cuts * channels * size * FILTERS)
-        for k in range(g.cuts * g.cuts * channels):
-            cut, c = k // channels, k % channels
-            h0, w0 = cut // g.cuts * side, cut % g.cuts * side
-            high, wide = min(side, kernel_h - h0), min(side, kernel_w - w0)
-            for i in range(size):
+@kernel
+def _read_filters(weight, turned, c, h0, w0, high, wide, values):
+    """All filters' taps from (h0, w0) on for channel `c`, and zeros behind the last filter."""
+    kernel_h, kernel_w = weight.shape[:2]
+    filters = weight.shape[2] if turned else weight.shape[3]
+    for a in range(high):
+        for b in range(wide):
+            taps = values[a, b]
+            clear(taps, 0, taps.size)
+            for f in range(filters):
+                if turned:
+                    taps[f] = weight[kernel_h - 1 - h0 - a, kernel_w - 1 - w0 - b, f, c]
+                else:
+                    taps[f] = weight[h0 + a, w0 + b, c, f]
+
+
+@kernel
+def _add_weighted(factor, values, sums):
+    for f in range(sums.size):
+        sums[f] += factor * values[f]
+
+
+@parallel
+def _prepare(part, parts, weight, turned, bias, g, matrix, values, rows, transformed, start):
+    """The transformed weights, and what sums start with; see `forward`.
+
+    (kH, kW, C, F) becomes columns, groups of filters, cuts, channels and rows of the transform, and filters.
+    """
+    keep_out_of_line()
+    (size, side), values, rows = matrix.shape, values[part], rows[part]
+    padded = values.shape[2]
+    if part == 0:
+        clear(start, 0, start.size)
+        copy(bias, 0, start, padded, bias.size)
+    group = g.cuts * g.cuts * g.channels * size * FILTERS
+    lo, hi = span(part, parts, g.cuts * g.cuts * g.channels)
+    for k in range(lo, hi):
+        cut = k // g.channels
+        h0, w0 = cut // g.cuts * side, cut % g.cuts * side
+        high, wide = min(side, weight.shape[0] - h0), min(side, weight.shape[1] - w0)
+        _read_filters(weight, turned, k - cut * g.channels, h0, w0, high, wide, values)
+        for i in range(size):
+            for b in range(wide):
+                clear(rows[b], 0, padded)
+                for a in range(high):
+                    _add_weighted(matrix[i, a], values[a, b], rows[b])
+            for q in range(size):
+                sums = rows[side]
+                clear(sums, 0, padded)
                 for b in range(wide):
-                    total = 0.0
-                    for a in range(high):
-                        total += matrix[i, a] * weight[h0 + a, w0 + b, c, f]
-                    rows[i * side + b] = total
-            for i in range(size):
-                for q in range(size):
-                    total = 0.0
-                    for b in range(wide):
-                        total += matrix[q, b] * rows[i * side + b]
-                    transformed[q * column + target + (k * size + i) * FILTERS] = total
+                    _add_weighted(matrix[q, b], rows[b], sums)
+                for f in range(0, padded, FILTERS):
+                    place = (q * padded // FILTERS + f // FILTERS) * group + (k * size + i) * FILTERS
+                    for j in range(FILTERS):
+                        transformed[place + j] = sums[f + j]
 
 
 def _cut(taps: int) -> tuple[int, int]:
@@ -328,32 +359,28 @@ def forward(
     weights = scratch("weights", padded * taps.shape[1] * g.size * g.size, x.dtype)
     # What is added to the products at the point 1 of the rows: nothing, and the bias.
     start = scratch("start", 2 * padded, x.dtype)
-    rows = scratch("rows", matrices(g.size)[2].size, np.float64)
-    between_jobs(_prepare, weight, turned, bias, g, rows, weights, start)
+    _transform_weights(weight, turned, bias, g, weights, start)
     parts = part_count(-(-images // lanes) * g.bands, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE)
     memory = _memory(parts, g, e, x.dtype)
     flat = (y.reshape(-1), g, e, _pooled_places(g, lanes), argmax.reshape(-1), memory)
     _convolve(parts, x.reshape(-1), images, weights, taps, start, *flat)
 
 
-def _prepare(
+def _transform_weights(
     weight: np.ndarray,
     turned: bool,
     bias: np.ndarray | None,
     g: Tiling,
-    rows: np.ndarray,
     weights: np.ndarray,
     start: np.ndarray,
 ) -> None:
-    """The transformed weights, and what sums start with; see `forward`."""
-    if turned:
-        weight = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-    weights.fill(0)
-    _transform_weights(weight, g, matrices(g.size)[2], rows, weights)
-    start.fill(0)
-    if bias is not None:
-        padded = start.size // 2
-        start[padded : padded + g.filters] = bias
+    matrix = matrices(g.size)[2]
+    side, padded = matrix.shape[1], start.size // 2
+    parts = part_count(g.cuts * g.cuts * g.channels, _TRANSFORM_CYCLES * weights.size)
+    values = scratch("values", (parts, side, side, padded), np.float64)
+    rows = scratch("rows", (parts, side + 1, padded), np.float64)
+    biases = NO_BIAS[weights.dtype] if bias is None else bias
+    _prepare(parts, weight, int(turned), biases, g, matrix, values, rows, weights, start)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
