@@ -23,10 +23,15 @@ from .tile import add_panel, overwrite_panel, padded_rows
 from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, prefetch, store
 from .workspace import clear, copy, scratch
 
-_BLOCK_K = 256
-_BLOCK_ROWS = 168
-# From one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
-_PITCH = _BLOCK_K + 16
+_BLOCK_K = 384
+# Rows of A in a block, by whether there are so many panels that all threads have some.
+_MANY_PANELS = 8
+_BLOCK_ROWS = {False: 168, True: 336}
+# Rows that are contiguous are read where they lie, unless a tile's meet in few sets of the cache: if a power
+# of two above this divides their distance in bytes.
+_MOST_MEETING = 512
+# Added from one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
+_BETWEEN = 16
 # Panels of B that are packed together, so that its rows are read in longer pieces.
 _PANELS = 4
 # With so few rows of A or, of a gradient to the input, of dout or results, a tile computes too many twice, or
@@ -35,7 +40,8 @@ _FEW_ROWS = 4
 _FEW_GRADIENTS = 8
 _FEW_DOTS = 1 << 11
 _MOST_ELEMENTS = (1 << 31) - 1
-# Columns that one task of a product of few rows sums.
+# Of so many k in a product of few rows the sums stay in registers, of as many columns as one task has.
+_FEW_ROWS_DEPTH = 256
 _CHUNK = 64
 # With so many rows of A, or so many numbers from B's first row to that which is as many rows on, packing B
 # costs more than reading it where it lies.
@@ -65,6 +71,8 @@ class Product(NamedTuple):
     b_column: int
     block_rows: int  # rows of A in one task
     tail: int  # where the tables of the last block of rows begin
+    packs: int  # 1: copy a block of A, whose rows are then `pitch` apart; 0: read it where it lies
+    pitch: int
     accumulate: int  # 1: add to C; 0: overwrite it with start + product
 
 
@@ -106,7 +114,7 @@ def _pack_rows(a, p, a0, depth, rows, block):
     """Copy `rows` rows of A, and `depth` of each, along the axis on which A's stride is 1; see `_tables`."""
     if p.a_k == 1:
         for r in range(rows):
-            copy(a, a0 + r * p.a_row, block, r * _PITCH, depth)
+            copy(a, a0 + r * p.a_row, block, r * p.pitch, depth)
     else:
         for k in range(depth):
             copy(a, a0 + k * p.a_k, block, k * p.block_rows, rows)
@@ -125,7 +133,7 @@ def _fetch_rows(b, b0, ldb, rows, columns):
 def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
     keep_out_of_line()
     width = TILE_VECTORS * VECTOR_BITS // (8 * a.itemsize)
-    depth_size = _BLOCK_K * width
+    depth_size = col.size * width
     packed, rest = memory[part, : _PANELS * depth_size], memory[part, _PANELS * depth_size :]
     start, rows_of_a = rest[:width], rest[width:]
     panels = (p.columns + width - 1) // width
@@ -141,7 +149,10 @@ def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
         rows = min(p.rows - block * p.block_rows, p.block_rows)
         for k0 in range(0, max(p.depth, 1), col.size):
             depth = min(p.depth - k0, col.size)
-            _pack_rows(a, p, block * p.block_rows * p.a_row + k0 * p.a_k, depth, rows, rows_of_a)
+            left, a0 = a, block * p.block_rows * p.a_row + k0 * p.a_k
+            if p.packs:
+                _pack_rows(a, p, a0, depth, rows, rows_of_a)
+                left, a0 = rows_of_a, 0
             for panel in range(panel0, panel1):
                 first = panel * width
                 many = min(p.columns - first, width)
@@ -161,25 +172,10 @@ def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
                     copy(bias, first, start, 0, biases)
                     clear(start, biases, width - biases)
                     overwrite_panel(
-                        rows_of_a,
-                        0,
-                        row,
-                        col,
-                        r0,
-                        r1,
-                        depth,
-                        source,
-                        b0,
-                        ldb,
-                        start,
-                        0,
-                        c,
-                        c0,
-                        crow,
-                        many,
+                        left, a0, row, col, r0, r1, depth, source, b0, ldb, start, 0, c, c0, crow, many
                     )
                 else:
-                    add_panel(rows_of_a, 0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
+                    add_panel(left, a0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
 
 
 @parallel
@@ -194,8 +190,8 @@ def _multiply_few(part, parts, x, rows, weight, starts, bias, y, columns):
         for m in range(rows):
             copy(bias, first, y, m * columns + first, many)
         # Whole vectors of the last row would end behind the matrix.
-        for k0 in range(0, depth - 1, _BLOCK_K):
-            count = min(depth - 1 - k0, _BLOCK_K)
+        for k0 in range(0, depth - 1, _FEW_ROWS_DEPTH):
+            count = min(depth - 1 - k0, _FEW_ROWS_DEPTH)
             for m in range(rows):
                 factors = x[m * depth : (m + 1) * depth]
                 add_runs(factors, starts, k0, count, weight, first, y, m * columns + first, many)
@@ -333,18 +329,25 @@ def _plan(
     accumulate: bool,
     dtype: np.dtype,
 ) -> _Plan:
-    """See `_Plan`. A packed block holds row after row, each `_PITCH` long, or else k after k."""
-    block, width = min(rows, _BLOCK_ROWS), simd.panel_width(dtype)
+    """See `_Plan`. A packed block holds row after row, or else k after k, each as long as the block."""
+    width, along_k = simd.panel_width(dtype), a_strides[1] == 1
+    panels, distance = -(-columns // width), a_strides[0] * dtype.itemsize
+    packs = not along_k or (distance & -distance) > _MOST_MEETING
+    block = min(rows, _BLOCK_ROWS[panels >= _MANY_PANELS])
     blocks = -(-rows // block)
-    a_row, a_k = (_PITCH, 1) if a_strides[1] == 1 else (1, block)
+    block_k = -(-depth // max(-(-depth // _BLOCK_K), 1))
+    pitch = block_k + _BETWEEN
+    a_row, a_k = ((pitch if packs else a_strides[0]), 1) if along_k else (1, block)
     lengths = block, rows - (blocks - 1) * block
     row, crow = ([padded_rows(np.arange(many) * step) for many in lengths] for step in (a_row, columns))
+    sizes = block, len(row[0]), int(packs), pitch, int(accumulate)
+    packed = block * pitch if packs else 0
     return _Plan(
-        Product(rows, depth, columns, *a_strides, *b_strides, block, len(row[0]), int(accumulate)),
-        (np.concatenate(row), np.concatenate(crow), np.arange(_BLOCK_K) * a_k),
-        -(-columns // width) * blocks,
+        Product(rows, depth, columns, *a_strides, *b_strides, *sizes),
+        (np.concatenate(row), np.concatenate(crow), np.arange(max(block_k, 1)) * a_k),
+        panels * blocks,
         rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE,
-        _PANELS * _BLOCK_K * width + width + _BLOCK_ROWS * _PITCH,
+        _PANELS * max(block_k, 1) * width + width + packed,
     )
 
 
