@@ -335,7 +335,9 @@ def _plan(
     packs = not along_k or (distance & -distance) > _MOST_MEETING
     block = min(rows, _BLOCK_ROWS[panels >= _MANY_PANELS])
     blocks = -(-rows // block)
-    block_k = -(-depth // max(-(-depth // _BLOCK_K), 1))
+    # In whole vectors, as which columns along k are packed.
+    lanes = simd.lanes(dtype)
+    block_k = max(-(-depth // (max(-(-depth // _BLOCK_K), 1) * lanes)), 1) * lanes
     pitch = block_k + _BETWEEN
     a_row, a_k = ((pitch if packs else a_strides[0]), 1) if along_k else (1, block)
     lengths = block, rows - (blocks - 1) * block
@@ -344,10 +346,10 @@ def _plan(
     packed = block * pitch if packs else 0
     return _Plan(
         Product(rows, depth, columns, *a_strides, *b_strides, *sizes),
-        (np.concatenate(row), np.concatenate(crow), np.arange(max(block_k, 1)) * a_k),
+        (np.concatenate(row), np.concatenate(crow), np.arange(block_k) * a_k),
         panels * blocks,
         rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE,
-        _PANELS * max(block_k, 1) * width + width + packed,
+        _PANELS * block_k * width + width + packed,
     )
 
 
