@@ -2,6 +2,7 @@
 
 import pytest
 
+import fastcnn
 from fastcnn.kernels import threads
 
 
@@ -11,3 +12,11 @@ def team():
     before = threads.get_num_threads()
     yield threads.set_num_threads
     threads.set_num_threads(before)
+
+
+@pytest.fixture
+def switch():
+    """A function that sets whether Winograd's algorithm may be used in the test."""
+    before = fastcnn.get_winograd()
+    yield fastcnn.set_winograd
+    fastcnn.set_winograd(before)

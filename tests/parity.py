@@ -30,6 +30,11 @@ def assert_close(operation, arguments, actual, expected, message):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=message)
 
 
+def error(actual, expected):
+    """The largest error, in units of the largest result."""
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
 def assert_same_bits(actual, expected, message):
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype, message

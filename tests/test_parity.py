@@ -21,7 +21,6 @@ from parity import (
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
-from fastcnn.kernels import threads as team
 
 
 def run(module, operation, arguments, **more):
@@ -154,20 +153,13 @@ def test_accumulate_adds_to_out(operation, dtype):
         assert_close(operation, arguments, actual, expected, case)
 
 
-@pytest.fixture
-def threads():
-    before = team.get_num_threads()
-    yield team.set_num_threads
-    team.set_num_threads(before)
-
-
 @every_row
-def test_threads_and_repetition_do_not_change_a_bit(operation, dtype, threads):
+def test_threads_and_repetition_do_not_change_a_bit(operation, dtype, team):
     arguments = operation.call("large", dtype)
-    threads(1)
+    team(1)
     expected = run(cpu, operation, arguments)
     for count in (1, 2, 2):
-        threads(count)
+        team(count)
         assert_same_bits(run(cpu, operation, arguments), expected, f"{count} threads")
 
 

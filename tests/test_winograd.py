@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from parity import error
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
@@ -10,13 +11,6 @@ from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd, wino
 # The largest error, in units of the largest result, for standard normal images and weights.
 BOUND = 2e-5
 BOUND_3X3 = 7e-6
-
-
-@pytest.fixture
-def switch():
-    before = fastcnn.get_winograd()
-    yield fastcnn.set_winograd
-    fastcnn.set_winograd(before)
 
 
 CASES = [
@@ -79,10 +73,6 @@ def passes(layer, x, weight, bias, dout):
     winograd.backward_input(layer, dout, weight, dx)
     winograd_weights.add_weight_gradient(layer, dout, x, dweight)
     return y, dx, dweight
-
-
-def error(actual, expected):
-    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("x_shape", "filters", "padding"), CASES)

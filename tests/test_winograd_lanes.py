@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from parity import error
 
-import fastcnn
 from fastcnn.kernels import checks, cpu, reference
 from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd_lanes, winograd_lanes_weights
 from fastcnn.kernels.cpu.epilogue import DEAD
@@ -31,13 +31,6 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture
-def switch():
-    before = fastcnn.get_winograd()
-    yield fastcnn.set_winograd
-    fastcnn.set_winograd(before)
-
-
 def arguments(case):
     shape, filters, kernel, padding = CASES[case]
     rng = np.random.default_rng(5)
@@ -46,10 +39,6 @@ def arguments(case):
         for size in (shape, (*kernel, shape[3], filters), filters)
     )
     return direct.layer(shape, kernel, shape[3], filters, 1, padding, 1, 1), x, weight, bias, padding
-
-
-def error(actual, expected):
-    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["with the point 1", "exact"])

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from parity import error
 
-import fastcnn
 from fastcnn.kernels import cpu, reference
 from fastcnn.kernels.cpu import (
     direct,
@@ -37,13 +37,6 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture
-def switch():
-    before = fastcnn.get_winograd()
-    yield fastcnn.set_winograd
-    fastcnn.set_winograd(before)
-
-
 def arguments(case):
     shape, filters, kernel_h, padding = CASES[case]
     rng = np.random.default_rng(5)
@@ -56,10 +49,6 @@ def arguments(case):
 
 def exact(*arrays):
     return (array.astype(np.float64) for array in arrays)
-
-
-def error(actual, expected):
-    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @every_case

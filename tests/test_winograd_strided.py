@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from parity import error
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
@@ -41,10 +42,6 @@ def passes(layer, x, weight, bias, dout):
     winograd_strided.forward(layer, x, weight, bias, y)
     winograd_strided.add_weight_gradient(layer, dout, x, dweight)
     return y, dweight
-
-
-def error(actual, expected):
-    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("x_shape", "filters", "kernel", "stride", "padding"), CASES)

@@ -21,12 +21,10 @@ from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import overwrite_ranges
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 MULTIPLY_ADDS_PER_BYTE = 10
-NOWHERE = np.empty(0, np.uint8)
-NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 @kernel
@@ -331,7 +329,7 @@ class Layer:
         packed = scratch("weights", (groups, panels, len(positions) * inner, width), dtype)
         start = scratch("start", groups * panels * width, dtype)
         taps = weight.reshape(weight.shape[0] * weight.shape[1], *weight.shape[2:])
-        biases = NO_BIAS[dtype] if bias is None else bias
+        biases = NOTHING[dtype] if bias is None else bias
         parts = part_count(groups * panels, packed.nbytes)
         _pack(parts, taps, positions, int(transposed), columns, biases, packed, start)
         return packed, start

@@ -18,8 +18,6 @@ from ..threads import parallel, part_count, span
 from . import geometry, simd
 from .direct import (
     MULTIPLY_ADDS_PER_BYTE,
-    NO_BIAS,
-    NOWHERE,
     Layer,
     column_of_pixels,
     fill_window,
@@ -29,7 +27,7 @@ from .direct import (
 from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
 from .geometry import Gradient
 from .tile import add_ranges
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Units times pieces of the batch are between these two, whatever the number of threads.
 _FEWEST_ITEMS = 4
@@ -303,5 +301,5 @@ def add_weight_gradient(
         biases,
     )
     flat = dweight.reshape(-1, layer.filters)
-    dbias = NO_BIAS[dtype] if dbias is None else dbias
+    dbias = NOTHING[dtype] if dbias is None else dbias
     _reduce(part_count(len(flat), partial.nbytes), partial, biases, cut, columns, flat, dbias)

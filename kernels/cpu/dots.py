@@ -6,13 +6,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .image_tiles import exchanges
 from .loops import sum_loop
 from .simd import VECTOR_BITS
 from .tile import Emitter
 from .vectors import AS_WRITTEN, Vector
 
 _I64 = ir.IntType(64)
-_I32 = ir.IntType(32)
 
 
 def _totals(emit, rows):
@@ -23,9 +23,7 @@ def _totals(emit, rows):
     """
     builder, lanes, size = emit.builder, emit.lanes, 1
     while size < lanes:
-        low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
-        high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
-        masks = [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
+        masks = exchanges(lanes, size)
         pairs = zip(rows[::2], rows[1::2], strict=True)
         halves = [[builder.shuffle_vector(*pair, mask) for mask in masks] for pair in pairs]
         rows = [builder.fadd(*half, flags=AS_WRITTEN) for half in halves]

@@ -87,18 +87,50 @@ def _pack(weight, depth, width, memory):
             gather_images(weight, f, depth, first, columns, depth - f, memory, target + f * width, width)
 
 
+@kernel
+def _multiply(dout, d0, of, count, weights, start, products):
+    """The products of `count` pixels' gradients with all weights: a line for each pixel, behind a tile's."""
+    depth, line, width = of.filters.size, of.sizes.line, start.size
+    # The last tile begins earlier than it would, in place of reading past the end.
+    whole, rest = count // TILE_ROWS * TILE_ROWS, count - TILE_ROWS
+    row, col, crow = of.pixels, of.filters, of.products
+    for p in range((line + width - 1) // width):
+        c0, b0 = TILE_ROWS * line + p * width, p * depth * width
+        many = min(line - p * width, width)
+        overwrite_panel(
+            dout, d0, row, col, 0, whole, depth, weights, b0, width, start, 0, products, c0, crow, many
+        )
+        if whole < count:
+            d, c = d0 + rest * depth, c0 + rest * line
+            overwrite_panel(
+                dout, d, row, col, 0, 1, depth, weights, b0, width, start, 0, products, c, crow, many
+            )
+
+
+@kernel
+def _add_windows(products, of, q, count, down, sums):
+    """Add the lines of pixels q to q + count where their windows lie."""
+    size = of.sizes
+    # Neighbours' windows overlap: what was stored last is not read next.
+    for first in range(size.step):
+        for pixel in range(first, count, size.step):
+            t0 = of.places[q + pixel] + down * size.pitch
+            s0 = (TILE_ROWS + pixel) * size.line
+            for k in range(len(of.pieces)):
+                t, s, many = of.pieces[k, 0], of.pieces[k, 1], of.pieces[k, 2]
+                _add_vector(sums, t0 + t, products, s0 + s, many)
+
+
 @parallel
 def _scatter(part, parts, dout, images, weight, dx, of, all_products, all_sums, memory):
     """dx, overwritten; each part packs the weights, which are few, for itself."""
     keep_out_of_line()
     products, sums = all_products[part], all_sums[part]
     size, depth = of.sizes, of.filters.size
-    line = size.line
     width = TILE_VECTORS * VECTOR_BITS // (8 * dout.itemsize)
     start, weights = memory[part, :width], memory[part, width:]
     clear(start, 0, width)
     _pack(weight, depth, width, weights)
-    panels = (weight.size // depth + width - 1) // width
     lo, hi = span(part, parts, images * len(of.blocks))
     for task in range(lo, hi):
         n = task // len(of.blocks)
@@ -109,58 +141,8 @@ def _scatter(part, parts, dout, images, weight, dx, of, all_products, all_sums, 
         for q in range(0, outputs, of.pixels.size):
             count = min(of.pixels.size, outputs - q)
             d0 = ((n * size.out_h + i0) * size.out_w + q) * depth
-            # The last tile begins earlier than it would, in place of reading past the end.
-            whole = count // TILE_ROWS * TILE_ROWS
-            rest = count - TILE_ROWS
-            for p in range(panels):
-                c0 = TILE_ROWS * line + p * width
-                b0 = p * depth * width
-                columns = min(line - p * width, width)
-                overwrite_panel(
-                    dout,
-                    d0,
-                    of.pixels,
-                    of.filters,
-                    0,
-                    whole,
-                    depth,
-                    weights,
-                    b0,
-                    width,
-                    start,
-                    0,
-                    products,
-                    c0,
-                    of.products,
-                    columns,
-                )
-                if whole < count:
-                    overwrite_panel(
-                        dout,
-                        d0 + rest * depth,
-                        of.pixels,
-                        of.filters,
-                        0,
-                        1,
-                        depth,
-                        weights,
-                        b0,
-                        width,
-                        start,
-                        0,
-                        products,
-                        c0 + rest * line,
-                        of.products,
-                        columns,
-                    )
-            # Neighbours' windows overlap: what was stored last is not read next.
-            for first in range(size.step):
-                for pixel in range(first, count, size.step):
-                    t0 = of.places[q + pixel] + down * size.pitch
-                    s0 = (TILE_ROWS + pixel) * line
-                    for k in range(len(of.pieces)):
-                        t, s, many = of.pieces[k, 0], of.pieces[k, 1], of.pieces[k, 2]
-                        _add_vector(sums, t0 + t, products, s0 + s, many)
+            _multiply(dout, d0, of, count, weights, start, products)
+            _add_windows(products, of, q, count, down, sums)
         for h in range(h0, h1):
             copy(sums, (h - top) * size.pitch + size.left, dx, (n * size.in_h + h) * size.in_row, size.in_row)
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd
-from .direct import MULTIPLY_ADDS_PER_BYTE, NOWHERE, Layer
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .dots import dots
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .image_tiles import gather_images
@@ -31,7 +30,7 @@ from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
 from .vectors import first_lanes, load, pointer, prefetch, store
 from .winograd import panel_filters
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # With more pixels direct convolution takes less time; with few channels the sums of a block are short.
 _MOST_PIXELS = 256
@@ -44,7 +43,6 @@ _MOST_DOTS = 4
 # Channels of a block: enough to repay reading and writing the sums, and few enough that the next block fits
 # the second-level cache too.
 _CHANNELS = 64
-_NO_BIAS = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 class Sizes(NamedTuple):
@@ -265,7 +263,7 @@ def _run(
     z = scratch("products", g.panels * g.pixels * width, dtype)
     size = _CHANNELS * width if transposed else weight.size + width if layer.filters < width else 1
     packs = scratch("weights", (parts, size), dtype)
-    flat = x.ravel(), weight.ravel(), packs, _NO_BIAS[dtype] if bias is None else bias, y.ravel()
+    flat = x.ravel(), weight.ravel(), packs, NOTHING[dtype] if bias is None else bias, y.ravel()
     _correlate(parts, *flat, g, tables, z, e, taps, argmax.ravel())
 
 

@@ -32,7 +32,7 @@ from .image_tiles import (
 )
 from .simd import TILE_ROWS, VECTOR_BITS
 from .vectors import all_lanes, load, pointer, total, zeros
-from .workspace import clear, scratch, set_start
+from .workspace import NOWHERE, clear, scratch
 
 # A block's window should leave half of the second-level cache.
 _WINDOW_BYTES = 256 * 1024
@@ -51,7 +51,6 @@ _DIRECT_CYCLES = 1.15
 _TRANSPOSE_CYCLES = 0.6
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
-_NOWHERE = np.empty(0, np.uint8)
 
 
 class Grid(NamedTuple):
@@ -378,7 +377,7 @@ def _run(
     y: np.ndarray,
     of: Tables,
     e: Epilogue = NO_EPILOGUE,
-    argmax: np.ndarray = _NOWHERE,
+    argmax: np.ndarray = NOWHERE,
 ) -> None:
     """Correlate with `weight`, from filters to channels by the taps at `positions` if they are given, through
     the epilogue `e`."""
@@ -437,7 +436,9 @@ def _prepare(
     for t in range(tiles):
         columns = flat[:, t * size : (t + 1) * size]
         weights[t, :, : columns.shape[1]] = columns
-    set_start(start[np.newaxis], bias)
+    start.fill(0)
+    if bias is not None:
+        start[: bias.size] = bias
 
 
 def _padded(count: int, size: int) -> int:
@@ -546,7 +547,7 @@ def forward(
     bias: np.ndarray | None,
     y: np.ndarray,
     e: Epilogue = NO_EPILOGUE,
-    argmax: np.ndarray = _NOWHERE,
+    argmax: np.ndarray = NOWHERE,
 ) -> None:
     """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it."""
     of = _forward_tables(layer, len(x), VECTORS, x.dtype, e)

@@ -29,15 +29,20 @@ _AHEAD = 2
 TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
 
 
+def exchanges(lanes, size):
+    """The two shuffles of a pair of vectors that exchange their blocks of `size` lanes."""
+    low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
+    high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
+    return [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
+
+
 def _butterfly(emit, rows):
     """Transpose as many vectors as a vector has lanes, in log2(lanes) rounds of exchanged blocks."""
     lanes = emit.lanes
     rows = list(rows)
     size = 1
     while size < lanes:
-        low = [lane if not lane & size else lane - size + lanes for lane in range(lanes)]
-        high = [lane + size if not lane & size else lane + lanes for lane in range(lanes)]
-        masks = [ir.Constant(ir.VectorType(_I32, lanes), order) for order in (low, high)]
+        masks = exchanges(lanes, size)
         for i in range(lanes):
             if not i & size:
                 pair = rows[i], rows[i + size]

@@ -21,7 +21,7 @@ from .runs import add_runs
 from .simd import TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
 from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, prefetch, store
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, clear, copy, scratch, set_start
 
 _BLOCK_K = 384
 # Rows of A in a block, by whether there are so many panels that all threads have some.
@@ -56,7 +56,6 @@ _PARTS_A_THREAD = 2
 _SMALL_PRODUCT = 1 << 19
 _SMALL_DEPTH = 512
 _SMALL_RESULT = 1 << 16
-_NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 
 
 class Product(NamedTuple):
@@ -256,8 +255,7 @@ def _multiply_small(part, parts, a, b, b_k, b_column, bias, c, row, crow, col, a
     start, packed = memory[:padded], memory[padded:]
     factors, results, flat = a.reshape(a.size), c.reshape(c.size), b.reshape(b.size)
     values, places = pointer(b), pointer(packed)
-    clear(start, 0, padded)
-    copy(bias, 0, start, 0, bias.size)
+    set_start(bias, start)
     for first in range(0, columns, lanes):
         panel = first // width * width
         target = panel * depth + first - panel
@@ -379,7 +377,7 @@ def _product(
     results = rows * columns
     if not results:
         return
-    biases = _NOTHING[dtype] if bias is None else bias
+    biases = NOTHING[dtype] if bias is None else bias
     if results * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and results <= _SMALL_RESULT:
         size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, dtype)
         memory = scratch("weights", size, dtype)

@@ -19,10 +19,9 @@ from .elementwise import FEW, channelwise, passes_caches, table_sizes
 from .moments import batch_moments, column_sizes, column_width, gradient_sums, merge, moments, products
 from .pieces import blocks, fold, piece_count
 from .vectors import load, multiply_add
-from .workspace import scratch
+from .workspace import NOTHING, scratch
 
 # In place of weight, bias or running statistics that there are not.
-_NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
 _FLOAT64 = np.dtype(np.float64)
 
 
@@ -195,7 +194,7 @@ def _sizes(size: int, channels: int, dtype: np.dtype) -> tuple[int, int, int, in
 
 def _optional(name: str, values: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array with one value for each channel, or an empty one for None."""
-    return _NOTHING[dtype] if values is None else checks.fitting(name, values, shape, dtype)
+    return NOTHING[dtype] if values is None else checks.fitting(name, values, shape, dtype)
 
 
 def _statistics(
@@ -234,7 +233,7 @@ def _statistics(
         between_jobs(np.copyto, copy, array)
     settings = float(momentum), float(eps)
     results = (weight, bias), mean, inv_std
-    rows = np.empty((3, channels)) if result is None else _NOTHING[_FLOAT64]
+    rows = np.empty((3, channels)) if result is None else NOTHING[_FLOAT64]
     if result is not None:
         _run_at_once(bool(training), x, result, moving, *settings, *results)
     elif not training:

@@ -34,7 +34,7 @@ from .columns import conv2d_backward_bias
 from .convolution import conv2d_backward_input
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
-from .workspace import scratch
+from .workspace import NOWHERE, scratch
 
 # The largest offset in a window that a byte holds beside `epilogue.DEAD`.
 _MOST_PIXELS = 255
@@ -152,7 +152,7 @@ def conv2d_pool_forward(
     if with_argmax:
         argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8))
     if y.size:
-        where = np.empty(0, np.uint8) if argmax is None else argmax
+        where = NOWHERE if argmax is None else argmax
         if few_pixels.suits_forward(layer, x.shape[0], x.dtype):
             few_pixels.forward(layer, x, weight, bias, y, e, where)
             return y, argmax

@@ -31,10 +31,9 @@ from ..windows import (
 )
 from . import pool_vectors
 from .pieces import fill
-from .workspace import scratch
+from .workspace import NOWHERE, scratch
 
 # In its place, every pixel of a window counts.
-_NO_ARGMAX = np.empty(0, np.uint8)
 _INT64 = np.dtype(np.int64)
 
 # Below so many channels, the windows around a pixel take longer by vectors than channel by channel; below so
@@ -367,7 +366,7 @@ def _run_mean(x: np.ndarray, plan: _Mean, y: np.ndarray) -> np.ndarray:
 def _run_mean_backward(dout: np.ndarray, plan: _Mean, dx: np.ndarray) -> np.ndarray:
     n, height, width, channels = dx.shape
     if dx.size and plan.apart is not None:
-        _scatter(dout, _NO_ARGMAX, plan.factor, dx, plan.apart)
+        _scatter(dout, NOWHERE, plan.factor, dx, plan.apart)
     elif dx.size:
         out_h, out_w, _ = plan.image
         gradients = dout.reshape(n * out_h, out_w * channels)

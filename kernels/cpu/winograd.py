@@ -27,7 +27,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
-from .direct import NO_BIAS, Layer
+from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import TILE_ROWS, add_panel, overwrite_panel
@@ -40,7 +40,7 @@ from .winograd_transforms import (
     transpose_square,
     weight_vector,
 )
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch, set_start
 
 # Fewer channels or filters leave too little to multiply between the transforms.
 _FEWEST_CHANNELS = 16
@@ -67,7 +67,6 @@ _WIDEST = 64
 _FEW_TILES = 96
 _MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
-_NOWHERE = np.empty(0, np.uint8)
 
 _enabled = True
 
@@ -193,18 +192,11 @@ def _cut_filters(part, parts, weight, height, width, channels, filters, g, trans
                 copy(weight, source + run * size, pieces, target, size)
 
 
-@kernel
-def _set_start(bias, start):
-    """What sums start with: the biases, if there are any, and zeros."""
-    clear(start, 0, start.size)
-    copy(bias, 0, start, 0, bias.size)
-
-
 @parallel
 def _transform_all_weights(part, parts, weight, transposed, bias, g, u, start, squares):
     keep_out_of_line()
     if part == 0:
-        _set_start(bias, start)
+        set_start(bias, start)
     lanes = VECTOR_BITS // (8 * weight.itemsize)
     slices = (g.depth + lanes - 1) // lanes
     lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
@@ -392,7 +384,7 @@ def _transform_all_input(part, parts, x, bias, g, start, zeros, offsets, columns
     """The only block's tiles, one chunk of channels behind the other."""
     keep_out_of_line()
     if part == 0:
-        _set_start(bias, start)
+        set_start(bias, start)
     first, last = span(0, 1, g.tiles)
     chunks = (g.channels + g.chunk - 1) // g.chunk
     lo, hi = span(part, parts, chunks)
@@ -566,7 +558,7 @@ def forward(
     bias: np.ndarray | None,
     y: np.ndarray,
     e: Epilogue = NO_EPILOGUE,
-    argmax: np.ndarray = _NOWHERE,
+    argmax: np.ndarray = NOWHERE,
 ) -> None:
     """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`; see `suits` and `pools`."""
     image = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
@@ -582,7 +574,7 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     top, left = (side.dilation * (side.kernel - 1) - side.padding[0] for side in sides)
     of = filters_of(layer)
     g, tables = tiling(dout.shape, dx.shape[1:], (top, left), of)
-    _convolve(g, tables, dout, _in_pieces(weight, of, g, True), True, None, dx, NO_EPILOGUE, _NOWHERE)
+    _convolve(g, tables, dout, _in_pieces(weight, of, g, True), True, None, dx, NO_EPILOGUE, NOWHERE)
 
 
 def _in_pieces(weight: np.ndarray, of: Filters, g: Tiling, transposed: bool) -> np.ndarray:
@@ -599,7 +591,7 @@ def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
     panels = -(-g.filters // g.panel)
     start = scratch("start", panels * g.panel, x.dtype)
     x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
-    bias = NO_BIAS[x.dtype] if bias is None else bias
+    bias = NOTHING[x.dtype] if bias is None else bias
     end = (e, window_taps(e, g.panel), argmax.reshape(-1))
     run = _run_few if g.chunk else _run_many
     run(x, weight, int(transposed), bias, start, y, g, tables, panels, end)

@@ -22,13 +22,13 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import direct, image_lanes, simd, winograd
-from .direct import NO_BIAS, Layer
+from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .image_lanes import empty_row, fill_window, pitch, pool_outputs
 from .simd import VECTOR_BITS
 from .vectors import keep_in_line
 from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, scratch, set_start
 
 # The sizes of transforms that are compiled, for filters whose sides are by 3 smaller; and with which of them
 # filters are done that are cut in two along each axis.
@@ -47,7 +47,6 @@ _MULTIPLY_ADDS_PER_BYTE = 10
 # Measured cycles of a product of vectors, and of an element of a vector of 7 or 8 that is transformed.
 _PRODUCT_CYCLES = 1.5
 _TRANSFORM_CYCLES = 6.0
-_NOWHERE = np.empty(0, np.uint8)
 
 
 class Tiling(NamedTuple):
@@ -228,8 +227,8 @@ def _prepare(part, parts, weight, turned, bias, g, matrix, values, rows, transfo
     (size, side), values, rows = matrix.shape, values[part], rows[part]
     padded = values.shape[2]
     if part == 0:
-        clear(start, 0, start.size)
-        copy(bias, 0, start, padded, bias.size)
+        clear(start, 0, padded)
+        set_start(bias, start[padded:])
     group = g.cuts * g.cuts * g.channels * size * FILTERS
     lo, hi = span(part, parts, g.cuts * g.cuts * g.channels)
     for k in range(lo, hi):
@@ -346,7 +345,7 @@ def forward(
     bias: np.ndarray | None,
     y: np.ndarray,
     e: Epilogue = NO_EPILOGUE,
-    argmax: np.ndarray = _NOWHERE,
+    argmax: np.ndarray = NOWHERE,
     turned: bool = False,
 ) -> None:
     """Overwrite `y` with the convolution of `x`, through the epilogue `e`, and `argmax` if that keeps it.
@@ -379,7 +378,7 @@ def _transform_weights(
     parts = part_count(g.cuts * g.cuts * g.channels, _TRANSFORM_CYCLES * weights.size)
     values = scratch("values", (parts, side, side, padded), np.float64)
     rows = scratch("rows", (parts, side + 1, padded), np.float64)
-    biases = NO_BIAS[weights.dtype] if bias is None else bias
+    biases = NOTHING[weights.dtype] if bias is None else bias
     _prepare(parts, weight, int(turned), biases, g, matrix, values, rows, weights, start)
 
 

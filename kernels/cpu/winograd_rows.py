@@ -23,14 +23,14 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd
-from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .elementwise import passes_caches
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TILES, tile_products
 from .simd import VECTOR_BITS
 from .vectors import all_lanes, fence, first_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER, INPUT, TILE, transform
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Columns of the kernels.
 _TAPS = SIZE + 1 - TILE
@@ -240,7 +240,7 @@ def forward(
     vectors = -(-layer.filters // lanes)
     weights = scratch("weights", vectors * of.taps.size * SIZE * lanes, dtype)
     start = scratch("start", vectors * lanes, dtype)
-    biases = NO_BIAS[dtype] if bias is None else bias
+    biases = NOTHING[dtype] if bias is None else bias
     _transform_weights(part_count(vectors, weights.nbytes), weight, biases, weights, start)
     parts = part_count(images * g.bands, images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)
     _convolve(

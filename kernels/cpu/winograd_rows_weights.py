@@ -20,14 +20,14 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd_rows
-from .direct import MULTIPLY_ADDS_PER_BYTE, NO_BIAS, NOWHERE, Layer
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TAPS, add_gradients
 from .simd import VECTOR_BITS
 from .vectors import all_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER_GRADIENT, TILE, transform
 from .winograd_rows import Grid, transform_band
-from .workspace import clear, copy, scratch
+from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Sums are kept in so many pieces, whatever the number of threads.
 _PIECES = 16
@@ -226,7 +226,7 @@ def add_weight_gradient(
         scratch("codes", spare, np.uint8),
     )
     results = scratch("results", (part_count(vectors, partial.nbytes), 2 * SIZE * lanes), dtype)
-    _fold(len(results), partial, results, dweight, NO_BIAS[dtype] if dbias is None else dbias)
+    _fold(len(results), partial, results, dweight, NOTHING[dtype] if dbias is None else dbias)
 
 
 @lru_cache(maxsize=512)

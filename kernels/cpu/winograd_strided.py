@@ -17,10 +17,10 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
 from . import direct, simd, winograd, winograd_weights
-from .direct import NOWHERE, Layer
+from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .vectors import first_lanes, load, pointer, store
-from .workspace import clear, copy, scratch
+from .workspace import NOWHERE, clear, copy, scratch
 
 # Products that must be spared, as a ratio, and filters that are needed, to repay the folding of images and
 # the writing of as many results.

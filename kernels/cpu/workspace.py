@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..jit import kernel
 from ..threads import recording
+
+# In place of an array that isn't given: of values, by dtype, and of places.
+NOTHING = {dtype: np.empty(0, dtype) for dtype in checks.FLOATS}
+NOWHERE = np.empty(0, np.uint8)
 
 _ALIGNMENT = 64
 
@@ -71,14 +76,6 @@ def _aligned(size: int, dtype: np.dtype | type) -> np.ndarray:
     return np.frombuffer(raw.data, dtype, size, -raw.ctypes.data % _ALIGNMENT)
 
 
-def set_start(start: np.ndarray, bias: np.ndarray | None) -> None:
-    """What sums start with: for each group of filters a row, of its biases and then zeros."""
-    start.fill(0)
-    if bias is not None:
-        groups = len(start)
-        start[:, : bias.size // groups] = bias.reshape(groups, -1)
-
-
 @kernel
 def copy(source, s0, target, t0, size):
     """target[t0 : t0 + size] = source[s0 : s0 + size], both 1-D."""
@@ -93,3 +90,10 @@ def clear(target, t0, size):
     places = target[t0 : t0 + size]
     for i in range(places.size):
         places[i] = 0
+
+
+@kernel
+def set_start(bias, start):
+    """What sums start with, 1-D: the biases, if there are any, and then zeros."""
+    clear(start, 0, start.size)
+    copy(bias, 0, start, 0, bias.size)
