@@ -7,7 +7,8 @@ from parity import assert_close
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
-from fastcnn.kernels.cpu import convolution, direct, few_pixels, pooled_convolution
+from fastcnn.kernels.cpu import convolution, direct, few_pixels
+from fastcnn.kernels.cpu.epilogue import NO_EPILOGUE, Epilogue
 
 CASES = [
     # x, filters, kernel, how
@@ -37,9 +38,11 @@ def layer_of(x_shape, filters, kernel, **how):
     return direct.layer(x_shape, kernel, x_shape[3], filters, stride, padding, dilation, 1)
 
 
-def ways(x_shape, filters, kernel, dtype, find=convolution._forward_way, **how):
-    layer = layer_of(x_shape, filters, kernel, **how)
-    return find(layer, x_shape[0], np.dtype(dtype), fastcnn.get_winograd())
+def ways(x_shape, filters, kernel, dtype, find=None, **how):
+    layer, dtype = layer_of(x_shape, filters, kernel, **how), np.dtype(dtype)
+    if find is None:
+        return convolution.forward_way(layer, x_shape[0], dtype, NO_EPILOGUE, fastcnn.get_winograd())
+    return find(layer, x_shape[0], dtype, fastcnn.get_winograd())
 
 
 def gradients(x_shape, filters, kernel, dtype, how):
@@ -204,18 +207,16 @@ def test_gradients_are_used_for_few_pixels_only():
         assert way(find, (1, 9, 9, 3), 3, 5) is not used
 
 
-def test_pooled_forward_uses_it_too(monkeypatch):
-    calls = []
-    original = few_pixels.forward
-    monkeypatch.setattr(pooled_convolution.few_pixels, "forward", lambda *a: (calls.append(1), original(*a)))
-    x, weight, bias = arguments((1, 8, 8, 32), 32, (3, 3), np.float32)
-    cpu.conv2d_pool_forward(x, weight, bias, 2, padding=1)
-    assert calls
+def test_pooled_forward_uses_it_too():
+    layer = layer_of((1, 8, 8, 32), 32, (3, 3), padding=1)
+    e = Epilogue(pool_h=2, pool_w=2, relu=1, out_h=4, out_w=4, filters=32, keeps=1)
+    way = convolution.forward_way(layer, 1, np.dtype(np.float32), e, fastcnn.get_winograd())
+    assert way is few_pixels.forward
 
 
 @pytest.fixture
 def none_are_few(monkeypatch):
-    ways = convolution._forward_way, convolution._input_way, convolution._weight_way
+    ways = convolution.forward_way, convolution._input_way, convolution._weight_way
     for name in ("suits_forward", "suits_input", "suits_weight"):
         monkeypatch.setattr(few_pixels, name, lambda *arguments: False)
     for way in ways:

@@ -3,7 +3,7 @@
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
 convolve by the definition, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so
 do `winograd_rows` and `winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`,
-`few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
+`depth_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from .. import checks
 from ..threads import between_jobs
 from . import (
+    depth_lanes,
     depthwise,
     direct,
     direct_weights,
@@ -31,6 +32,7 @@ from . import (
     winograd_strided,
     winograd_weights,
 )
+from .epilogue import NO_EPILOGUE, Epilogue
 
 Way = Callable[..., None]
 
@@ -39,26 +41,31 @@ Way = Callable[..., None]
 
 
 @lru_cache(maxsize=1024)
-def _forward_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, allowed: bool) -> Way:
+    """What does the forward pass that ends in `e`; it takes the layer, x, weight, bias, y, e and argmax."""
     if depthwise.fits(layer):
         return depthwise.forward
-    if winograd_lanes.suits_forward(layer, images, dtype):
+    if depth_lanes.suits_forward(layer, images, dtype):
+        return depth_lanes.forward
+    if few_pixels.suits_forward(layer, images, dtype):
+        return few_pixels.forward
+    if winograd.suits(layer, images, dtype) and winograd.ends_in(layer, e):
+        return winograd.forward
+    if winograd_strided.suits(layer, images, dtype) and winograd.ends_in(layer, e):
+        return winograd_strided.forward
+    if winograd_lanes.suits_forward(layer, images, dtype, e):
         return winograd_lanes.forward
     if image_lanes.suits_forward(layer, images, dtype):
         return image_lanes.forward
-    if few_pixels.suits_forward(layer, images, dtype):
-        return few_pixels.forward
-    if winograd.suits(layer, images, dtype):
-        return winograd.forward
-    if winograd_rows.suits(layer, images, dtype):
-        return winograd_rows.forward
-    return winograd_strided.forward if winograd_strided.suits(layer, images, dtype) else direct.forward
+    return winograd_rows.forward if winograd_rows.suits(layer, images, dtype, e) else direct.forward
 
 
 @lru_cache(maxsize=1024)
 def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.backward_input
+    if depth_lanes.suits_input(layer, images, dtype):
+        return depth_lanes.backward_input
     if winograd_lanes.suits_input(layer, images, dtype):
         return winograd_lanes.backward_input
     if image_lanes.suits_input(layer, images, dtype):
@@ -137,7 +144,7 @@ def conv2d_forward(
         bias = checks.same_shape("bias", checks.floating("bias", bias, 1, x.dtype), (filters,))
     y = checks.output("out", out, (x.shape[0], *layer.out_image, filters), x.dtype)
     if y.size:
-        way = _forward_way(layer, x.shape[0], x.dtype, winograd.get_winograd())
+        way = forward_way(layer, x.shape[0], x.dtype, NO_EPILOGUE, winograd.get_winograd())
         way(layer, x, weight, bias, y)
     return y
 

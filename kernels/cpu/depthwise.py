@@ -18,10 +18,11 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..jit import keep_out_of_line
+from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
 from . import simd
 from .direct import Layer
+from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Axis
 from .loops import memory, sum_loop
 from .pieces import add_up
@@ -29,7 +30,7 @@ from .simd import TILE_ROWS, VECTOR_BITS
 from .sliding import ROWS, slide_band
 from .tile import Emitter
 from .vectors import pointer
-from .workspace import clear, scratch
+from .workspace import NOWHERE, clear, scratch
 
 _I64 = ir.IntType(64)
 
@@ -54,9 +55,10 @@ class Classes(NamedTuple):
 
     A band is some rows of the result that see the same rows of the kernel; its columns are cut into spans
     that see the same columns of the kernel. Tables of pixels are made for a full band: row by row, so that a
-    band of fewer rows uses their beginning.
+    band of fewer rows uses their beginning. A block is one band, or several whose rows are pooled together.
     """
 
+    blocks: np.ndarray  # (_, 4): first and last + 1 band, first row, rows
     bands: np.ndarray  # (_, 4): first row, rows, first and last + 1 row of taps
     spans: np.ndarray  # (_, 5): first pixel in the tables, columns, first tap, taps in a row, channels
     pixels: np.ndarray  # offset of each pixel's input
@@ -83,6 +85,28 @@ def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
     return runs
 
 
+def _blocks(
+    runs: list[tuple[int, int, int, int]], rows: int, most: int, multiple: int
+) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+    """Blocks and bands of at most `most` rows; a block has a multiple of `multiple` rows, if that isn't 1."""
+    if multiple == 1:
+        bands = [
+            (row, min(most, first + many - row), tap0, tap1)
+            for first, many, tap0, tap1 in runs
+            for row in range(first, first + many, most)
+        ]
+        return [(i, i + 1, row, many) for i, (row, many, _, _) in enumerate(bands)], bands
+    blocks, bands = [], []
+    for row in range(0, rows, most):
+        end, band = min(row + most, rows), len(bands)
+        for first, many, tap0, tap1 in runs:
+            top, bottom = max(row, first), min(end, first + many)
+            if top < bottom:
+                bands.append((top, bottom - top, tap0, tap1))
+        blocks.append((band, len(bands), row, end - row))
+    return blocks, bands
+
+
 def _grid(
     rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray, steps: tuple[int, int]
 ) -> np.ndarray:
@@ -100,15 +124,16 @@ def _classes(
     out_width: int,
     channels: int,
     most_as_one: int,
+    multiple: int = 1,
 ) -> Classes:
-    """The classes of a correlation whose taps have the weights of these rows and columns of the kernel."""
+    """The classes of a correlation whose taps have the weights of these rows and columns of the kernel.
+
+    A block has a multiple of `multiple` rows.
+    """
     height, width = image
-    count = min(rows.outputs, max(_ROWS, _BAND_PIXELS // columns.outputs))
-    bands = [
-        (row, min(count, first + many - row), tap0, tap1)
-        for first, many, tap0, tap1 in _runs(rows, height)
-        for row in range(first, first + many, count)
-    ]
+    count = -(-max(_ROWS, _BAND_PIXELS // columns.outputs) // multiple) * multiple
+    count = min(rows.outputs, count)
+    blocks, bands = _blocks(_runs(rows, height), rows.outputs, count, multiple)
     pitch, out_pitch = width * channels, out_width * channels
     pixel_steps = rows.step * pitch, columns.step * channels
     place_steps = rows.out_step * out_pitch, columns.out_step * channels
@@ -136,6 +161,7 @@ def _classes(
         if repeats == 1 and _is_sliding(rows) and _is_sliding(columns)
     ]
     return Classes(
+        np.array(blocks, np.intp),
         np.array(bands, np.intp),
         np.array(spans, np.intp),
         np.concatenate(tables[0]),
@@ -167,12 +193,24 @@ def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
 
 
 @lru_cache(maxsize=512)
-def _forward_classes(layer: Layer, dtype: np.dtype) -> Classes:
+def _forward_classes(layer: Layer, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> Classes:
     kernel_h, kernel_w = layer.rows.kernel, layer.columns.kernel
-    axes = layer.rows.forward(), layer.columns.forward()
-    positions = range(kernel_h), range(kernel_w)
-    as_one = _most_as_one(layer, dtype)
-    return _classes(*axes, *positions, kernel_w, layer.image, layer.out_image[1], layer.channels, as_one)
+    rows, columns = layer.rows.forward(), layer.columns.forward()
+    if e.pool_h:
+        rows = rows._replace(outputs=e.out_h * e.pool_h)
+        columns = columns._replace(outputs=e.out_w * e.pool_w)
+    return _classes(
+        rows,
+        columns,
+        range(kernel_h),
+        range(kernel_w),
+        kernel_w,
+        layer.image,
+        columns.outputs,
+        layer.channels,
+        _most_as_one(layer, dtype),
+        max(e.pool_h, 1),
+    )
 
 
 @lru_cache(maxsize=512)
@@ -322,64 +360,69 @@ def _taps_tile(
     return signature, codegen
 
 
-@parallel
-def _correlate(part, parts, x, images, weight, start, y, of):
-    keep_out_of_line()
+@kernel
+def _fill_band(x, x0, band, weight, start, y, y0, of):
+    """The rows of a band, from y[y0] on."""
     lanes = VECTOR_BITS // (8 * x.itemsize)
+    _, in_row, _, out_row = of.steps
+    spans = of.spans
+    if of.sliding.size > 0 and band[1] >= ROWS and band[3] - band[2] == 3:
+        taps, width = pointer(of.sliding), start.size
+        image, filters, result = pointer(x), pointer(weight), pointer(y)
+        slide_band(
+            image, filters, taps, pointer(start), result, x0, in_row, y0, out_row, band[1], width, of.columns
+        )
+        return
+    for s in range(len(spans)):
+        begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+        channels = spans[s, 4]
+        end = begin + band[1] * columns
+        k0, k1 = tap + band[2] * width, tap + band[3] * width
+        p = begin
+        while p < end:
+            # The last tile begins earlier than it would, if it then fits: some pixels are done twice.
+            many = 1
+            if end - begin >= _PIXELS and end - p > _FEW_PIXELS:
+                many = _PIXELS
+            elif end - begin >= _FEW_PIXELS and end - p > 1:
+                many = _FEW_PIXELS
+            p0 = min(p, end - many)
+            p += many
+            c = 0
+            while c < channels:
+                left = channels - c
+                if many == 1:
+                    _pixels_tile(1, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                    c += 2 * lanes
+                elif many == _FEW_PIXELS:
+                    _pixels_tile(_FEW_PIXELS, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                    c += 2 * lanes
+                elif left >= 2 * lanes:
+                    _pixels_tile(_PIXELS, 2, 0, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                    c += 2 * lanes
+                else:
+                    _pixels_tile(_PIXELS, 1, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
+                    c += lanes
+
+
+@parallel
+def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs):
+    keep_out_of_line()
     in_first, in_row, out_first, out_row = of.steps
-    bands, spans = of.bands, of.spans
-    lo, hi = span(part, parts, images * len(bands))
+    z = zs[part]
+    lo, hi = span(part, parts, images * len(of.blocks))
     for task in range(lo, hi):
-        n = task // len(bands)
-        band = bands[task - n * len(bands)]
-        x0 = n * (x.size // images) + in_first + band[0] * in_row
-        y0 = n * (y.size // images) + out_first + band[0] * out_row
-        if of.sliding.size > 0 and band[1] >= ROWS and band[3] - band[2] == 3:
-            slide_band(
-                pointer(x),
-                pointer(weight),
-                pointer(of.sliding),
-                pointer(start),
-                pointer(y),
-                x0,
-                in_row,
-                y0,
-                out_row,
-                band[1],
-                start.size,
-                of.columns,
-            )
-            continue
-        for s in range(len(spans)):
-            begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
-            channels = spans[s, 4]
-            end = begin + band[1] * columns
-            k0, k1 = tap + band[2] * width, tap + band[3] * width
-            p = begin
-            while p < end:
-                # The last tile begins earlier than it would, if it then fits: some pixels are done twice.
-                many = 1
-                if end - begin >= _PIXELS and end - p > _FEW_PIXELS:
-                    many = _PIXELS
-                elif end - begin >= _FEW_PIXELS and end - p > 1:
-                    many = _FEW_PIXELS
-                p0 = min(p, end - many)
-                p += many
-                c = 0
-                while c < channels:
-                    left = channels - c
-                    if many == 1:
-                        _pixels_tile(1, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
-                        c += 2 * lanes
-                    elif many == _FEW_PIXELS:
-                        _pixels_tile(_FEW_PIXELS, 2, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
-                        c += 2 * lanes
-                    elif left >= 2 * lanes:
-                        _pixels_tile(_PIXELS, 2, 0, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
-                        c += 2 * lanes
-                    else:
-                        _pixels_tile(_PIXELS, 1, 1, x, x0, of, p0, k0, k1, weight, start, y, y0, c, left)
-                        c += lanes
+        n = task // len(of.blocks)
+        block = of.blocks[task - n * len(of.blocks)]
+        target, y0 = (z, -block[2] * out_row) if e.pool_h > 0 else (y, n * (y.size // images) + out_first)
+        for b in range(block[0], block[1]):
+            band = of.bands[b]
+            x0 = n * (x.size // images) + in_first + band[0] * in_row
+            _fill_band(x, x0, band, weight, start, target, y0 + band[0] * out_row, of)
+        if e.pool_h > 0:
+            row = n * e.out_h + block[2] // e.pool_h
+            windows, width = block[3] // e.pool_h, e.filters
+            finish_panel(z, width, windows, e, taps, y, row * e.out_w * width, argmax, width)
 
 
 @parallel
@@ -432,7 +475,14 @@ def _parts(layer: Layer, images: int, tasks: int) -> int:
 
 
 def _run(
-    layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray, of: Classes
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    of: Classes,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
 ) -> None:
     images, channels = len(x), layer.channels
     if of.repeats > 1:
@@ -441,13 +491,26 @@ def _run(
         between_jobs(np.copyto, weight, flat)
     start = scratch("start", channels * of.repeats, x.dtype)
     between_jobs(np.copyto, start.reshape(of.repeats, channels), 0 if bias is None else bias)
-    parts = _parts(layer, images, images * len(of.bands))
-    _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, y.reshape(-1), of)
+    parts = _parts(layer, images, images * len(of.blocks))
+    # Pooling reads whole vectors.
+    size = of.blocks[:, 3].max() * of.steps[3] + simd.lanes(x.dtype) if e.pool_h else 1
+    zs = scratch("rows", (parts, size), x.dtype)
+    result, where = y.reshape(-1), argmax.reshape(-1)
+    taps = window_taps(e, channels)
+    _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, result, where, of, e, taps, zs)
 
 
-def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
-    """Overwrite `y` with the convolution of `x`."""
-    _run(layer, x, weight, bias, y, _forward_classes(layer, x.dtype))
+def forward(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
+) -> None:
+    """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`."""
+    _run(layer, x, weight, bias, y, _forward_classes(layer, x.dtype, e), e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:

@@ -25,6 +25,8 @@ from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 MULTIPLY_ADDS_PER_BYTE = 10
+# Measured cycles of a product of vectors, with what the tile needs beside.
+CYCLES = 1.15
 
 
 @kernel
@@ -67,7 +69,7 @@ def _read_block(x, n, first, b, window):
 
 
 @kernel
-def _following(n, first, b):
+def following(n, first, b):
     """Where in the input the next block most often reads on."""
     return (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * b.channels
 
@@ -120,7 +122,7 @@ def _correlate(
         r0, r1 = (b.tail, of.pixels.size) if is_last else (0, b.tail)
         a, a0 = _read_block(x, n, first, b, window)
         ranges = _tap_ranges(of, first, r0, r1, all_ranges[part])
-        following = _following(n, first, b)
+        ahead = following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels
         if e.pool_h > 0:
             pooled = min(b.rows, b.height - first) // e.pool_h
@@ -154,7 +156,7 @@ def _correlate(
                 t0,
                 of.spread,
                 stored,
-                share(x, following, fresh, panel - panel0, panel1 - panel0),
+                share(x, ahead, fresh, panel - panel0, panel1 - panel0),
             )
             finish_panel(z, width, pooled, e, pool, y, place, argmax, many)
 
@@ -280,6 +282,15 @@ class Layer:
                 tables.append((table, np.add.outer(first, np.array(kernel_columns, np.intp)).ravel()))
         return tables
 
+    def forward_cycles(self, dtype: np.dtype) -> float:
+        """What the forward pass of an image costs, about; of a layer that isn't grouped."""
+        return CYCLES * self.multiply_adds / self.filters * -(-self.filters // simd.lanes(dtype))
+
+    def input_cycles(self, dtype: np.dtype) -> float:
+        """What the gradient to the input of an image costs, about; of a layer that isn't grouped."""
+        sums = sum(of.blocks.height * of.blocks.width * of.taps.size for of, _ in self.input_tables)
+        return CYCLES * sums * -(-self.channels // simd.lanes(dtype))
+
     def run(
         self,
         x: np.ndarray,
@@ -390,8 +401,20 @@ def column_of_pixels(layer: Layer, images: int) -> Layer:
     return Layer((pixels, 1), layer.channels, layer.filters, layer.groups, sides)
 
 
-def forward(layer: Layer, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
-    """Overwrite `y` with the convolution of `x`."""
+def forward(
+    layer: Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
+) -> None:
+    """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`."""
+    if e.pool_h:
+        table = layer.pooled_tables(e, simd.panel_width(x.dtype))
+        layer.run(x, table, weight, layer.positions, False, bias, y, e, argmax)
+        return
     column = column_of_pixels(layer, x.shape[0])
     if column is not layer:
         layer, x = column, x.reshape(1, *column.image, column.channels)

@@ -15,7 +15,7 @@ from .vectors import AS_WRITTEN, Vector
 _I64 = ir.IntType(64)
 
 
-def _totals(emit, rows):
+def totals(emit, rows):
     """A vector of the sums of all lanes of as many vectors as it has lanes, always added in the same order.
 
     In each round the halves of two vectors' blocks are exchanged and added, so that there are half as many
@@ -67,7 +67,7 @@ def dots(typing_context, matrix, m0, step, many, row, r0, size):
             unrolls=False,
         )
         whole = builder.mul(vectors, lanes)
-        return _totals(emit, add(whole, sums, emit.mask(builder.sub(size, whole), 0)))
+        return totals(emit, add(whole, sums, emit.mask(builder.sub(size, whole), 0)))
 
     arguments = (matrix, types.intp, types.intp, types.intp, row, types.intp, types.intp)
     return vector(*arguments), codegen

@@ -191,7 +191,7 @@ def correlation(
     The result has rows of `out_width` pixels of `out_channels`. A block has a multiple of `multiple` rows.
     """
     height, width = image
-    b = _blocks(rows, columns, image, channels, channels, multiple, _BLOCK_PIXELS)._replace(
+    b = blocks(rows, columns, image, channels, channels, multiple, _BLOCK_PIXELS)._replace(
         line=len(columns.taps) * group,
         out_first=(rows.out_first * out_width + columns.out_first) * out_channels,
         out_row=rows.out_step * out_width * out_channels,
@@ -235,7 +235,7 @@ def gradient(
     """
     height, width = image
     most = _POINT_PIXELS if len(rows.taps) * len(columns.taps) == 1 else _GRADIENT_PIXELS
-    b = _blocks(rows, columns, image, channels, group * groups, multiple, most)
+    b = blocks(rows, columns, image, channels, group * groups, multiple, most)
     # Where no padding is read, the image itself is the window.
     between = channels if b.in_place else b.channels
     pitch = b.window_w * between
@@ -261,7 +261,7 @@ def gradient(
     )
 
 
-def _blocks(
+def blocks(
     rows: Axis, columns: Axis, image: tuple[int, int], channels: int, seen: int, multiple: int, most: int
 ) -> Blocks:
     """The blocks of images of `channels`, `seen` of which are in a window."""

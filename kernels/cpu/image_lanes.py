@@ -17,7 +17,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
 from . import few_channels, simd
-from .direct import Layer
+from .direct import CYCLES, Layer
 from .epilogue import NO_EPILOGUE, Epilogue, pool_vector
 from .geometry import Axis
 from .image_tiles import (
@@ -43,11 +43,10 @@ _PIECES = 16
 _TASKS = 8
 # By how much rows of a window that would lie in the same sets of the first-level cache are moved apart.
 _SHIFT_BYTES = 512
-# Measured cycles: of a multiply-add of vectors here, in the gradient to the weights and in the direct driver;
-# and of transposing an element.
+# Measured cycles: of a multiply-add of vectors, here and in the gradient to the weights; and of transposing
+# an element.
 _TILE_CYCLES = 1.08
 _WEIGHT_CYCLES = 1.2
-_DIRECT_CYCLES = 1.15
 _TRANSPOSE_CYCLES = 0.6
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
@@ -467,14 +466,10 @@ def _is_narrow(layer: Layer, filters: int, images: int, dtype: np.dtype) -> bool
     return layer.groups == 1 and filters < lanes and images >= lanes
 
 
-def _direct_cycles(layer: Layer, dtype: np.dtype) -> float:
-    return _DIRECT_CYCLES * layer.multiply_adds / layer.filters * -(-layer.filters // simd.lanes(dtype))
-
-
 def forward_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
     """What the forward pass of all images costs, here or by `Layer.run`."""
     cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
-    return images * min(cycles, _direct_cycles(layer, dtype))
+    return images * min(cycles, layer.forward_cycles(dtype))
 
 
 @lru_cache(maxsize=512)
@@ -483,17 +478,12 @@ def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     if not _is_narrow(layer, layer.filters, images, dtype):
         return False
     cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
-    return cycles < _direct_cycles(layer, dtype)
+    return cycles < layer.forward_cycles(dtype)
 
 
 def _other_input_cycles(layer: Layer, dtype: np.dtype) -> float:
-    vectors = -(-layer.channels // simd.lanes(dtype))
-    cycles = (
-        _DIRECT_CYCLES
-        * vectors
-        * sum(table.blocks.height * table.blocks.width * table.taps.size for table, _ in layer.input_tables)
-    )
-    return min(cycles, few_channels.cycles(layer, dtype)) if few_channels.suits(layer, dtype) else cycles
+    few = few_channels.cycles(layer, dtype) if few_channels.suits(layer, dtype) else np.inf
+    return min(layer.input_cycles(dtype), few)
 
 
 def _input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
@@ -524,7 +514,7 @@ def _weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
 def _direct_weight_cycles(layer: Layer, dtype: np.dtype) -> float:
     pixels = layer.out_image[0] * layer.out_image[1]
     taps = layer.multiply_adds // (pixels * layer.filters)
-    return _DIRECT_CYCLES * pixels * _padded(taps, TILE_ROWS) * -(-layer.filters // simd.lanes(dtype))
+    return CYCLES * pixels * _padded(taps, TILE_ROWS) * -(-layer.filters // simd.lanes(dtype))
 
 
 def weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:

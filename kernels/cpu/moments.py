@@ -85,8 +85,11 @@ def _add_rows(x, start, rows, width, size, slab):
 
 
 @parallel
-def moments(part, parts, x, slabs):
-    """For each piece and column: the sum, the sum of squared distances from the mean, and the count."""
+def moments(part, parts, x, slabs, centred):
+    """For each piece and column: the sum, the sum of squared distances from the mean, and the count.
+
+    Unless `centred`, the squares are worthless, and sums of float64 as exact as can be.
+    """
     keep_out_of_line()
     pieces, _, width = slabs.shape
     lo, hi = span(part, parts, pieces)
@@ -99,7 +102,7 @@ def moments(part, parts, x, slabs):
         fill(slab, 0)
         sample = x[first : min(first + width, last)]
         for k in range(sample.size):
-            shift[k] = sample[k] if np.isfinite(sample[k]) else 0
+            shift[k] = sample[k] if centred and np.isfinite(sample[k]) else 0
         step = max(1, _BLOCK // width)
         for row in range(0, rows, step):
             _add_rows(x, first + row * width, min(step, rows - row), width, width, slab)
@@ -137,17 +140,17 @@ def merge(slabs, total, squares, count):
                 count[c] += counts[c]
 
 
-def batch_moments(x: np.ndarray) -> np.ndarray:
-    """What `merge` takes, (pieces, 3, width), of an array that is not empty."""
+def batch_moments(x: np.ndarray, centred: int = 1) -> np.ndarray:
+    """What `merge` takes, (pieces, 3, width), of an array that is not empty; see `moments`."""
     pieces = piece_count(x.size)
     slabs = scratch("moments", (pieces, 3, column_width(x.shape[-1], x.dtype)), _FLOAT64)
-    moments(part_count(pieces, x.size), x.ravel(), slabs)
+    moments(part_count(pieces, x.size), x.ravel(), slabs, centred)
     return slabs
 
 
 def batch_sums(x: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
     """Overwrite `out` with each channel's sum, or add to it; `x` is not empty."""
-    add_up(1, batch_moments(x)[:, 0], out, int(accumulate))
+    add_up(1, batch_moments(x, centred=0)[:, 0], out, int(accumulate))
 
 
 class ColumnSums:

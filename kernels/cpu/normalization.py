@@ -165,7 +165,7 @@ def _forward_at_once(
     rows = memory[sums:].reshape(3, mean.size)
     if training:
         slabs = memory[:sums].reshape(pieces, 3, width)
-        _moments(0, 1, x, slabs)
+        _moments(0, 1, x, slabs, 1)
         _by_moments(0, 1, slabs, running, momentum, eps, affine, mean, inv_std, rows)
     else:
         _by_running(0, 1, running, eps, affine, mean, inv_std, rows)

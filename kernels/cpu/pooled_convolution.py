@@ -17,21 +17,16 @@ import numpy as np
 from .. import checks
 from ..threads import between_jobs
 from . import (
+    depthwise,
     direct,
     direct_weights,
-    few_pixels,
-    image_lanes,
-    simd,
     sparse,
     winograd,
     winograd_lanes,
-    winograd_rows,
     winograd_rows_weights,
-    winograd_strided,
-    winograd_weights,
 )
 from .columns import conv2d_backward_bias
-from .convolution import conv2d_backward_input
+from .convolution import conv2d_backward_input, conv2d_backward_weight, forward_way
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
 from .workspace import NOWHERE, scratch
@@ -72,16 +67,22 @@ def _checked(dout: np.ndarray, argmax: Any, images: int, e: Epilogue) -> np.ndar
 
 
 def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tuple[str, str]:
-    """How to do the gradient of the weights and that of the input: sparse, by Winograd, or direct."""
+    """How to do the gradient of the weights and that of the input.
+
+    Over what has a gradient, "sparse"; over all pixels, "dense"; or, that of the weights, "direct", which
+    takes all pixels of a block at a time.
+    """
+    if depthwise.fits(layer):
+        return "dense", "dense"
     sparse_weight, sparse_input = sparse.pays(layer, e, dtype)
     size = layer.channels * layer.filters
     if winograd.suits(layer, images, dtype):
-        weight = "sparse" if sparse_weight and size < _WINOGRAD_WEIGHT else "winograd"
-        return weight, "sparse" if sparse_input and size < _WINOGRAD_INPUT else "winograd"
+        weight = "sparse" if sparse_weight and size < _WINOGRAD_WEIGHT else "dense"
+        return weight, "sparse" if sparse_input and size < _WINOGRAD_INPUT else "dense"
     if winograd_lanes.suits_input(layer, images, dtype):
         # Its dense sums are over vectors of images, sparse ones over a pixel's few channels.
-        return "sparse" if sparse_weight else "direct", "winograd"
-    return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "direct"
+        return "sparse" if sparse_weight else "direct", "dense"
+    return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "dense"
 
 
 def _unpooled(dout: np.ndarray, argmax: np.ndarray, layer: direct.Layer, pool_size: Any) -> np.ndarray:
@@ -153,26 +154,8 @@ def conv2d_pool_forward(
         argmax = checks.output("out_argmax", out_argmax, shape, np.dtype(np.uint8))
     if y.size:
         where = NOWHERE if argmax is None else argmax
-        if few_pixels.suits_forward(layer, x.shape[0], x.dtype):
-            few_pixels.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        if winograd.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
-            winograd.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        if winograd_strided.suits(layer, x.shape[0], x.dtype) and winograd.pools(layer, e):
-            winograd_strided.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        if winograd_lanes.suits_forward(layer, x.shape[0], x.dtype, e):
-            winograd_lanes.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        if image_lanes.suits_forward(layer, x.shape[0], x.dtype):
-            image_lanes.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        if winograd_rows.suits(layer, x.shape[0], x.dtype, e):
-            winograd_rows.forward(layer, x, weight, bias, y, e, where)
-            return y, argmax
-        table = layer.pooled_tables(e, simd.panel_width(x.dtype))
-        layer.run(x, table, weight, layer.positions, False, bias, y, e, where)
+        way = forward_way(layer, x.shape[0], x.dtype, e, winograd.get_winograd())
+        way(layer, x, weight, bias, y, e, where)
     return y, argmax
 
 
@@ -279,9 +262,10 @@ def conv2d_pool_backward_weight(
     way = _ways(layer, e, x.shape[0], dout.dtype)[0]
     if way == "sparse":
         sparse.add_weight_gradient(dout, argmax, x, layer, e, dweight, dbias)
-    elif way == "winograd":
+    elif way == "dense":
         dense = _unpooled(dout, argmax, layer, pool_size)
-        winograd_weights.add_weight_gradient(layer, dense, x, dweight)
+        settings = kernel_size, stride, padding, dilation, groups
+        conv2d_backward_weight(dense, x, *settings, out=dweight, accumulate=True)
         conv2d_backward_bias(dense, out=dbias, accumulate=True)
     else:
         direct_weights.add_weight_gradient(layer, dout, x, dweight, e, argmax, dbias)

@@ -544,8 +544,10 @@ def _repays(images: int, image: tuple[int, int], of: Filters) -> bool:
     return tiles >= fewest and images * image[0] * image[1] >= _FEWEST_PIXELS * tiles
 
 
-def pools(layer: Layer, e: Epilogue) -> bool:
+def ends_in(layer: Layer, e: Epilogue) -> bool:
     """Whether `forward` can end in `e`: no window may reach from one block of tiles into the next."""
+    if not e.pool_h:
+        return True
     if layer.rows.dilation > 1 or layer.columns.dilation > 1:
         return False
     return TILE % e.pool_h == 0 and -(-layer.out_image[1] // TILE) <= _WIDEST
@@ -560,7 +562,7 @@ def forward(
     e: Epilogue = NO_EPILOGUE,
     argmax: np.ndarray = NOWHERE,
 ) -> None:
-    """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`; see `suits` and `pools`."""
+    """Overwrite `y`, and `argmax`, with the convolution of `x` through `e`; see `suits` and `ends_in`."""
     image = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
     of = filters_of(layer)
     padding = layer.rows.padding[0], layer.columns.padding[0]
