@@ -49,6 +49,8 @@ _LARGEST_BATCH = 1 << 21
 _FEW = 1 << 12
 # Bytes of results in a forward pass: there are more only where it takes long.
 _MOST_BYTES = 1 << 26
+# Elements that come in and go out, for each layer: to copy more takes longer than what Python does for a layer.
+_MOST_COPIED = 1 << 17
 # Recordings of a network, each with memory for all of its activations: for training and evaluation, of whole
 # batches and of an epoch's last, twice.
 _MOST = 8
@@ -220,7 +222,7 @@ class _Known:
         self.small: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
         # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
-        # recorded.
+        # recorded, or should not.
         self.passes: dict[Any, _Pass | float] = {}
         # The pass whose backward pass may come next.
         self.latest: _Pass | None = None
@@ -325,7 +327,8 @@ def _record(known: _Known, net: Sequential, input: np.ndarray, key: Any, batches
             passes.pop(next(iter(passes), None), None)
         before = _buffers.stats()["taken"]
         output = layer_by_layer(net, input)
-        passes[key] = _buffers.stats()["taken"] - before
+        is_small = input.size + output.size <= len(known.layers) * _MOST_COPIED
+        passes[key] = _buffers.stats()["taken"] - before if is_small else math.inf
         return output
     if seen > _MOST_BYTES:
         passes[key] = seen
