@@ -24,6 +24,7 @@ from . import (
     few_channels,
     few_pixels,
     image_lanes,
+    narrow_groups,
     winograd,
     winograd_lanes,
     winograd_lanes_weights,
@@ -45,6 +46,8 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
     """What does the forward pass that ends in `e`; it takes the layer, x, weight, bias, y, e and argmax."""
     if depthwise.fits(layer):
         return depthwise.forward
+    if narrow_groups.suits_forward(layer, dtype):
+        return narrow_groups.forward
     if depth_lanes.suits_forward(layer, images, dtype):
         return depth_lanes.forward
     if few_pixels.suits_forward(layer, images, dtype):
@@ -64,6 +67,8 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
 def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.backward_input
+    if narrow_groups.suits_input(layer, dtype):
+        return narrow_groups.backward_input
     if depth_lanes.suits_input(layer, images, dtype):
         return depth_lanes.backward_input
     if winograd_lanes.suits_input(layer, images, dtype):
@@ -81,6 +86,8 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
 def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
     if depthwise.fits(layer):
         return depthwise.add_weight_gradient
+    if narrow_groups.suits_forward(layer, dtype):
+        return narrow_groups.add_weight_gradient
     if winograd_lanes_weights.suits(layer, images, dtype):
         return winograd_lanes_weights.add_weight_gradient
     if image_lanes.suits_weight(layer, images, dtype):

@@ -305,10 +305,10 @@ def _cycles(of: Tables, dtype: np.dtype) -> float:
 
 def _is_narrow(layer: Layer, images: int, depth: int, results: int, dtype: np.dtype) -> bool:
     """What must hold of a correlation from `depth` channels to `results`."""
-    if layer.groups > 1 or results > _MOST_RESULTS or images * layer.multiply_adds < _LEAST_WORK:
+    lanes = simd.lanes(dtype)
+    if layer.groups > 1 or results > min(_MOST_RESULTS, lanes) or images * layer.multiply_adds < _LEAST_WORK:
         return False
     # Vectors of images do as well if channels fill none.
-    lanes = simd.lanes(dtype)
     return depth >= lanes or images < lanes
 
 

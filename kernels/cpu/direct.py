@@ -58,7 +58,7 @@ def share(values, first, size, part, parts):
 
 
 @kernel
-def _read_block(x, n, first, b, window):
+def read_block(x, n, first, b, window):
     """Where the input of the block from grid row `first` on lies: in the image, or copied to `window`."""
     h0 = b.origin_h + first * b.step
     if b.in_place:
@@ -120,7 +120,7 @@ def _correlate(
         first = (block - n * b.blocks) * b.rows
         is_last = first + b.rows >= b.height
         r0, r1 = (b.tail, of.pixels.size) if is_last else (0, b.tail)
-        a, a0 = _read_block(x, n, first, b, window)
+        a, a0 = read_block(x, n, first, b, window)
         ranges = _tap_ranges(of, first, r0, r1, all_ranges[part])
         ahead = following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels

@@ -20,6 +20,7 @@ from . import (
     depthwise,
     direct,
     direct_weights,
+    narrow_groups,
     sparse,
     winograd,
     winograd_lanes,
@@ -72,7 +73,7 @@ def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tup
     Over what has a gradient, "sparse"; over all pixels, "dense"; or, that of the weights, "direct", which
     takes all pixels of a block at a time.
     """
-    if depthwise.fits(layer):
+    if depthwise.fits(layer) or narrow_groups.suits_forward(layer, dtype):
         return "dense", "dense"
     sparse_weight, sparse_input = sparse.pays(layer, e, dtype)
     size = layer.channels * layer.filters
