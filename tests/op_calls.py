@@ -173,6 +173,10 @@ POOLED_CONVOLUTIONS = {
     "depthwise, ReLU alone": ((1, 20, 9, 16), 16, (3, 3), 1, True, 1, 1, 1, 16),
     "depthwise, three channels": ((2, 19, 60, 3), 3, (5, 5), (3, 2), True, 1, 2, 1, 3),
     "depthwise, strided": ((2, 23, 12, 20), 20, (3, 3), 2, False, 2, 1, 1, 20),
+    "many channels, a pool of three": ((2, 19, 17, 32), 32, (3, 3), 3, True, 1, 1, 1, 1),
+    "many channels, dilated, ReLU alone": ((2, 16, 15, 32), 36, (3, 3), 1, True, 1, 2, 2, 1),
+    "many channels, wide": ((1, 9, 270, 32), 32, (3, 3), (1, 2), False, 1, 1, 1, 1),
+    "many filters, stride 2, a pool of three": ((2, 24, 26, 3), 32, (7, 7), 3, True, 2, 3, 1, 1),
     "no images": ((0, 6, 6, 3), 4, (3, 3), 2, True, 1, 1, 1, 1),
     "large": ((5, 20, 18, 32), 41, (3, 3), 2, True, 1, 1, 1, 1),
 }

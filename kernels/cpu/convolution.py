@@ -8,8 +8,9 @@ do `winograd_rows` and `winograd_rows_weights` for few channels; `depthwise`, `i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from . import (
     winograd_strided,
     winograd_weights,
 )
-from .epilogue import NO_EPILOGUE, Epilogue
+from .epilogue import NO_EPILOGUE, Epilogue, finish
+from .workspace import scratch
 
 Way = Callable[..., None]
 
@@ -60,7 +62,29 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
         return winograd_lanes.forward
     if image_lanes.suits_forward(layer, images, dtype):
         return image_lanes.forward
-    return winograd_rows.forward if winograd_rows.suits(layer, images, dtype, e) else direct.forward
+    if winograd_rows.suits(layer, images, dtype, e):
+        return winograd_rows.forward
+    for way in (winograd, winograd_strided):
+        if way.suits(layer, images, dtype):
+            return partial(_finished_apart, way.forward)
+    return direct.forward
+
+
+def _finished_apart(
+    way: Way,
+    layer: direct.Layer,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    e: Epilogue,
+    argmax: np.ndarray,
+) -> None:
+    """The forward pass by a way that can't end in `e`, and then what follows it."""
+    shape = (len(x), *layer.out_image, layer.filters)
+    z = scratch("unpooled", math.prod(shape), x.dtype).reshape(shape) if e.pool_h * e.pool_w > 1 else y
+    way(layer, x, weight, bias, z)
+    finish(z, y, e, argmax)
 
 
 @lru_cache(maxsize=1024)

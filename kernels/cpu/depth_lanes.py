@@ -272,8 +272,7 @@ def _run(layer, x, tables, weight, transposed, bias, y, e=NO_EPILOGUE, argmax=NO
         e,
         window_taps(e, of.results),
         scratch("windows", (parts, window), dtype),
-        # Pooling reads whole vectors.
-        scratch("rows", (parts, b.rows * b.width * of.results + lanes if e.pool_h else 1), dtype),
+        scratch("rows", (parts, b.rows * b.width * of.results if e.pool_h else 1), dtype),
     )
 
 

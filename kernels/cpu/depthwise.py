@@ -492,8 +492,7 @@ def _run(
     start = scratch("start", channels * of.repeats, x.dtype)
     between_jobs(np.copyto, start.reshape(of.repeats, channels), 0 if bias is None else bias)
     parts = _parts(layer, images, images * len(of.blocks))
-    # Pooling reads whole vectors.
-    size = of.blocks[:, 3].max() * of.steps[3] + simd.lanes(x.dtype) if e.pool_h else 1
+    size = of.blocks[:, 3].max() * of.steps[3] if e.pool_h else 1
     zs = scratch("rows", (parts, size), x.dtype)
     result, where = y.reshape(-1), argmax.reshape(-1)
     taps = window_taps(e, channels)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 from .simd import VECTOR_BITS
 from .vectors import (
     all_lanes,
@@ -49,11 +50,10 @@ NO_EPILOGUE = Epilogue(pool_h=0, pool_w=0, relu=0, out_h=0, out_w=0, filters=0, 
 def pool_vector(relu, keeps, kind, z, source, taps, area, y, argmax, target, mask):
     """Largest of the vectors z[source + taps], and which it was, in a vector of `kind`'s type."""
     keep_in_line()
-    everything = all_lanes(z)
-    best = load(z, source + taps[0], everything)
+    best = load(z, source + taps[0], mask)
     where = like(splat(kind, mask), 0)
     for tap in range(1, area):
-        value = load(z, source + taps[tap], everything)
+        value = load(z, source + taps[tap], mask)
         # NaN wins, and the last of several.
         takes = (value > best) | (value != value)
         best = select(takes, value, best)
@@ -92,6 +92,31 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
             if whole < columns:
                 s, t = s + whole, t + whole
                 pool_vector(e.relu, e.keeps, kind, block, s, offsets, area, result, where, t, some)
+
+
+@parallel
+def _finish(part, parts, z, image, pitch, y, argmax, e, taps):
+    """Rows of windows of images of `image` elements, whose rows are `pitch` apart."""
+    keep_out_of_line()
+    row = e.out_w * e.filters
+    lo, hi = span(part, parts, y.size // row)
+    for i in range(lo, hi):
+        n, h = i // e.out_h, i % e.out_h
+        source = z[n * image + h * e.pool_h * pitch :]
+        finish_panel(source, e.filters, 1, e, taps, y, i * row, argmax, e.filters)
+
+
+def finish(z: np.ndarray, y: np.ndarray, e: Epilogue, argmax: np.ndarray) -> None:
+    """Overwrite `y`, and `argmax`, with what `e` makes of a whole convolution, (N, H, W, F).
+
+    `z` may be `y` where nothing is pooled.
+    """
+    _, height, width, filters = z.shape
+    pitch = width * filters
+    rows, columns = np.arange(e.pool_h) * pitch, np.arange(e.pool_w) * filters
+    taps = np.add.outer(rows, columns).ravel().astype(np.intp)
+    parts = part_count(len(y) * e.out_h, z.nbytes)
+    _finish(parts, z.reshape(-1), height * pitch, pitch, y.reshape(-1), argmax.reshape(-1), e, taps)
 
 
 @kernel
