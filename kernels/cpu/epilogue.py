@@ -68,6 +68,34 @@ def pool_vector(relu, keeps, kind, z, source, taps, area, y, argmax, target, mas
 
 
 @kernel
+def _pass_positive(keeps, kind, z, source, y, argmax, target, mask):
+    """ReLU of the vector z[source], and where it let pass, in a vector of `kind`'s type."""
+    keep_in_line()
+    value = load(z, source, mask)
+    zero = like(value, 0)
+    store(select(value <= zero, zero, value), y, target, mask)
+    if keeps:
+        dead = like(splat(kind, mask), DEAD)
+        store(select(value > zero, like(dead, 0), dead), argmax, target, mask)
+
+
+@kernel
+def _finish_pixels(keeps, z, width, pixels, y, y0, filters, argmax, columns):
+    """ReLU of `pixels` pixels; see `finish_panel`."""
+    keep_in_line()
+    block, result, where = pointer(z), pointer(y), pointer(argmax)
+    lanes, kind = VECTOR_BITS // (8 * z.itemsize), argmax.dtype.type(0)
+    whole = columns // lanes * lanes
+    everything, some = all_lanes(block), first_lanes(block, columns - whole)
+    for i in range(pixels):
+        s, t = i * width, y0 + i * filters
+        for c in range(0, whole, lanes):
+            _pass_positive(keeps, kind, block, s + c, result, where, t + c, everything)
+        if whole < columns:
+            _pass_positive(keeps, kind, block, s + whole, result, where, t + whole, some)
+
+
+@kernel
 def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
     """Pool `rows` rows of windows of a block, and write them from y[y0] on.
 
@@ -75,6 +103,13 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
     the offsets in it of a window's pixels, from the first; `columns` of the filters are the result's.
     """
     keep_out_of_line()
+    if taps.size == 1 and e.relu:
+        # Literals: what is done for each vector is then known beforehand.
+        if e.keeps:
+            _finish_pixels(True, z, width, rows * e.out_w, y, y0, e.filters, argmax, columns)
+        else:
+            _finish_pixels(False, z, width, rows * e.out_w, y, y0, e.filters, argmax, columns)
+        return
     lanes = VECTOR_BITS // (8 * z.itemsize)
     line = e.out_w * e.pool_w * width
     kind = argmax.dtype.type(0)
