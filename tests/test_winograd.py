@@ -31,6 +31,8 @@ CASES = [
     pytest.param((2, 9, 8, 33), 16, 1, id="a vector of filters"),
     pytest.param((2, 9, 8, 33), 49, 1, id="one more than whole vectors"),
     pytest.param((3, 8, 7, 63), 47, 0, id="one less than whole vectors"),
+    pytest.param((2, 9, 8, 20), 27, 1, id="more than a vector, less than two"),
+    pytest.param((2, 8, 7, 17), 31, 0, id="one more than a vector, one less than two"),
     pytest.param((20, 8, 9, 100), 130, 1, id="cut vectors in every square"),
     pytest.param((1, 2, 290, 195), 209, 1, id="few tiles, many weights, in cut vectors"),
 ]
@@ -43,6 +45,7 @@ OTHER_FILTERS = [
     pytest.param((2, 3, 9, 32), 32, 5, (3, 3), 5, id="phases without pixels"),
     pytest.param((7, 12, 12, 256), 256, 2, (3, 3), 2, id="few tiles, many weights, dilated"),
     pytest.param((2, 16, 16, 32), 32, 2, (5, 5), 1, id="5 x 5"),
+    pytest.param((2, 16, 16, 21), 18, 2, (5, 5), 1, id="5 x 5, between one vector and two"),
     pytest.param((3, 13, 11, 35), 41, ((0, 2), (3, 1)), (5, 5), 1, id="5 x 5, cut vectors"),
     pytest.param((4, 12, 13, 256), 160, 2, (5, 5), 1, id="5 x 5, few tiles, many weights"),
     pytest.param((40, 8, 9, 512), 32, 0, (5, 5), 1, id="5 x 5, many channels"),
@@ -202,10 +205,10 @@ def test_pooled_convolution_ends_in_the_same(x_shape, filters, padding, pool_siz
 POOLED_GRADIENTS = [
     # x, filters, pool_size, how the gradients of weights and input are done
     pytest.param((2, 8, 10, 32), 48, 2, ("sparse", "sparse"), id="sparse"),
-    pytest.param((2, 9, 9, 64), 128, 2, ("sparse", "winograd"), id="many filters"),
-    pytest.param((2, 8, 7, 256), 256, 2, ("winograd", "winograd"), id="more than the cache holds"),
-    pytest.param((2, 9, 8, 32), 48, 1, ("winograd", "winograd"), id="ReLU alone"),
-    pytest.param((1, 6, 6, 32), 48, 1, ("direct", "direct"), id="few tiles"),
+    pytest.param((2, 9, 9, 64), 128, 2, ("sparse", "dense"), id="many filters"),
+    pytest.param((2, 8, 7, 256), 256, 2, ("dense", "dense"), id="more than the cache holds"),
+    pytest.param((2, 9, 8, 32), 48, 1, ("dense", "dense"), id="ReLU alone"),
+    pytest.param((1, 6, 6, 32), 48, 1, ("direct", "dense"), id="few tiles"),
 ]
 
 
@@ -295,9 +298,18 @@ def test_blocks_are_whole_rows_of_tiles_where_these_are_short(tile_columns):
     assert winograd._block_tiles(tile_columns, 3) == 3
 
 
-def test_no_vector_begins_before_the_first_filter():
-    lanes, panel = simd.lanes(np.float32), simd.panel_width(np.float32)
+def test_panels_are_whole_vectors_of_the_filters():
+    """None begins before the first filter, and together they have all."""
+    lanes, of = simd.lanes(np.float32), winograd.filters_of(arguments((1, 8, 8, 32), 32, 1)[0])
     for size in range(1, 100):
-        fits = winograd._fills_vectors(size)
-        assert not fits or -(-min(size, panel) // lanes) * lanes <= size
-        assert fits or size < max(winograd._FEWEST_CHANNELS, panel)
+        assert winograd._fills_vectors(size) == (size >= max(lanes, winograd._FEWEST_CHANNELS))
+        if not winograd._fills_vectors(size):
+            continue
+        g, _ = winograd.tiling((1, 8, 8, 32), (8, 8, size), (1, 1), of)
+        seen = np.zeros(size, bool)
+        for panel in range(-(-size // g.panel)):
+            first, many = winograd.panel_filters.py_func(g, panel, lanes)
+            assert first >= 0
+            assert many % lanes == 0
+            seen[first : first + many] = True
+        assert seen.all()

@@ -499,7 +499,10 @@ def tiling(
     few = cuts == 1 and tiles <= _FEW_TILES and channels * filters >= _MANY_WEIGHTS
     block = tiles if few else _block_tiles(tile_columns, tiles)
     rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
-    panel, lanes = simd.panel_width(np.float32), simd.lanes(np.float32)
+    lanes = simd.lanes(np.float32)
+    # Filters that are more than a vector and less than two end a panel of one, but none of two.
+    whole = filters % lanes == 0 or filters >= simd.panel_width(np.float32)
+    panel = simd.panel_width(np.float32) if whole else lanes
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     chunk = -(-channels // -(-channels // _CHUNK)) if few else 0
     inner = chunk or depth
@@ -532,9 +535,8 @@ def _gains(of: Filters, layer: Layer) -> bool:
 
 
 def _fills_vectors(size: int) -> bool:
-    """Whether as many channels or filters are enough, and a panel has that many if it needs them."""
-    whole = size >= simd.panel_width(np.float32) or size % simd.lanes(np.float32) == 0
-    return whole and size >= _FEWEST_CHANNELS
+    """Whether as many channels or filters are enough, and as many as a vector has lanes."""
+    return size >= max(simd.lanes(np.float32), _FEWEST_CHANNELS)
 
 
 def _repays(images: int, image: tuple[int, int], of: Filters) -> bool:
