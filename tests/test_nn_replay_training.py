@@ -96,7 +96,7 @@ def test_a_network_with_skip_connections():
 
 
 BLOCKS = {
-    "1x1": lambda: [nn.Conv2d(8, 20, 1)],
+    "1x1": lambda: [nn.Conv2d(8, 12, 1)],
     "strided": lambda: [nn.Conv2d(8, 20, 3, stride=2, padding=1), nn.LeakyReLU(0.1)],
     "dilated": lambda: [nn.Conv2d(8, 20, 3, dilation=2, bias=False), nn.ReLU(), nn.MaxPool2d((2, 3))],
     "uneven": lambda: [nn.Conv2d(8, 3, (2, 5), padding=((0, 1), (2, 1))), nn.PReLU(3)],
@@ -115,6 +115,12 @@ BLOCKS = {
     ],
     "nested": lambda: [nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Identity()],
 }
+
+
+def test_a_pass_with_more_to_copy_than_to_do_is_not_recorded():
+    net, plain = twins(lambda: nn.Sequential(nn.ReLU()))
+    compare(net, plain, (4, 16, 64, 64), np.float32)
+    assert not is_played(net)
 
 
 @pytest.mark.parametrize("fusion", [True, False])

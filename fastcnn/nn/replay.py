@@ -45,12 +45,14 @@ if TYPE_CHECKING:
 # Python takes.
 _LARGEST_IMAGE = 1 << 16
 _LARGEST_BATCH = 1 << 21
-# Elements that are copied before a better way to do it is found.
+# Elements that are copied before a better way to do it is found: if they change places, and if they don't.
 _FEW = 1 << 12
+_MANY = 1 << 17
 # Bytes of results in a forward pass: there are more only where it takes long.
 _MOST_BYTES = 1 << 26
-# Elements that come in and go out, for each layer: to copy more takes longer than what Python does for a layer.
-_MOST_COPIED = 1 << 17
+# Elements that are copied for each layer, in a forward pass alone and in one that backward follows: to copy
+# more takes longer than what Python does for a layer.
+_MOST_COPIED = 1 << 16, 1 << 17
 # Recordings of a network, each with memory for all of its activations: for training and evaluation, of whole
 # batches and of an epoch's last, twice.
 _MOST = 8
@@ -112,10 +114,15 @@ class _Input:
         self.set(array)
 
     def set(self, array: np.ndarray) -> None:
-        if array.size <= _FEW:
-            np.copyto(self.array, array)
+        array = array.transpose(self._order)
+        if _is_copied_at_once(array):
+            np.copyto(self._memory, array)
         else:
-            transpose.copy(array.transpose(self._order), self._memory)
+            transpose.copy(array, self._memory)
+
+
+def _is_copied_at_once(array: np.ndarray) -> bool:
+    return array.size <= (_MANY if array.flags.c_contiguous else _FEW)
 
 
 def _copied(array: np.ndarray) -> np.ndarray:
@@ -327,8 +334,10 @@ def _record(known: _Known, net: Sequential, input: np.ndarray, key: Any, batches
             passes.pop(next(iter(passes), None), None)
         before = _buffers.stats()["taken"]
         output = layer_by_layer(net, input)
-        is_small = input.size + output.size <= len(known.layers) * _MOST_COPIED
-        passes[key] = _buffers.stats()["taken"] - before if is_small else math.inf
+        # A gradient of the output is copied, too.
+        copied = input.size + output.size * (1 + is_grad_enabled())
+        is_worth_it = copied <= len(known.layers) * _MOST_COPIED[is_grad_enabled()]
+        passes[key] = _buffers.stats()["taken"] - before if is_worth_it else math.inf
         return output
     if seen > _MOST_BYTES:
         passes[key] = seen
