@@ -98,6 +98,8 @@ CONVOLUTIONS = {
     "depthwise, three channels": ((2, 9, 60, 3), 3, (3, 3), 1, 1, 2, 3),
     "depthwise, 3 x 3, padding of 3": ((2, 6, 5, 20), 20, (3, 3), 1, 3, 1, 20),
     "depthwise, 3 x 3, asymmetric": ((1, 12, 2, 16), 16, (3, 3), 1, ASYMMETRIC, 1, 16),
+    "depthwise, 5 x 5": ((2, 11, 9, 40), 40, (5, 5), 1, 2, 1, 40),
+    "depthwise, 5 x 5, asymmetric": ((1, 13, 3, 20), 20, (5, 5), 1, ((4, 1), (3, 6)), 1, 20),
     "depthwise, two filters each": ((1, 5, 6, 17), 34, (3, 3), 1, 1, 1, 17),
     "groups of four": ((2, 11, 13, 24), 24, (3, 3), 1, 1, 1, 6),
     "groups of three, strided": ((2, 13, 12, 27), 27, (2, 3), (2, 1), ASYMMETRIC, 1, 9),

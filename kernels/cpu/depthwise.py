@@ -4,7 +4,8 @@ Output pixels that see the same taps of the kernel are one class: the inner pixe
 some lines along the border. Within a class a tile keeps several pixels in registers while it goes over the
 taps, or several taps while it goes over the pixels. Taps that fall into the padding are left out, so that the
 images are read in place. Where channels are too few for a vector, neighbouring pixels count as one with all
-of their channels, and the weights are repeated. Windows of 3 x 3 slide instead where they can (`sliding.py`).
+of their channels, and the weights are repeated. Windows of 3 x 3 and 5 x 5 slide instead where they can
+(`sliding.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .geometry import Axis
 from .loops import memory, sum_loop
 from .pieces import add_up
 from .simd import TILE_ROWS, VECTOR_BITS
-from .sliding import ROWS, slide_band
+from .sliding import ROWS, SIDES, slide_band
 from .tile import Emitter
 from .vectors import pointer
 from .workspace import NOWHERE, clear, scratch
@@ -67,7 +68,8 @@ class Classes(NamedTuple):
     weights: np.ndarray  # offset of each tap's weights
     steps: tuple[int, int, int, int]  # input: first row, next row; result: first row, next row
     repeats: int  # of the weights: pixels that count as one, at most
-    sliding: np.ndarray  # offsets of the nine weights of windows that slide; else empty
+    side: int  # of windows that slide; else 0
+    sliding: np.ndarray  # offsets of their weights
     columns: tuple[int, int, int]  # of padding before the image, of the image, and of the result
 
 
@@ -154,11 +156,11 @@ def _classes(
         tables[2].append(_grid(rows.taps, columns.taps[seen], (pitch, channels)))
         steps = kernel_w * channels * repeats, channels * repeats
         tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
+    side = _side(rows, columns) if repeats == 1 else 0
     sliding = [
         (kernel_rows[rows.taps.index(a)] * kernel_w + kernel_columns[columns.taps.index(b)]) * channels
-        for a in range(3)
-        for b in range(3)
-        if repeats == 1 and _is_sliding(rows) and _is_sliding(columns)
+        for a in range(side)
+        for b in range(side)
     ]
     return Classes(
         np.array(blocks, np.intp),
@@ -175,14 +177,19 @@ def _classes(
             rows.out_step * out_pitch,
         ),
         repeats,
+        side,
         np.array(sliding, np.intp),
         (-columns.origin, width, columns.outputs),
     )
 
 
-def _is_sliding(axis: Axis) -> bool:
-    """Whether windows are three pixels long and one apart."""
-    return sorted(axis.taps) == [0, 1, 2] and axis.step == axis.out_step == 1
+def _side(rows: Axis, columns: Axis) -> int:
+    """Pixels along each side of windows that are square and one pixel apart, if such may slide; else 0."""
+    for side in SIDES:
+        taps = list(range(side))
+        if all(sorted(axis.taps) == taps and axis.step == axis.out_step == 1 for axis in (rows, columns)):
+            return side
+    return 0
 
 
 def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
@@ -366,11 +373,23 @@ def _fill_band(x, x0, band, weight, start, y, y0, of):
     lanes = VECTOR_BITS // (8 * x.itemsize)
     _, in_row, _, out_row = of.steps
     spans = of.spans
-    if of.sliding.size > 0 and band[1] >= ROWS and band[3] - band[2] == 3:
-        taps, width = pointer(of.sliding), start.size
-        image, filters, result = pointer(x), pointer(weight), pointer(y)
+    if of.side > 0 and band[1] >= ROWS and band[3] - band[2] == of.side:
+        image, filters, taps = pointer(x), pointer(weight), pointer(of.sliding)
+        begin, result, width = pointer(start), pointer(y), start.size
         slide_band(
-            image, filters, taps, pointer(start), result, x0, in_row, y0, out_row, band[1], width, of.columns
+            of.side,
+            image,
+            filters,
+            taps,
+            begin,
+            result,
+            x0,
+            in_row,
+            y0,
+            out_row,
+            band[1],
+            width,
+            of.columns,
         )
         return
     for s in range(len(spans)):
