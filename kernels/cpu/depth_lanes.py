@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import few_channels, geometry, simd
-from .direct import MULTIPLY_ADDS_PER_BYTE, Layer, fill_window, following
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer, following, read_block
 from .dots import totals
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Axis, Blocks
@@ -31,7 +31,7 @@ from .vectors import Vector, all_lanes, first_lanes, load, pointer, prefetch, st
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 _I64 = ir.IntType(64)
-# More results would leave too few pixels to a vector of sums, and are few enough lanes' waste the direct way.
+# With more results a vector of sums has few pixels, and vectors of filters are less empty.
 _MOST_RESULTS = 4
 # Pixels of a block, whose window should stay in the second-level cache.
 _BLOCK_PIXELS = 512
@@ -149,15 +149,10 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, e, taps, w
         n = task // b.blocks
         first = (task - n * b.blocks) * b.rows
         rows = min(b.rows, b.height - first)
-        h0 = b.origin_h + first * b.step
-        if b.in_place:
-            source, x0 = pointer(x), ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
-        else:
-            fill_window(x, n, b, h0, b.window_h - (b.rows - rows) * b.step, window)
-            source, x0 = pointer(window), 0
+        source, x0 = read_block(x, n, first, b, window)
         ahead = max(following(n, first, b), 0)
         end = min(ahead + b.rows * b.step * b.image_w * b.channels, x.size)
-        operands = (*tables, source, x0, pointer(weights))
+        operands = (*tables, pointer(source), x0, pointer(weights))
         fetch = pointer(x), ahead, end
         if e.pool_h > 0:
             y0 = (n * e.out_h + first // e.pool_h) * e.out_w * of.results
