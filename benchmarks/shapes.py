@@ -96,6 +96,8 @@ CONVOLUTIONS = {
     # Few channels.
     "10-3x3-10": Conv(200, 14, 14, 10, 10, 3),
     "16-3x3-32": Conv(64, 14, 14, 16, 32, 3),
+    "20-3x3-40": Conv(64, 16, 16, 20, 40, 3, padding=1),
+    "64-3x3-3": Conv(16, 64, 64, 64, 3, 3, padding=1),
     # 32 to 512 channels.
     "32-3x3-32": Conv(64, 32, 32, 32, 32, 3, padding=1),
     "32-3x3-64": Conv(64, 24, 24, 32, 64, 3, padding=1),
@@ -118,7 +120,9 @@ CONVOLUTIONS = {
     "64-3x3-64-dilation2": Conv(16, 32, 32, 64, 64, 3, padding=2, dilation=2),
     "depthwise-64-3x3": Conv(32, 32, 32, 64, 64, 3, padding=1, groups=64),
     "depthwise-64-3x3-stride2": Conv(32, 32, 32, 64, 64, 3, stride=2, padding=1, groups=64),
+    "depthwise-64-5x5": Conv(32, 32, 32, 64, 64, 5, padding=2, groups=64),
     "grouped-128-3x3-128-by4": Conv(32, 16, 16, 128, 128, 3, padding=1, groups=4),
+    "grouped-128-3x3-128-by32": Conv(32, 16, 16, 128, 128, 3, padding=1, groups=32),
     # One image, one channel, one filter: SciPy's convolutions.
     "single-28-5x5": Conv(1, 28, 28, 1, 1, 5),
     "single-512-7x7": Conv(1, 512, 512, 1, 1, 7),
@@ -176,6 +180,12 @@ MODELS = {
     "resnet9": Model("resnet9", 64, 3, 32, 32, 10),
 }
 
+# Networks of other kinds of layers, built by `peers.networks`: depthwise separable ones, and grouped ones.
+BLOCKS = {
+    "separable": Model("separable", 64, 3, 32, 32, 10),
+    "grouped": Model("grouped", 64, 3, 32, 32, 10),
+}
+
 # The networks whose training steps and inference are summed up by a geometric mean.
 SUMMARY = ("emotion", "cifar-batchnorm", "cifar-small", "mnist-prelu")
 
@@ -204,6 +214,9 @@ _TABLE: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("train",), MODELS),
     (("infer-1",), {name: model._replace(n=1) for name, model in MODELS.items()}),
     (("infer-256",), {name: model._replace(n=256) for name, model in MODELS.items()}),
+    (("train",), BLOCKS),
+    (("infer-1",), {name: model._replace(n=1) for name, model in BLOCKS.items()}),
+    (("infer-256",), {name: model._replace(n=256) for name, model in BLOCKS.items()}),
 )
 
 WORKLOADS: dict[str, Workload] = {

@@ -107,16 +107,13 @@ def _infer(s: Model) -> Work:
 
 
 @lru_cache(maxsize=64)
-def _cached_layers(model: str, shape: tuple[int, int, int], classes: int) -> tuple[tuple[int, ...], int]:
-    from fastcnn import models
-
-    net = models.create(model, input_shape=shape, num_classes=classes, seed=0)
-    return tuple(layer_flops(net, shape)), sum(parameter.size for parameter in net.parameters())
-
-
 def _layers(s: Model) -> tuple[tuple[int, ...], int]:
     """FLOPs of each convolution and linear layer for one image, and the number of parameters."""
-    return _cached_layers(s.model, (s.c, s.h, s.w), s.classes)
+    from .peers import networks
+
+    net = networks.build(s)
+    layers = layer_flops(net, (s.c, s.h, s.w))
+    return tuple(layers), sum(parameter.size for parameter in net.parameters())
 
 
 def layer_flops(layer: Any, shape: tuple[int, ...]) -> Iterator[int]:
