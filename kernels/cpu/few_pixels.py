@@ -144,7 +144,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
                 clear(z, p * g.panel, many)
     values = pointer(weight)
     for i in range(len(blocks)):
-        w0, channel, depth, r0, r1, pixels = blocks[i]
+        w0, channel, depth, r0, r1, pixels, first = blocks[i]
         following = blocks[min(i + 1, len(blocks) - 1), 0]
         for panel in range(lo, hi):
             filter0, many = panel_filters(g, panel, lanes)
@@ -164,7 +164,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
                 x,
                 channel,
                 row,
-                col,
+                col[first:],
                 r0,
                 r1,
                 depth,
@@ -205,8 +205,8 @@ def _plan(
 
     The tables are the blocks of weights, and of each tap the pixels that see the image through it. A block is
     where it begins, its first channel, how many it has, the rows of its tap's pixels in two tables (of where
-    they are read in the images, and of where their sums lie in a panel), and how many pixels these are.
-    `transposed` is from the outputs to the images.
+    they are read in the images, and of where their sums lie in a panel), how many pixels these are, and where
+    in the table of the channels' offsets it begins. `transposed` is from the outputs to the images.
     """
     out = (e.out_h * e.pool_h, e.out_w * e.pool_w) if e.pool_h else layer.out_image
     numbers = np.arange(images)[:, np.newaxis, np.newaxis]
@@ -229,7 +229,8 @@ def _plan(
         most = max(channels, 1) if transposed and pixels.size <= _MOST_DOTS else _CHANNELS
         for channel in range(0, channels, most):
             depth = min(channels - channel, most)
-            blocks.append((begin + channel * step, channel, depth, first, first + len(rows[-1]), pixels.size))
+            end = first + len(rows[-1])
+            blocks.append((begin + channel * step, channel, depth, first, end, pixels.size, 0))
     sizes = layer.image if transposed else out
     g = Sizes(
         images,
@@ -239,10 +240,18 @@ def _plan(
         width,
         layer.filters if transposed else 0,
     )
-    table = np.array(blocks, np.intp).reshape(-1, 6)
+    columns = np.arange(_CHANNELS)
+    if not transposed and layer.forward_tables.blocks.in_place:
+        # Every pixel sees all taps, so that several make one block.
+        columns = layer.forward_tables.taps
+        most, end = -(-columns.size // -(-columns.size // _CHANNELS)), blocks[0][4]
+        starts = range(0, columns.size, most)
+        pixels = blocks[0][5]
+        blocks = [(k * step, 0, min(columns.size - k, most), 0, end, pixels, k) for k in starts]
+    table = np.array(blocks, np.intp).reshape(-1, 7)
     # One that is empty, for filters of which no tap sees a pixel.
     none = np.empty(0, np.intp)
-    tables = table, np.concatenate([none, *rows]), np.concatenate([none, *places]), np.arange(_CHANNELS)
+    tables = table, np.concatenate([none, *rows]), np.concatenate([none, *places]), columns
     return g, tables, window_taps(e, width)
 
 
