@@ -105,6 +105,14 @@ BLOCKS = {
     "few pixels": lambda: [nn.AvgPool2d(3), *wide(8, 128, 1), *wide(128, 130, 3, padding=1)],
     "few tiles": lambda: [*wide(8, 128, 1), *wide(128, 256, 3, padding=1)],
     "many tiles": lambda: [*wide(8, 64, 3), nn.Conv2d(64, 40, 3, padding=1), nn.MaxPool2d(2)],
+    "few results": lambda: [*wide(8, 64, 3), nn.Conv2d(64, 2, 3), nn.ReLU()],
+    "depthwise": lambda: [
+        *wide(8, 48, 1),
+        *wide(48, 48, 3, groups=48),
+        *wide(48, 48, 5, padding=2, groups=48),
+        nn.Conv2d(48, 96, 3, groups=48, bias=False),
+    ],
+    "groups": lambda: [*wide(8, 12, 3, groups=4), nn.Conv2d(12, 24, 3, groups=2), nn.MaxPool2d(2)],
     "norms": lambda: [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2)],
     "slopes": lambda: [nn.Conv2d(8, 10, 3), nn.PReLU(10), nn.MaxPool2d(2), nn.PReLU(10), nn.PReLU()],
     "pools": lambda: [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(2)],
@@ -157,6 +165,7 @@ def test_numbers_that_change_in_place_count_at_once(name):
     [
         # Depthwise: its weights are repeated to fill vectors.
         (lambda: [nn.Conv2d(1, 1, 3)], (1, 1, 8, 9)),
+        (lambda: [nn.Conv2d(3, 3, 3, groups=3), nn.ReLU()], (1, 3, 8, 9)),
         # One input, but to the layers many images: their weights are packed.
         (lambda: [nn.Flatten(0, 1), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)], (1, 20, 3, 8, 9)),
     ],

@@ -80,7 +80,7 @@ def _is_playable(module: Module, batches: bool) -> bool:
     if list(module.children()):
         return False
     if isinstance(module, conv.Conv2d):
-        return module.padding_mode == "zeros" and (batches or module.groups == 1)
+        return module.padding_mode == "zeros"
     if isinstance(module, batchnorm.BatchNorm2d):
         # Without a momentum each batch counts less than the one before it.
         if batches:
