@@ -224,12 +224,9 @@ def _tables(
 
 @lru_cache(maxsize=512)
 def _forward_tables(layer: Layer, e: Epilogue) -> tuple[Tables, np.ndarray]:
-    rows, columns = layer.rows.forward(), layer.columns.forward()
-    if e.pool_h:
-        rows = rows._replace(outputs=e.out_h * e.pool_h)
-        columns = columns._replace(outputs=e.out_w * e.pool_w)
     kernel = range(layer.rows.kernel), range(layer.columns.kernel)
     sizes = layer.columns.kernel, layer.image, layer.channels, layer.filters, max(e.pool_h, 1)
+    rows, columns = layer.forward_axes(e)
     return _tables(rows, columns, kernel, *sizes)
 
 

@@ -133,8 +133,8 @@ def _classes(
     A block has a multiple of `multiple` rows.
     """
     height, width = image
-    count = -(-max(_ROWS, _BAND_PIXELS // columns.outputs) // multiple) * multiple
-    count = min(rows.outputs, count)
+    most = -(-max(_ROWS, _BAND_PIXELS // columns.outputs) // multiple) * multiple
+    count = min(rows.outputs, most)
     blocks, bands = _blocks(_runs(rows, height), rows.outputs, count, multiple)
     pitch, out_pitch = width * channels, out_width * channels
     pixel_steps = rows.step * pitch, columns.step * channels
@@ -157,11 +157,8 @@ def _classes(
         steps = kernel_w * channels * repeats, channels * repeats
         tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
     side = _side(rows, columns) if repeats == 1 else 0
-    sliding = [
-        (kernel_rows[rows.taps.index(a)] * kernel_w + kernel_columns[columns.taps.index(b)]) * channels
-        for a in range(side)
-        for b in range(side)
-    ]
+    ordered_rows = [kernel_rows[rows.taps.index(a)] for a in range(side)]
+    ordered_columns = [kernel_columns[columns.taps.index(b)] for b in range(side)]
     return Classes(
         np.array(blocks, np.intp),
         np.array(bands, np.intp),
@@ -178,7 +175,7 @@ def _classes(
         ),
         repeats,
         side,
-        np.array(sliding, np.intp),
+        _grid(ordered_rows, ordered_columns, (kernel_w * channels, channels)),
         (-columns.origin, width, columns.outputs),
     )
 
@@ -202,10 +199,7 @@ def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
 @lru_cache(maxsize=512)
 def _forward_classes(layer: Layer, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> Classes:
     kernel_h, kernel_w = layer.rows.kernel, layer.columns.kernel
-    rows, columns = layer.rows.forward(), layer.columns.forward()
-    if e.pool_h:
-        rows = rows._replace(outputs=e.out_h * e.pool_h)
-        columns = columns._replace(outputs=e.out_w * e.pool_w)
+    rows, columns = layer.forward_axes(e)
     return _classes(
         rows,
         columns,

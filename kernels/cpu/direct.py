@@ -124,12 +124,10 @@ def _correlate(
         ranges = _tap_ranges(of, first, r0, r1, all_ranges[part])
         ahead = following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels
+        pooled, c0 = 0, n * image_out + b.out_first + first * b.out_row
         if e.pool_h > 0:
             pooled = min(b.rows, b.height - first) // e.pool_h
             c0 = (n * e.out_h + first // e.pool_h) * e.out_w * e.filters
-        else:
-            pooled = 0
-            c0 = n * image_out + b.out_first + first * b.out_row
         for panel in range(panel0, panel1):
             g = panel // panels
             column = (panel - g * panels) * width
@@ -230,11 +228,17 @@ class Layer:
         self._pooled_tables: dict[tuple[int, int, int], Correlation] = {}
         self.multiply_adds = self.out_image[0] * self.out_image[1] * filters * taps
 
+    def forward_axes(self, e: Epilogue = NO_EPILOGUE) -> tuple[geometry.Axis, geometry.Axis]:
+        """Those of the forward pass; of what `e` pools, if it does."""
+        rows, columns = self.rows.forward(), self.columns.forward()
+        if not e.pool_h:
+            return rows, columns
+        return rows._replace(outputs=e.out_h * e.pool_h), columns._replace(outputs=e.out_w * e.pool_w)
+
     @cached_property
     def forward_tables(self) -> Correlation:
         return geometry.correlation(
-            self.rows.forward(),
-            self.columns.forward(),
+            *self.forward_axes(),
             self.image,
             self.channels,
             self.channels // self.groups,
@@ -247,8 +251,7 @@ class Layer:
         key = (e.pool_h, e.pool_w, width)
         if key not in self._pooled_tables:
             self._pooled_tables[key] = geometry.correlation(
-                self.rows.forward()._replace(outputs=e.out_h * e.pool_h),
-                self.columns.forward()._replace(outputs=e.out_w * e.pool_w),
+                *self.forward_axes(e),
                 self.image,
                 self.channels,
                 self.channels // self.groups,
