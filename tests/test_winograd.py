@@ -6,7 +6,7 @@ from parity import error
 
 import fastcnn
 from fastcnn.kernels import cpu, reference
-from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd, winograd_weights
+from fastcnn.kernels.cpu import direct, pooled_convolution, simd, winograd, winograd_tiling, winograd_weights
 
 # The largest error, in units of the largest result, for standard normal images and weights.
 BOUND = 2e-5
@@ -58,13 +58,24 @@ OTHER_FILTERS = [
     pytest.param((3, 13, 14, 48), 33, 1, (3, 2), 1, id="3 x 2"),
 ]
 
+GROUPED = [
+    # x, filters, padding, kernel, dilation, groups
+    pytest.param((3, 9, 10, 32), 32, 1, (3, 3), 1, 2, id="a vector a group"),
+    pytest.param((2, 8, 7, 192), 224, 1, (3, 3), 1, 4, id="no whole panels"),
+    pytest.param((2, 9, 8, 99), 60, ((0, 2), (2, 1)), (3, 3), 1, 3, id="cut vectors"),
+    pytest.param((9, 8, 8, 1024), 1024, 1, (3, 3), 1, 32, id="many groups"),
+    pytest.param((2, 3, 290, 51), 54, 1, (3, 3), 1, 3, id="long rows"),
+    pytest.param((2, 11, 14, 66), 96, 2, (3, 3), (2, 1), 2, id="dilated"),
+    pytest.param((3, 13, 11, 66), 70, 2, (5, 5), 1, 2, id="5 x 5"),
+]
 
-def arguments(x_shape, filters, padding, kernel=(3, 3), dilation=1, dtype=np.float32):
+
+def arguments(x_shape, filters, padding, kernel=(3, 3), dilation=1, groups=1, dtype=np.float32):
     rng = np.random.default_rng(7)
     x = rng.standard_normal(x_shape)
-    weight = rng.standard_normal((*kernel, x_shape[3], filters))
+    weight = rng.standard_normal((*kernel, x_shape[3] // groups, filters))
     bias = rng.standard_normal(filters)
-    layer = direct.layer(x_shape, kernel, x_shape[3], filters, 1, padding, dilation, 1)
+    layer = direct.layer(x_shape, kernel, None, filters, 1, padding, dilation, groups)
     dout = rng.standard_normal((x_shape[0], *layer.out_image, filters))
     return layer, *(array.astype(dtype) for array in (x, weight, bias, dout))
 
@@ -88,23 +99,33 @@ def test_error_is_within_the_documented_bound(x_shape, filters, padding):
     assert error(dweight, reference.conv2d_backward_weight(dout, x, 3, padding=padding)) < BOUND_3X3
 
 
-@pytest.mark.parametrize(("x_shape", "filters", "padding", "kernel", "dilation"), OTHER_FILTERS)
-def test_error_of_other_filters_is_within_their_bound(x_shape, filters, padding, kernel, dilation):
-    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation)
+@pytest.mark.parametrize(
+    ("x_shape", "filters", "padding", "kernel", "dilation", "groups"),
+    [
+        *(pytest.param(*case.values, 1, id=case.id) for case in OTHER_FILTERS),
+        *(pytest.param(*case.values, id=f"{case.id}, grouped") for case in GROUPED),
+    ],
+)
+def test_error_of_others_is_within_their_bound(x_shape, filters, padding, kernel, dilation, groups):
+    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation, groups)
     y, dx, dweight = passes(layer, *arrays)
     x, weight, bias, dout = (array.astype(np.float64) for array in arrays)
-    how = {"padding": padding, "dilation": dilation}
+    how = {"padding": padding, "dilation": dilation, "groups": groups}
     assert error(y, reference.conv2d_forward(x, weight, bias, **how)) < BOUND
     assert error(dx, reference.conv2d_backward_input(dout, weight, x_shape, **how)) < BOUND
     assert error(dweight, reference.conv2d_backward_weight(dout, x, kernel, **how)) < BOUND
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "filters", "padding", "kernel", "dilation"),
-    [*(pytest.param(*case.values, (3, 3), 1, id=case.id) for case in CASES), *OTHER_FILTERS],
+    ("x_shape", "filters", "padding", "kernel", "dilation", "groups"),
+    [
+        *(pytest.param(*case.values, (3, 3), 1, 1, id=case.id) for case in CASES),
+        *(pytest.param(*case.values, 1, id=case.id) for case in OTHER_FILTERS),
+        *(pytest.param(*case.values, id=f"{case.id}, grouped") for case in GROUPED),
+    ],
 )
-def test_threads_do_not_change_a_bit(x_shape, filters, padding, kernel, dilation, team):
-    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation)
+def test_threads_do_not_change_a_bit(x_shape, filters, padding, kernel, dilation, groups, team):
+    layer, *arrays = arguments(x_shape, filters, padding, kernel, dilation, groups)
     results = []
     for count in (1, 2):
         team(count)
@@ -145,7 +166,9 @@ UNFIT = [
     # x, filters, kernel, stride, padding, dilation, groups
     pytest.param((8, 8, 8, 64), 64, 3, 2, 1, 1, 1, id="stride 2"),
     pytest.param((8, 8, 8, 64), 64, 3, 1, 4, 4, 1, id="dilated tiles of few pixels"),
-    pytest.param((8, 8, 8, 64), 64, 3, 1, 1, 1, 2, id="groups"),
+    pytest.param((8, 8, 8, 96), 90, 3, 1, 1, 1, 6, id="groups of few filters"),
+    pytest.param((8, 8, 8, 90), 96, 3, 1, 1, 1, 6, id="groups of few channels"),
+    pytest.param((8, 16, 16, 64), 64, 7, 1, 3, 1, 2, id="groups and pieces"),
     pytest.param((8, 8, 8, 64), 64, 2, 1, 1, 1, 1, id="2 x 2"),
     pytest.param((8, 8, 8, 64), 64, 1, 1, 1, 1, 1, id="1 x 1"),
     pytest.param((8, 8, 8, 64), 64, (1, 7), 1, 3, 1, 1, id="1 x 7"),
@@ -208,7 +231,7 @@ POOLED_GRADIENTS = [
     pytest.param((2, 9, 9, 64), 128, 2, ("sparse", "dense"), id="many filters"),
     pytest.param((2, 8, 7, 256), 256, 2, ("dense", "dense"), id="more than the cache holds"),
     pytest.param((2, 9, 8, 32), 48, 1, ("dense", "dense"), id="ReLU alone"),
-    pytest.param((1, 6, 6, 32), 48, 1, ("direct", "dense"), id="few tiles"),
+    pytest.param((1, 6, 6, 32), 48, 1, ("dense", "dense"), id="few tiles"),
 ]
 
 
@@ -292,23 +315,23 @@ def test_nan_in_the_weights_reaches_its_filter():
 
 @pytest.mark.parametrize("tile_columns", [1, 2, 3, 5, 8, 56, 64, 65, 500])
 def test_blocks_are_whole_rows_of_tiles_where_these_are_short(tile_columns):
-    block = winograd._block_tiles(tile_columns, 10_000)
+    block = winograd_tiling.block_tiles(tile_columns, 10_000)
     assert 0 < block <= 64
     assert block % tile_columns == 0 or tile_columns > 64
-    assert winograd._block_tiles(tile_columns, 3) == 3
+    assert winograd_tiling.block_tiles(tile_columns, 3) == 3
 
 
 def test_panels_are_whole_vectors_of_the_filters():
     """None begins before the first filter, and together they have all."""
-    lanes, of = simd.lanes(np.float32), winograd.filters_of(arguments((1, 8, 8, 32), 32, 1)[0])
+    lanes, of = simd.lanes(np.float32), winograd_tiling.filters_of(arguments((1, 8, 8, 32), 32, 1)[0])
     for size in range(1, 100):
         assert winograd._fills_vectors(size) == (size >= max(lanes, winograd._FEWEST_CHANNELS))
         if not winograd._fills_vectors(size):
             continue
-        g, _ = winograd.tiling((1, 8, 8, 32), (8, 8, size), (1, 1), of)
+        g, _ = winograd_tiling.tiling((1, 8, 8, 32), (8, 8, size), (1, 1), of)
         seen = np.zeros(size, bool)
         for panel in range(-(-size // g.panel)):
-            first, many = winograd.panel_filters.py_func(g, panel, lanes)
+            first, many = winograd_tiling.panel_filters.py_func(g, panel, lanes)
             assert first >= 0
             assert many % lanes == 0
             seen[first : first + many] = True

@@ -19,9 +19,6 @@ that of one piece.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
@@ -30,9 +27,22 @@ from . import simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
-from .tile import TILE_ROWS, add_panel, overwrite_panel
+from .tile import add_panel, overwrite_panel
 from .vectors import pointer, prefetch
 from .winograd_points import TILE
+from .winograd_tiling import (
+    PIECES,
+    WIDEST,
+    Filters,
+    Tiling,
+    filters_of,
+    panel_filters,
+    piece_tap,
+    row_origin,
+    steps_to,
+    tiles_of,
+    tiling,
+)
 from .winograd_transforms import (
     input_columns,
     input_tile,
@@ -53,20 +63,9 @@ _FEWEST_TILES_LARGE = 24
 _LEAST_GAIN = 2
 # The most channels, those of all pieces counted, for which the error was measured.
 _MOST_CUT_CHANNELS = 512
-# Rows and columns of the pieces of filters: more need more points, whose numbers differ more in size.
-PIECES = (3, 4, 5)
 WINDOW = PIECES[0] + TILE - 1
-# Tiles in a block, about: the transformed weights stream past once for each.
-_BLOCK = 32
 # Channels whose weights are fetched before they are transformed.
 _AHEAD = 3
-# Rows of so many tiles are not cut.
-_WIDEST = 64
-# With no more tiles and no fewer weights than these, the transformed weights would go to memory and come back
-# for little work. All tiles are one block then, and weights are transformed for so many channels at a time.
-_FEW_TILES = 96
-_MANY_WEIGHTS = 1 << 14
-_CHUNK = 64
 
 _enabled = True
 
@@ -89,48 +88,6 @@ def get_winograd() -> bool:
     return _enabled
 
 
-class Tiling(NamedTuple):
-    """The integers that the compiled drivers read."""
-
-    height: int  # of an image
-    width: int
-    channels: int
-    top: int  # zeros above the image and left of it; negative where pixels are cut off
-    left: int
-    out_height: int
-    out_width: int
-    filters: int
-    dilation_h: int  # pixels from one of a tile, or of a filter, to the next
-    dilation_w: int
-    form: tuple[int, ...]  # as many entries as a window has rows, and no more meaning
-    area: int  # elements of a window
-    taps: int  # rows of a piece of a filter
-    cuts: int  # pieces of a filter, and how many of them are beside each other
-    cuts_w: int
-    depth: int  # channels of all pieces
-    phase_rows: int  # rows of tiles that begin at the same one of `dilation_h` x `dilation_w` pixels
-    tile_rows: int  # in an image, phase after phase
-    tile_columns: int
-    tiles: int  # in all images
-    block: int  # tiles that are multiplied together
-    panel: int  # filters that are multiplied together
-    chunk: int  # channels whose weights are transformed together where they are used; 0: all are, beforehand
-    input_step: int  # from one of a window's elements to the next in the transformed input,
-    weight_step: int  # in a panel of the transformed weights
-    product_step: int  # and in a panel of the products
-
-
-@kernel
-def panel_filters(g, panel, lanes):
-    """The first of a panel's filters, and how many: whole vectors of them.
-
-    Where the filters don't fill the last vector, it begins earlier, and what it shares is computed twice. Of
-    filters that are fewer than a vector holds there are just those.
-    """
-    many = min((g.filters - panel * g.panel + lanes - 1) // lanes * lanes, g.panel, g.filters)
-    return min(panel * g.panel, g.filters - many), many
-
-
 @kernel
 def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     """G g G^T of a panel of filters and a vector of channels from `k0` on, to rows of `u`.
@@ -140,33 +97,28 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * weight.itemsize)
     filter0, many = panel_filters(g, panel, lanes)
+    group = panel // g.panels
     taps = g.taps * g.taps
     if transposed:
+        pitch = g.groups * g.depth
         for c in range(0, many, lanes):
             for tap in range(taps):
-                source = ((taps - 1 - tap) * g.filters + filter0 + c) * g.depth + k0
-                transpose_square(weight, source, g.depth, square, tap * lanes * lanes, lanes)
+                source = ((taps - 1 - tap) * g.filters + filter0 + c) * pitch + group * g.depth + k0
+                transpose_square(weight, source, pitch, square, tap * lanes * lanes, lanes)
             for i in range(lanes):
                 place = u0 + i * g.panel + c
                 weight_vector(g.form, square, i * lanes, lanes * lanes, u, place, g.weight_step)
         return
     values = pointer(weight)
     for i in range(lanes):
-        source = (k0 + i) * g.filters + filter0
+        source = (k0 + i) * g.y_pixel + group * g.filters + filter0
         # Weights that nobody has read for long arrive meanwhile.
         for tap in range(taps):
             for c in range(0, many, lanes):
-                prefetch(values, (tap * g.depth + _AHEAD) * g.filters + source + c)
+                prefetch(values, (tap * g.depth + _AHEAD) * g.y_pixel + source + c)
         for c in range(0, many, lanes):
             place = u0 + i * g.panel + c
-            weight_vector(g.form, weight, source + c, g.depth * g.filters, u, place, g.weight_step)
-
-
-@kernel
-def piece_tap(cut, tap, height, width, cuts_w, side):
-    """The place of a tap of a piece with `side` rows in the filter; -1 if it has none."""
-    kh, kw = cut // cuts_w * side + tap // side, cut % cuts_w * side + tap % side
-    return kh * width + kw if kh < height and kw < width else -1
+            weight_vector(g.form, weight, source + c, g.depth * g.y_pixel, u, place, g.weight_step)
 
 
 @parallel
@@ -199,30 +151,12 @@ def _transform_all_weights(part, parts, weight, transposed, bias, g, u, start, s
         set_start(bias, start)
     lanes = VECTOR_BITS // (8 * weight.itemsize)
     slices = (g.depth + lanes - 1) // lanes
-    lo, hi = span(part, parts, (g.filters + g.panel - 1) // g.panel * slices)
+    lo, hi = span(part, parts, g.groups * g.panels * slices)
     for task in range(lo, hi):
         panel = task // slices
         k0 = min((task - panel * slices) * lanes, g.depth - lanes)
         place = panel * g.area * g.weight_step + k0 * g.panel
         _transform_weights(weight, transposed, g, panel, k0, u, place, squares[part])
-
-
-@kernel
-def row_origin(g, row):
-    """The image of a row of tiles, and its first pixel's row and column."""
-    n = row // g.tile_rows
-    r = row - n * g.tile_rows
-    if g.phase_rows == g.tile_rows:
-        return n, r * 4, 0
-    phase = r // g.phase_rows
-    top = phase // g.dilation_w
-    return n, top + (r - phase * g.phase_rows) * 4 * g.dilation_h, phase - top * g.dilation_w
-
-
-@kernel
-def steps_to(distance, step):
-    """Steps that reach `distance` or pass it: 0 and less for one that is not positive."""
-    return (distance + step - 1) // step
 
 
 @kernel
@@ -250,13 +184,13 @@ def transform_input(x, g, cut, first, last, c0, c1, offsets, zeros, columns, v, 
         inside = max(min(steps_to(g.width - w0, g.dilation_w), window - before), 0)
         for i in range(side):
             h = h0 + i * g.dilation_h
-            offsets[i] = ((n * g.height + h) * g.width + w0) * g.channels if 0 <= h < g.height else -1
+            offsets[i] = ((n * g.height + h) * g.width + w0) * g.x_pixel if 0 <= h < g.height else -1
         clear(columns, 0, before * column)
         clear(columns, (before + inside) * column, (window - before - inside) * column)
         for begin in range(c0, c1, lanes):
             c = min(begin, c1 - lanes)
             input_columns(
-                g.form, x, offsets, c, g.channels * g.dilation_w, inside, zeros, columns, before * column
+                g.form, x, offsets, c, g.x_pixel * g.dilation_w, inside, zeros, columns, before * column
             )
             place = (tile - first) * pitch + c - c0
             for k in range(many):
@@ -312,7 +246,7 @@ def _pool(z, g, first, last, e, taps, y, argmax, filter0, many):
         h = (row - n * g.tile_rows) * 4
         rows = min((n + 1) * g.tile_rows, end) - row
         windows = min(rows * 4, g.out_height - h) // e.pool_h
-        y0 = (n * e.out_h + h // e.pool_h) * e.out_w * g.filters + filter0
+        y0 = (n * e.out_h + h // e.pool_h) * e.out_w * g.y_pixel + filter0
         finish_panel(z[z0:], g.panel, windows, e, taps, y, y0, argmax, many)
         z0 += rows * 4 * g.out_width * g.panel
         row += rows
@@ -323,14 +257,15 @@ def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
     """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
     keep_out_of_line()
     filter0, many = panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
+    filter0 += panel // g.panels * g.filters
     if e.pool_h > 0:
         line = g.out_width * g.panel
         z0 = -(first // g.tile_columns) * 4 * line
         _transform_output(m, g, first, last, bias, filter0, many, z, z0, line, g.panel, g.tile_rows * 4)
         _pool(z, g, first, last, e, taps, y, argmax, filter0, many)
     else:
-        line = g.out_width * g.filters
-        _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.filters, g.out_height)
+        line = g.out_width * g.y_pixel
+        _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.y_pixel, g.out_height)
 
 
 @parallel
@@ -339,28 +274,32 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
     lanes = VECTOR_BITS // (8 * y.itemsize)
     v = vs[part]
     m = ms[part]
-    panels = (g.filters + g.panel - 1) // g.panel
     # The work is every block for every panel, so that few blocks keep all threads busy.
-    item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * panels)
+    sets, panels = g.groups // g.together, g.together * g.panels
+    item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * sets * panels)
     while item < end:
-        block = item // panels
-        begin = item - block * panels
-        stop = min(begin + end - item, panels)
-        item += stop - begin
+        task = item // panels
+        begin = item - task * panels
+        many = min(panels - begin, end - item)
+        item += many
+        block = task // sets
+        group0 = (task - block * sets) * g.together
         first = block * g.block
         last = min(first + g.block, g.tiles)
-        # Not the literal 0, for which Numba would compile a second version.
-        c0, channels = span(0, 1, g.channels)
+        c0 = group0 * g.channels
+        c1 = c0 + g.together * g.channels
         for cut in range(g.cuts):
-            target = v[cut * channels :]
+            target = v[cut * g.channels :]
+            pitch = g.together * g.depth
             transform_input(
-                x, g, cut, first, last, c0, channels, offsets[part], zeros, columns[part], target, g.depth
+                x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target, pitch
             )
-        for panel in range(begin, stop):
+        for panel in range(group0 * g.panels + begin, group0 * g.panels + begin + many):
+            k0 = (panel // g.panels - group0) * g.depth
             for element in range(g.area):
                 overwrite_panel(
                     v,
-                    element * g.input_step,
+                    element * g.input_step + k0,
                     tables[0],
                     tables[1],
                     0,
@@ -405,7 +344,7 @@ def _correlate_few(
     m = ms[part]
     # Not the literal 0, for which Numba would compile second versions.
     first, last = span(0, 1, g.tiles)
-    panel0, panel1 = span(part, parts, (g.filters + g.panel - 1) // g.panel)
+    panel0, panel1 = span(part, parts, g.panels)
     chunks = (g.channels + g.chunk - 1) // g.chunk
     for panel in range(panel0, panel1):
         clear(m, 0, m.size)
@@ -434,92 +373,13 @@ def _correlate_few(
         _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
-def _block_tiles(tile_columns: int, tiles: int) -> int:
-    """Tiles in a block: about a multiple of the engine's rows, and whole rows of tiles where these fit."""
-    if tile_columns > _WIDEST:
-        return min(_BLOCK // TILE_ROWS * TILE_ROWS, tiles)
-    counts = [rows * tile_columns for rows in range(1, _WIDEST // tile_columns + 1)]
-    counts = [count for count in counts if 2 * count >= _BLOCK] or counts
-    waste = {count: -count % TILE_ROWS / count + abs(count - _BLOCK) / (16 * _BLOCK) for count in counts}
-    return min(min(counts, key=waste.__getitem__), tiles)
-
-
-def _tiles(size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int]:
-    """Rows of tiles of a phase of an image, those of all phases, and tiles in a row."""
-    rows, columns = (-(-length // (step * TILE)) for length, step in zip(size, dilation, strict=True))
-    return rows, rows * dilation[0] * dilation[1], columns
-
-
-class Filters(NamedTuple):
-    """What `tiling` needs to know of a layer's filters."""
-
-    kernel: tuple[int, int]
-    dilation: tuple[int, int]
-    taps: int  # rows and columns of a piece
-
-    @property
-    def side(self) -> int:
-        """Rows and columns of a window."""
-        return self.taps + TILE - 1
-
-    @property
-    def cuts(self) -> tuple[int, int]:
-        """Pieces in height and in width."""
-        return -(-self.kernel[0] // self.taps), -(-self.kernel[1] // self.taps)
-
-    @property
-    def products(self) -> int:
-        """Products for a tile, of each channel and filter."""
-        return self.side**2 * self.cuts[0] * self.cuts[1]
-
-
-@lru_cache(maxsize=256)
-def filters_of(layer: Layer) -> Filters:
-    """Sizes of a layer's filters, in the pieces that need the fewest products."""
-    sides = layer.rows, layer.columns
-    kernel, dilation = zip(*((side.kernel, side.dilation) for side in sides), strict=True)
-    choices = [Filters(kernel, dilation, taps) for taps in PIECES]
-    return min(choices, key=lambda of: of.products)
-
-
-@lru_cache(maxsize=256)
-def tiling(
-    x_shape: tuple[int, ...], out_shape: tuple[int, ...], padding: tuple[int, int], of: Filters
-) -> tuple[Tiling, tuple[np.ndarray, ...]]:
-    """The sizes, and the engine's tables: rows of the transformed input, channels, rows of the products.
-
-    `x_shape` is (N, H, W, C), `out_shape` is (Ho, Wo, F), and `padding` is that above and to the left.
-    """
-    images, height, width, channels = x_shape
-    out_height, out_width, filters = out_shape
-    phase_rows, tile_rows, tile_columns = _tiles((out_height, out_width), of.dilation)
-    tiles = images * tile_rows * tile_columns
-    cuts = of.cuts[0] * of.cuts[1]
-    depth = cuts * channels
-    few = cuts == 1 and tiles <= _FEW_TILES and channels * filters >= _MANY_WEIGHTS
-    block = tiles if few else _block_tiles(tile_columns, tiles)
-    rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
-    lanes = simd.lanes(np.float32)
-    # Filters that are more than a vector and less than two end a panel of one, but none of two.
-    whole = filters % lanes == 0 or filters >= simd.panel_width(np.float32)
-    panel = simd.panel_width(np.float32) if whole else lanes
-    # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
-    chunk = -(-channels // -(-channels // _CHUNK)) if few else 0
-    inner = chunk or depth
-    steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
-    image = (height, width, channels, *padding, out_height, out_width, filters)
-    pieces = (*of.dilation, (0,) * of.side, of.side**2, of.taps, cuts, of.cuts[1], depth)
-    g = Tiling(*image, *pieces, phase_rows, tile_rows, tile_columns, tiles, block, panel, chunk, *steps)
-    return g, (rows * inner, np.arange(inner), rows * panel)
-
-
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether Winograd's algorithm can do a layer's passes, is faster, and is wanted."""
-    if not _enabled or dtype != np.float32 or layer.groups != 1:
+    if not _enabled or dtype != np.float32:
         return False
     if layer.rows.stride > 1 or layer.columns.stride > 1:
         return False
-    if not all(_fills_vectors(size) for size in (layer.channels, layer.filters)):
+    if not all(_fills_vectors(size // layer.groups) for size in (layer.channels, layer.filters)):
         return False
     of = filters_of(layer)
     # The passes differ in their tiles by the padding only.
@@ -531,7 +391,7 @@ def _gains(of: Filters, layer: Layer) -> bool:
     if TILE * TILE * of.kernel[0] * of.kernel[1] < _LEAST_GAIN * of.products:
         return False
     cuts = of.cuts[0] * of.cuts[1]
-    return cuts == 1 or cuts * max(layer.channels, layer.filters) <= _MOST_CUT_CHANNELS
+    return cuts == 1 or (of.groups == 1 and cuts * max(layer.channels, layer.filters) <= _MOST_CUT_CHANNELS)
 
 
 def _fills_vectors(size: int) -> bool:
@@ -540,7 +400,7 @@ def _fills_vectors(size: int) -> bool:
 
 
 def _repays(images: int, image: tuple[int, int], of: Filters) -> bool:
-    _, rows, columns = _tiles(image, of.dilation)
+    _, rows, columns = tiles_of(image, of.dilation)
     tiles = images * rows * columns
     fewest = _FEWEST_TILES if of.products == WINDOW**2 else _FEWEST_TILES_LARGE
     return tiles >= fewest and images * image[0] * image[1] >= _FEWEST_PIXELS * tiles
@@ -552,7 +412,7 @@ def ends_in(layer: Layer, e: Epilogue) -> bool:
         return True
     if layer.rows.dilation > 1 or layer.columns.dilation > 1:
         return False
-    return TILE % e.pool_h == 0 and -(-layer.out_image[1] // TILE) <= _WIDEST
+    return TILE % e.pool_h == 0 and -(-layer.out_image[1] // TILE) <= WIDEST
 
 
 def forward(
@@ -592,7 +452,7 @@ def _in_pieces(weight: np.ndarray, of: Filters, g: Tiling, transposed: bool) -> 
 
 
 def _convolve(g, tables, x, weight, transposed, bias, y, e, argmax):
-    panels = -(-g.filters // g.panel)
+    panels = g.groups * g.panels
     start = scratch("start", panels * g.panel, x.dtype)
     x, weight, y = x.reshape(-1), weight.reshape(-1), y.reshape(-1)
     bias = NOTHING[x.dtype] if bias is None else bias
@@ -605,7 +465,7 @@ def _run_many(x, weight, transposed, bias, start, y, g, tables, panels, end):
     u = scratch("weights", panels * g.area * g.weight_step, x.dtype)
     parts = part_count(panels * -(-g.depth // simd.lanes(x.dtype)), u.nbytes)
     _transform_all_weights(parts, weight, transposed, bias, g, u, start, _squares(g, parts))
-    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * g.area * g.depth * g.filters)
+    parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * g.area * g.depth * g.y_pixel)
     vs = _shares("input", parts, g.area * g.input_step)
     zeros = np.zeros(g.panel, x.dtype)
     memory = (zeros, *windows(g, parts), vs, *_products(g, end[0], parts))

@@ -20,6 +20,8 @@ from . import direct, simd, winograd, winograd_weights
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .vectors import first_lanes, load, pointer, store
+from .winograd_points import TILE
+from .winograd_tiling import filters_of
 from .workspace import NOWHERE, clear, copy, scratch
 
 # Products that must be spared, as a ratio, and filters that are needed, to repay the folding of images and
@@ -148,11 +150,8 @@ def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     if any(side.dilation > 1 or side.stride >= side.kernel for side in sides) or not layer.multiply_adds:
         return False
     f, folded = _fold(layer)
-    products = winograd.TILE**2 * f.kernel_h * f.kernel_w * f.channels
-    if (
-        layer.filters < _FEWEST_FILTERS
-        or products < _LEAST_GAIN * winograd.filters_of(folded).products * f.depth
-    ):
+    products = TILE**2 * f.kernel_h * f.kernel_w * f.channels
+    if layer.filters < _FEWEST_FILTERS or products < _LEAST_GAIN * filters_of(folded).products * f.depth:
         return False
     return winograd.suits(folded, images, dtype)
 

@@ -23,7 +23,8 @@ from .direct import Layer
 from .simd import VECTOR_BITS
 from .tile import add_panel, add_rows, padded_rows
 from .vectors import pointer, prefetch
-from .winograd import (
+from .winograd import transform_input, windows
+from .winograd_tiling import (
     Filters,
     Tiling,
     filters_of,
@@ -32,8 +33,6 @@ from .winograd import (
     row_origin,
     steps_to,
     tiling,
-    transform_input,
-    windows,
 )
 from .winograd_transforms import add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
@@ -42,14 +41,20 @@ from .workspace import clear, scratch
 _ROUND = 256
 # Tiles that a task transforms.
 _TASK = 32
+# What is transformed fits a thread's own cache if these are its bytes; so do the sums of so few products.
+_ROUND_BYTES = 1 << 19
+_MOST_APART = 1 << 10
+# Pieces of the work that are summed apart, about, and tiles in one, at least.
+_PIECES = 8
+_FEWEST_TILES_APART = 128
 
 
 class Cut(NamedTuple):
     """How the work is cut."""
 
-    slabs: int  # vectors of channels
-    panels: int  # of filters
+    slabs: int  # vectors of channels of a piece of a group's filters
     tiles: int  # that a task transforms, at most
+    pieces: int  # of the tiles, whose sums are apart; 0: all threads add to the same
 
 
 @kernel
@@ -57,15 +62,16 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
     """A dY A^T of the tiles from `first` to `last` and a panel of filters."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dout.itemsize)
-    line = g.out_width * g.filters * g.dilation_h
-    pixel = g.filters * g.dilation_w
+    line = g.out_width * g.y_pixel * g.dilation_h
+    pixel = g.y_pixel * g.dilation_w
     filter0, many = panel_filters(g, panel, lanes)
+    filter0 += panel // g.panels * g.filters
     pixels = pointer(dout)
     for tile in range(first, last):
         row = tile // g.tile_columns
         n, top, phase = row_origin(g, row)
         left = phase + (tile - row * g.tile_columns) * 4 * g.dilation_w
-        d0 = ((n * g.out_height + top) * g.out_width + left) * g.filters + filter0
+        d0 = ((n * g.out_height + top) * g.out_width + left) * g.y_pixel + filter0
         rows = steps_to(g.out_height - top, g.dilation_h)
         columns = steps_to(g.out_width - left, g.dilation_w)
         # The next tile's pixels arrive meanwhile.
@@ -80,72 +86,99 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
         w0 += g.panel
 
 
+@kernel
+def _transform_slab(x, g, cut, group, slab, begin, end, zeros, offsets, columns, v):
+    """B^T d B of the tiles from `begin` to `end` and a vector of channels of one piece of the filters."""
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    piece = slab // cut.slabs
+    # The last begins earlier where the channels don't fill it.
+    c = group * g.channels + min((slab - piece * cut.slabs) * lanes, g.channels - lanes)
+    transform_input(x, g, piece, begin, end, c, c + lanes, offsets, zeros, columns, v, lanes)
+
+
+@kernel
+def _add_products(v, w, g, element, panel, depth, tables, sums):
+    """Multiply an element of `depth` tiles of a group with that of a panel of its filters."""
+    lanes = VECTOR_BITS // (8 * v.itemsize)
+    channels, tiles, sum_rows = tables
+    add_panel(
+        v,
+        element * g.input_step,
+        channels,
+        tiles,
+        0,
+        channels.size,
+        depth,
+        w,
+        element * g.weight_step + panel * g.block * g.panel,
+        g.panel,
+        sums,
+        element * g.product_step + panel * g.depth * g.panel,
+        sum_rows,
+        panel_filters(g, panel, lanes)[1],
+    )
+
+
 @parallel
 def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, columns, v, w):
     """Images by slab of one vector of channels, gradients by panel of filters, tile after tile in each."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    slices = cut.slabs + cut.panels
+    slabs = g.cuts * cut.slabs
+    slices = slabs + g.panels
     lo, hi = span(part, parts, (last - first + cut.tiles - 1) // cut.tiles * slices)
     for task in range(lo, hi):
         piece = task // slices
         slab = task - piece * slices
         begin = first + piece * cut.tiles
         end = min(begin + cut.tiles, last)
-        if slab < cut.slabs:
-            slabs = cut.slabs // g.cuts
-            piece_of_filter = slab // slabs
-            # The last begins earlier where the channels don't fill it.
-            c = min((slab - piece_of_filter * slabs) * lanes, g.channels - lanes)
+        if slab < slabs:
             target = v[(slab * g.block + begin - first) * lanes :]
-            transform_input(
-                x,
-                g,
-                piece_of_filter,
-                begin,
-                end,
-                c,
-                c + lanes,
-                offsets[part],
-                zeros,
-                columns[part],
-                target,
-                lanes,
-            )
+            _transform_slab(x, g, cut, 0, slab, begin, end, zeros, offsets[part], columns[part], target)
         else:
-            panel = slab - cut.slabs
+            panel = slab - slabs
             place = (panel * g.block + begin - first) * g.panel
             _transform_gradient(dout, g, begin, end, panel, zeros, w, place)
 
 
 @parallel
-def _add_products(part, parts, v, w, g, cut, is_first, depth, tables, sums):
+def _multiply(part, parts, v, w, g, is_first, depth, tables, sums):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * v.itemsize)
-    channels, tiles, sum_rows = tables
-    lo, hi = span(part, parts, g.area * cut.panels)
+    lo, hi = span(part, parts, g.area * g.panels)
     for task in range(lo, hi):
-        element = task // cut.panels
-        panel = task - element * cut.panels
-        s0 = element * g.product_step + panel * g.depth * g.panel
+        element = task // g.panels
+        panel = task - element * g.panels
         if is_first:
-            clear(sums, s0, g.depth * g.panel)
-        add_panel(
-            v,
-            element * g.input_step,
-            channels,
-            tiles,
-            0,
-            channels.size,
-            depth,
-            w,
-            element * g.weight_step + panel * g.block * g.panel,
-            g.panel,
-            sums,
-            s0,
-            sum_rows,
-            panel_filters(g, panel, lanes)[1],
-        )
+            clear(sums, element * g.product_step + panel * g.depth * g.panel, g.depth * g.panel)
+        _add_products(v, w, g, element, panel, depth, tables, sums)
+
+
+@parallel
+def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, tables, sums):
+    """The sums of every group and piece of the tiles, each by one thread in its own cache."""
+    keep_out_of_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    v, w = vs[part], ws[part]
+    lo, hi = span(part, parts, g.groups * cut.pieces)
+    for task in range(lo, hi):
+        group = task // cut.pieces
+        piece = task - group * cut.pieces
+        own = sums[piece, group]
+        clear(own, 0, own.size)
+        begin, end = span(piece, cut.pieces, g.tiles)
+        for first in range(begin, end, g.block):
+            last = min(first + g.block, end)
+            for slab in range(g.cuts * cut.slabs):
+                target = v[slab * g.block * lanes :]
+                _transform_slab(
+                    x, g, cut, group, slab, first, last, zeros, offsets[part], columns[part], target
+                )
+            for panel in range(g.panels):
+                place = panel * g.block * g.panel
+                _transform_gradient(dout, g, first, last, group * g.panels + panel, zeros, w, place)
+            for element in range(g.area):
+                for panel in range(g.panels):
+                    _add_products(v, w, g, element, panel, last - first, tables, own)
 
 
 @kernel
@@ -155,37 +188,63 @@ def _add_piece(taps, piece, height, width, g, dweight, target):
     for t in range(g.taps * g.taps):
         tap = piece_tap(piece, t, height, width, g.cuts_w, g.taps)
         if tap >= 0:
-            place = target + tap * g.channels * g.filters
+            place = target + tap * g.channels * g.y_pixel
             values, places = taps[t * lanes : (t + 1) * lanes], dweight[place : place + lanes]
             for i in range(places.size):
                 places[i] += values[i]
 
 
+@kernel
+def _add_up(sums, group, g, place):
+    """Add the sums of all pieces, of a channel and a panel, to those of the first."""
+    for piece in range(1, len(sums)):
+        for element in range(g.area):
+            begin = element * g.product_step + place
+            end = begin + g.panel
+            values, places = sums[piece, group, begin:end], sums[0, group, begin:end]
+            for i in range(places.size):
+                places[i] += values[i]
+
+
 @parallel
-def _finish(part, parts, g, height, width, cut, sums, taps, dweight):
+def _finish(part, parts, g, height, width, sums, taps, dweight):
     """Add G^T M G to the gradient of filters of `height` x `width`, M being the sums."""
     keep_out_of_line()
     lanes = VECTOR_BITS // (8 * dweight.itemsize)
-    lo, hi = span(part, parts, g.depth)
-    for c in range(lo, hi):
+    lo, hi = span(part, parts, g.groups * g.depth)
+    for task in range(lo, hi):
+        group = task // g.depth
+        c = task - group * g.depth
         piece = c // g.channels
-        for panel in range(cut.panels):
+        for panel in range(g.panels):
             filter0, many = panel_filters(g, panel, lanes)
             shared = panel * g.panel - filter0
+            place = (panel * g.depth + c) * g.panel
+            _add_up(sums, group, g, place)
             for f in range(0, many, lanes):
-                source = (panel * g.depth + c) * g.panel + f
-                target = (c - piece * g.channels) * g.filters + filter0 + f
-                if height == g.taps and width == g.taps:
-                    tap = g.channels * g.filters
+                target = (c - piece * g.channels) * g.y_pixel + group * g.filters + filter0 + f
+                whole = height == g.taps and width == g.taps
+                if whole:
+                    tap = g.channels * g.y_pixel
                     add_filter_gradient(
-                        g.form, sums, source, g.product_step, dweight, target, tap, shared - f
+                        g.form, sums[0, group], place + f, g.product_step, dweight, target, tap, shared - f
                     )
                 else:
                     clear(taps[part], 0, taps[part].size)
                     add_filter_gradient(
-                        g.form, sums, source, g.product_step, taps[part], 0, lanes, shared - f
+                        g.form, sums[0, group], place + f, g.product_step, taps[part], 0, lanes, shared - f
                     )
                     _add_piece(taps[part], piece, height, width, g, dweight, target)
+
+
+def _block(g: Tiling) -> tuple[int, int]:
+    """Tiles that are transformed together, and pieces that are summed apart."""
+    if g.groups == 1 and g.depth * g.filters > _MOST_APART:
+        return -(-g.tiles // -(-g.tiles // _ROUND)), 0
+    pieces = max(1, min(-(-_PIECES // g.groups), g.tiles // _FEWEST_TILES_APART))
+    most = max(_TASK, _ROUND_BYTES // (4 * g.area * (g.depth + g.filters)))
+    tiles = -(-g.tiles // pieces)
+    return -(-tiles // -(-tiles // most)), pieces
 
 
 @lru_cache(maxsize=256)
@@ -195,16 +254,15 @@ def _cut(
     """The sizes, and the engine's tables: channels, tiles, and channels in the sums."""
     g, _ = tiling(x_shape, out_shape, padding, of)
     lanes = simd.lanes(np.float32)
-    slabs, panels = -(-g.channels // lanes), -(-g.filters // g.panel)
-    rounds = -(-g.tiles // _ROUND)
-    block = -(-g.tiles // rounds)
-    cut = Cut(g.cuts * slabs, panels, min(_TASK, block))
+    slabs = -(-g.channels // lanes)
+    block, pieces = _block(g)
+    cut = Cut(slabs, min(_TASK, block), pieces)
     # One vector more in each step: at a power of two all elements would compete for the same cache lines.
     g = g._replace(
         block=block,
-        input_step=cut.slabs * block * lanes + lanes,
-        weight_step=panels * block * g.panel + lanes,
-        product_step=panels * g.depth * g.panel + lanes,
+        input_step=g.cuts * slabs * block * lanes + lanes,
+        weight_step=g.panels * block * g.panel + lanes,
+        product_step=g.panels * g.depth * g.panel + lanes,
     )
     channel = np.arange(g.channels)
     slab = channel // lanes
@@ -220,20 +278,32 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     padding = (layer.rows.padding[0], layer.columns.padding[0])
     of = filters_of(layer)
     g, cut, tables = _cut(x.shape, dout.shape[1:], padding, of)
+    size = g.groups * g.area * g.product_step
+    sums = scratch("sums", max(cut.pieces, 1) * size, x.dtype).reshape(-1, g.groups, size // g.groups)
+    run = _run_apart if cut.pieces else _run_together
+    run(g, cut, x.reshape(-1), dout.reshape(-1), tables, sums)
+    parts = part_count(g.groups * g.depth, sums.nbytes)
+    taps = scratch("squares", parts * g.taps**2 * simd.lanes(x.dtype), x.dtype).reshape(parts, -1)
+    _finish(parts, g, *of.kernel, sums, taps, dweight.reshape(-1))
+
+
+def _run_together(g, cut, x, dout, tables, sums):
     v = scratch("input", g.area * g.input_step, x.dtype)
     w = scratch("gradients", g.area * g.weight_step, x.dtype)
-    sums = scratch("sums", g.area * g.product_step, x.dtype)
-    x, dout = x.reshape(-1), dout.reshape(-1)
-    lanes = simd.lanes(x.dtype)
-    zeros = np.zeros(lanes, x.dtype)
-    tasks = -(-g.block // cut.tiles) * (cut.slabs + cut.panels)
+    zeros = np.zeros(simd.lanes(x.dtype), x.dtype)
+    tasks = -(-g.block // cut.tiles) * (g.cuts * cut.slabs + g.panels)
     transforms = part_count(tasks, v.nbytes + w.nbytes)
     memory = windows(g, transforms)
-    products = part_count(g.area * cut.panels, g.block * g.area * g.depth * g.filters)
+    products = part_count(g.area * g.panels, g.block * g.area * g.depth * g.filters)
     for first in range(0, g.tiles, g.block):
         last = min(first + g.block, g.tiles)
         _transform(transforms, x, dout, g, cut, first, last, zeros, *memory, v, w)
-        _add_products(products, v, w, g, cut, int(first == 0), last - first, tables, sums)
-    parts = part_count(g.depth, sums.nbytes)
-    taps = scratch("squares", parts * g.taps**2 * lanes, x.dtype).reshape(parts, -1)
-    _finish(parts, g, *of.kernel, cut, sums, taps, dweight.reshape(-1))
+        _multiply(products, v, w, g, int(first == 0), last - first, tables, sums.reshape(-1))
+
+
+def _run_apart(g, cut, x, dout, tables, sums):
+    parts = part_count(g.groups * cut.pieces, g.tiles * g.area * g.depth * g.y_pixel)
+    vs = scratch("input", parts * g.area * g.input_step, x.dtype).reshape(parts, -1)
+    ws = scratch("gradients", parts * g.area * g.weight_step, x.dtype).reshape(parts, -1)
+    zeros = np.zeros(simd.lanes(x.dtype), x.dtype)
+    _sum_apart(parts, x, dout, g, cut, zeros, *windows(g, parts), vs, ws, tables, sums)
