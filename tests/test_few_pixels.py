@@ -23,6 +23,11 @@ CASES = [
     pytest.param((1, 16, 16, 10), 10, (3, 3), {"padding": 1}, id="less than a vector of filters"),
     pytest.param((2, 3, 5, 8), 1, (2, 3), {}, id="one filter"),
     pytest.param((1, 8, 8, 1), 17, (3, 3), {"padding": 1}, id="one channel"),
+    pytest.param(
+        (150, 2, 2, 20), 33, (3, 3), {"padding": 1}, id="images of four pixels, three times as many"
+    ),
+    pytest.param((40, 1, 9, 16), 20, (3, 3), {"padding": 1}, id="one row of pixels, 28 images and then 12"),
+    pytest.param((3, 10, 10, 9), 17, (3, 3), {"padding": 9, "dilation": 9}, id="an image at a time"),
 ]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
@@ -112,6 +117,7 @@ def test_backward_is_the_reference_s(x_shape, filters, kernel, how, dtype):
         pytest.param((1, 8, 8, 64), 64, id="whole"),
         pytest.param((3, 7, 5, 20), 35, id="a row and a column that fill no window"),
         pytest.param((2, 6, 6, 9), 5, id="less than a vector of filters"),
+        pytest.param((40, 3, 2, 20), 35, id="parts of the batch"),
     ],
 )
 def test_pooled_forward_is_the_reference_s(x_shape, filters, pool, relu):
@@ -190,6 +196,10 @@ def test_is_used_for_few_pixels_only():
     assert way(16) is not few_pixels.forward
     assert way(17, kernel=1) is not few_pixels.forward
     assert way(9, channels=3) is not few_pixels.forward
+    assert way(2, images=100) is few_pixels.forward
+    assert way(2, images=100, kernel=1) is not few_pixels.forward
+    assert way(2, images=100, channels=3) is not few_pixels.forward
+    assert way(4, images=100) is not few_pixels.forward
 
 
 def test_gradients_are_used_for_few_pixels_only():
@@ -205,6 +215,8 @@ def test_gradients_are_used_for_few_pixels_only():
         assert way(find, (1, 17, 17, 20), 20, 1) is not used
         assert way(find, (1, 8, 8, 3), 3) is used
         assert way(find, (1, 9, 9, 3), 3, 5) is not used
+        assert way(find, (100, 2, 2, 20), 20) is used
+        assert way(find, (100, 2, 2, 20), 20, 1) is not used
 
 
 def test_pooled_forward_uses_it_too():

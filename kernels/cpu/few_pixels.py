@@ -9,6 +9,9 @@ it is all that is spared that counts: no window is copied and no weight packed.
 Backward to the input is the same with the outputs for pixels, and each block of weights transposed on the
 way. The gradient of the weights is added to them where they lie, tap by tap: each is a product of the
 channels that it sees with the outputs that see it.
+
+Many images of a few pixels are convolved so too, some of them after others: of 2x2 pixels a 3x3 filter sees
+four in nine, where other ways multiply with the padding's zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from .image_tiles import gather_images
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
 from .vectors import first_lanes, load, pointer, prefetch, store
-from .winograd import panel_filters
+from .winograd_tiling import panel_filters
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # With more pixels direct convolution takes less time; with few channels the sums of a block are short.
@@ -38,6 +41,8 @@ _FEW_CHANNELS, _MOST_PIXELS_OF_FEW_CHANNELS = 8, 64
 # Where there is Winograd's algorithm, it does the more pixels of more channels times filters.
 _MOST_PIXELS_BESIDE_WINOGRAD = 144
 _MOST_WEIGHTS_BESIDE_WINOGRAD = 1 << 10
+# And of more pixels those of small images whose padding is so much of what the filters see.
+_MOST_SEEN = 0.6
 # So few pixels of a tap are multiplied with weights as they lie: transposing these would take longer.
 _MOST_DOTS = 4
 # Channels of a block: enough to repay reading and writing the sums, and few enough that the next block fits
@@ -58,31 +63,48 @@ class Sizes(NamedTuple):
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether a layer has few enough pixels, beside Winograd's algorithm too."""
-    most = _most(layer.channels)
     if layer.channels * layer.filters > _MOST_WEIGHTS_BESIDE_WINOGRAD and winograd.suits(
         layer, images, dtype
     ):
-        most = _MOST_PIXELS_BESIDE_WINOGRAD
-    return layer.groups == 1 and 0 < _pixels(layer, images) <= most
+        return layer.groups == 1 and 0 < _pixels(layer, images) <= _MOST_PIXELS_BESIDE_WINOGRAD
+    return _suits(layer, images, layer.channels)
 
 
 def suits_input(layer: Layer, images: int) -> bool:
     """Whether a layer has few enough pixels on the way back to its input."""
-    return layer.groups == 1 and 0 < _pixels(layer, images) <= _most(layer.filters)
+    return _suits(layer, images, layer.filters)
 
 
 def suits_weight(layer: Layer, images: int) -> bool:
     """Whether a layer has few enough pixels for the gradient of its weights."""
-    return layer.groups == 1 and 0 < _pixels(layer, images) <= _most(layer.channels)
+    return _suits(layer, images, layer.channels)
 
 
-def _most(channels: int) -> int:
-    """The most pixels of images of so many channels."""
-    return _MOST_PIXELS if channels >= _FEW_CHANNELS else _MOST_PIXELS_OF_FEW_CHANNELS
+def _suits(layer: Layer, images: int, channels: int) -> bool:
+    """Whether there are few enough pixels for images, or gradients, of so many channels."""
+    most = _MOST_PIXELS if channels >= _FEW_CHANNELS else _MOST_PIXELS_OF_FEW_CHANNELS
+    pixels = _pixels(layer, images)
+    if layer.groups > 1 or not pixels:
+        return False
+    return pixels <= most or (_pixels(layer, 1) <= most == _MOST_PIXELS and _seen(layer) <= _MOST_SEEN)
 
 
 def _pixels(layer: Layer, images: int) -> int:
     return images * layer.out_image[0] * layer.out_image[1]
+
+
+@lru_cache(maxsize=256)
+def _seen(layer: Layer) -> float:
+    """How much of what the filters see is the image."""
+    seen = sum(i.size * j.size for _, ((i, _), (j, _)) in _axes(layer, layer.out_image))
+    return seen / (layer.positions.size * _pixels(layer, 1))
+
+
+def _some(layer: Layer, images: int) -> Iterator[slice]:
+    """The images that are convolved together."""
+    many = images if _pixels(layer, images) <= _MOST_PIXELS else _MOST_PIXELS // _pixels(layer, 1)
+    for first in range(0, images, many):
+        yield slice(first, min(first + many, images))
 
 
 @kernel
@@ -286,12 +308,14 @@ def forward(
     argmax: np.ndarray = NOWHERE,
 ) -> None:
     """Overwrite `y`, and `argmax`, with the convolution of `x` that ends in `e`."""
-    _run(layer, x, weight, bias, y, e, argmax, False)
+    for some in _some(layer, len(x)):
+        _run(layer, x[some], weight, bias, y[some], e, argmax[some] if argmax.size else argmax, False)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
-    _run(layer, dout, weight, None, dx, NO_EPILOGUE, NOWHERE, True)
+    for some in _some(layer, len(dout)):
+        _run(layer, dout[some], weight, None, dx[some], NO_EPILOGUE, NOWHERE, True)
 
 
 @parallel
@@ -368,6 +392,11 @@ def _weight_plan(layer: Layer, images: int, width: int) -> tuple[Sizes, tuple[np
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
+    for some in _some(layer, len(x)):
+        _add_weight_gradient(layer, dout[some], x[some], dweight)
+
+
+def _add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     images, width = x.shape[0], simd.panel_width(x.dtype)
     g, tables = _weight_plan(layer, images, width)
     parts = part_count(g.panels * len(tables[0]), images * layer.multiply_adds / MULTIPLY_ADDS_PER_BYTE)

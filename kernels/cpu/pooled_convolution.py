@@ -20,6 +20,7 @@ from . import (
     depthwise,
     direct,
     direct_weights,
+    few_pixels,
     narrow_groups,
     sparse,
     winograd,
@@ -38,6 +39,8 @@ _MOST_PIXELS = 255
 # of the weights, whose sparse sums then leave the cache, and of the input.
 _WINOGRAD_WEIGHT = 1 << 14
 _WINOGRAD_INPUT = 1 << 13
+# And from which on those of few pixels do, for the weights: each filter's sums are written for few products.
+_FEW_PIXELS_WEIGHT = 1 << 12
 
 
 def _epilogue(layer: direct.Layer, pool_size: Any, relu: bool, keeps: bool) -> Epilogue:
@@ -83,6 +86,8 @@ def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tup
     if winograd_lanes.suits_input(layer, images, dtype):
         # Its dense sums are over vectors of images, sparse ones over a pixel's few channels.
         return "sparse" if sparse_weight else "direct", "dense"
+    if few_pixels.suits_weight(layer, images):
+        return "sparse" if sparse_weight and size < _FEW_PIXELS_WEIGHT else "dense", "dense"
     return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "dense"
 
 
