@@ -1,9 +1,11 @@
 """A team of threads for the kernels.
 
-A job is one kernel call in a number of parts. The calling thread publishes it as one word of memory and takes
-parts itself; helpers that are awake take parts too, each by one atomic step. Nobody waits for a part that
-nobody has taken: a helper that sleeps, or that the system has put aside, delays nothing. Helpers look for the
-next job for some tenths of a millisecond, which carries them from layer to layer, and then sleep in a lock.
+A job is one kernel call in a number of parts. The calling thread publishes a share of them for itself and for
+each helper, and whoever is awake takes parts by one atomic step each: those of its own share from the first
+on, and then the last ones of the others'. A thread thus does the same images layer after layer, which lie in
+its cache, and yet nobody waits for a part that nobody has taken: a helper that sleeps, or that the system has
+put aside, delays nothing. Helpers look for the next job for some tenths of a millisecond, which carries them
+from layer to layer, and then sleep in a lock.
 
 No threading runtime lies underneath that a fork, a second Python thread or another library could upset. A
 forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No
@@ -43,15 +45,16 @@ from .jit import entry, kernel
 
 # The words of a control block, each on a cache line of its own.
 _LINE = 8
-_TICKETS = 0 * _LINE  # job number << 32 | parts that nobody has taken
+_JOBS = 0 * _LINE  # jobs that were published so far
 _DONE = 1 * _LINE  # parts that are finished
 # atomic.JOB and the two words behind it: the third line
 _FAILED = 3 * _LINE  # 1 if a part ended in an error
 _LIMIT = 4 * _LINE  # helpers that may take parts
 # atomic.ARGUMENTS and the words behind it: the fifth line and on
-_AWAKE = ARGUMENTS + ARGUMENT_WORDS  # and on: 1 for each helper that looks for jobs
+_AWAKE = ARGUMENTS + ARGUMENT_WORDS  # and on, two lines a thread: 1 if it is a helper that looks for jobs
+_SHARE = _LINE  # behind it: job number << 32 | first << 16 | end of the parts that nobody has taken
+_THREAD = 2 * _LINE
 
-_REMAINING = (1 << 32) - 1
 # Polls of some 15 ns each: how long a helper looks for a job before it sleeps, and how long a caller waits
 # for the last parts before it gives its processor away.
 _HELPER_POLLS = 20_000
@@ -67,33 +70,55 @@ _LEAST_WORK_PLAYED = 15_000
 
 
 @kernel
-def _take_parts(control):
-    """Do parts of the published job until all are taken; returns how many."""
-    taken = 0
+def span(part, parts, tasks):
+    """First and last + 1 of the `tasks` that `part` of `parts` does."""
+    return part * tasks // parts, (part + 1) * tasks // parts
+
+
+@kernel
+def _take_part(control, thread, steals):
+    """A part of a thread's share, the first, or the last if another `steals` it; -1 if there is none."""
+    place = _AWAKE + thread * _THREAD + _SHARE
     while True:
-        word = atomic_load(control, _TICKETS)
-        remaining = word & _REMAINING
-        if remaining == 0:
-            return taken
-        # The job's number is body of the word: a job that has ended is never taken for the next one.
-        if atomic_swap_if(control, _TICKETS, word, word - 1):
-            if run_part(control, remaining - 1) != 0:
+        word = atomic_load(control, place)
+        first, end = (word >> 16) & 0xFFFF, word & 0xFFFF
+        if first >= end:
+            return -1
+        # The job's number is in the word: a job that has ended is never taken for the next one.
+        if atomic_swap_if(control, place, word, word - 1 if steals else word + (1 << 16)):
+            return end - 1 if steals else first
+
+
+@kernel
+def _take_parts(control, thread):
+    """Do parts of the published job, those of a thread's own share first, until all are taken."""
+    sharing, done = atomic_load(control, _LIMIT) + 1, 0
+    for k in range(sharing):
+        owner = (thread + k) % sharing
+        part = _take_part(control, owner, k > 0)
+        while part >= 0:
+            if run_part(control, part) != 0:
                 atomic_store(control, _FAILED, 1)
-            atomic_add(control, _DONE, 1)
-            taken += 1
+            done += 1
+            part = _take_part(control, owner, k > 0)
+    atomic_add(control, _DONE, done)
 
 
 @entry
 def _help_out(control, helper, polls):
     """Do parts of whatever is published, until `polls` looks in a row have found nothing."""
-    atomic_store(control, _AWAKE + helper * _LINE, 1)
-    idle = 0
+    atomic_store(control, _AWAKE + helper * _THREAD, 1)
+    idle, seen = 0, 0
     while idle < polls:
         idle += 1
-        if helper < atomic_load(control, _LIMIT) and _take_parts(control) > 0:
-            idle = 0
+        job = atomic_load(control, _JOBS)
+        if job != seen:
+            seen = job
+            if helper <= atomic_load(control, _LIMIT):
+                _take_parts(control, helper)
+                idle = 0
         pause()
-    atomic_store(control, _AWAKE + helper * _LINE, 0)
+    atomic_store(control, _AWAKE + helper * _THREAD, 0)
 
 
 @kernel
@@ -102,9 +127,13 @@ def _finish(control, parts, helpers):
     atomic_store(control, _LIMIT, helpers)
     atomic_store(control, _FAILED, 0)
     atomic_store(control, _DONE, 0)
-    job = (atomic_load(control, _TICKETS) >> 32) + 1
-    atomic_store(control, _TICKETS, (job << 32) | parts)
-    _take_parts(control)
+    job = atomic_load(control, _JOBS) + 1
+    for thread in range(helpers + 1):
+        first, end = span(thread, helpers + 1, parts)
+        place = _AWAKE + thread * _THREAD + _SHARE
+        atomic_store(control, place, (job << 32) | (first << 16) | end)
+    atomic_store(control, _JOBS, job)
+    _take_parts(control, 0)
     polls = 0
     while atomic_load(control, _DONE) != parts:
         polls += 1
@@ -183,21 +212,21 @@ class _Team:
         for i in range(count):
             if i == len(self.helpers):
                 self._hire()
-            elif not self.control[_AWAKE + i * _LINE] and self.helpers[i].locked():
+            elif not self.control[_AWAKE + (i + 1) * _THREAD] and self.helpers[i].locked():
                 self.helpers[i].release()
 
     def _hire(self) -> None:
         """Start one more helper, at work already."""
         _help_out(self.control, 0, 0)  # compiles, here rather than there
         lock = allocate_lock()
-        index = len(self.helpers)
         self.helpers.append(lock)
+        index = len(self.helpers)
         arguments = (self.control, index, lock)
         threading.Thread(target=_helper, args=arguments, name=f"fastcnn-{index}", daemon=True).start()
 
 
 def _control_block(helpers: int = 0) -> np.ndarray:
-    return np.zeros(_AWAKE + helpers * _LINE, np.int64)
+    return np.zeros(_AWAKE + (helpers + 1) * _THREAD, np.int64)
 
 
 def _helper(control: np.ndarray, index: int, lock: LockType) -> None:
@@ -440,9 +469,3 @@ def _plainer(kind: tuple[type, tuple]) -> Callable[[Any], tuple]:
 def parallel(func: Callable) -> Parallel:
     """Compile a kernel that works in parts; see `Parallel`."""
     return Parallel(func)
-
-
-@kernel
-def span(part, parts, tasks):
-    """First and last + 1 of the `tasks` that `part` of `parts` does."""
-    return part * tasks // parts, (part + 1) * tasks // parts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastcnn
-from fastcnn.kernels import cpu, jit
+from fastcnn.kernels import cpu, jit, threads
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -105,6 +105,33 @@ def test_an_error_in_any_part_reaches_the_caller():
     """
     done = run_python(textwrap.dedent(WORK) + textwrap.dedent(code), NUMBA_BOUNDSCHECK="1")
     assert done.returncode == 0, done.stderr
+
+
+@threads.parallel
+def _note_order(part, parts, order):
+    """Where the last entry is how many parts were done before."""
+    order[order[-1]] = part
+    order[-1] += 1
+
+
+@pytest.mark.parametrize(
+    ("helpers", "parts", "expected"),
+    [
+        pytest.param(0, 4, [0, 1, 2, 3], id="alone"),
+        pytest.param(1, 8, [0, 1, 2, 3, 7, 6, 5, 4], id="one helper"),
+        pytest.param(2, 8, [0, 1, 4, 3, 2, 7, 6, 5], id="shares of two and three"),
+        pytest.param(3, 2, [0, 1], id="fewer parts than helpers"),
+    ],
+)
+def test_caller_does_its_share_and_then_those_of_helpers_that_sleep(helpers, parts, expected):
+    order = np.zeros(parts + 1, np.int64)
+    _note_order(1, order)  # compiles
+    order[-1] = 0
+    control = threads._control_block(helpers)
+    for _ in range(2):
+        order[-1] = 0
+        assert _note_order._driver(control, parts, helpers, order)
+        assert list(order) == [*expected, parts]
 
 
 def test_every_part_is_done_once():
