@@ -129,6 +129,18 @@ def pause(typing_context):
 
 
 @intrinsic
+def processor(typing_context):
+    """The number of the processor that runs this; -1 where the system doesn't tell."""
+
+    def codegen(context, builder, signature, arguments):
+        if platform.system() != "Linux":
+            return ir.Constant(_I64, -1)
+        return builder.sext(_external(builder, _I32, "sched_getcpu", []), _I64)
+
+    return types.int64(), codegen
+
+
+@intrinsic
 def nap(typing_context):
     """Give the processor away for a moment, so that a thread without one can finish its part."""
 

@@ -5,7 +5,8 @@ each helper, and whoever is awake takes parts by one atomic step each: those of 
 on, and then the last ones of the others'. A thread thus does the same images layer after layer, which lie in
 its cache, and yet nobody waits for a part that nobody has taken: a helper that sleeps, or that the system has
 put aside, delays nothing. Helpers look for the next job for some tenths of a millisecond, which carries them
-from layer to layer, and then sleep in a lock.
+from layer to layer, and then sleep in a lock. One that wakes up where another of the team runs moves to a
+processor that none of them has: the system would let both share theirs for some ten milliseconds.
 
 No threading runtime lies underneath that a fork, a second Python thread or another library could upset. A
 forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No
@@ -39,6 +40,7 @@ from .atomic import (
     nap,
     pause,
     prepare,
+    processor,
     run_part,
 )
 from .jit import entry, kernel
@@ -51,13 +53,17 @@ _DONE = 1 * _LINE  # parts that are finished
 _FAILED = 3 * _LINE  # 1 if a part ended in an error
 _LIMIT = 4 * _LINE  # helpers that may take parts
 # atomic.ARGUMENTS and the words behind it: the fifth line and on
-_AWAKE = ARGUMENTS + ARGUMENT_WORDS  # and on, two lines a thread: 1 if it is a helper that looks for jobs
-_SHARE = _LINE  # behind it: job number << 32 | first << 16 | end of the parts that nobody has taken
+_THREADS = ARGUMENTS + ARGUMENT_WORDS  # and on, two lines for each thread, the caller first
 _THREAD = 2 * _LINE
+# In the first is the number of the processor that it runs on, and so much more, or 0 if it is a helper that
+# sleeps; in the second job number << 32 | first << 16 | end of those of its parts that nobody has taken.
+_NUMBERED = 2
+_SHARE = _LINE
 
 # Polls of some 15 ns each: how long a helper looks for a job before it sleeps, and how long a caller waits
 # for the last parts before it gives its processor away.
 _HELPER_POLLS = 20_000
+_POLLS_ON_A_PROCESSOR = 256  # before it looks whether it is alone there
 _CALLER_POLLS = 4_000
 # Instead of a number of helpers: do all parts here, and leave the control block alone.
 _ALONE = -1
@@ -78,7 +84,7 @@ def span(part, parts, tasks):
 @kernel
 def _take_part(control, thread, steals):
     """A part of a thread's share, the first, or the last if another `steals` it; -1 if there is none."""
-    place = _AWAKE + thread * _THREAD + _SHARE
+    place = _THREADS + thread * _THREAD + _SHARE
     while True:
         word = atomic_load(control, place)
         first, end = (word >> 16) & 0xFFFF, word & 0xFFFF
@@ -104,33 +110,50 @@ def _take_parts(control, thread):
     atomic_add(control, _DONE, done)
 
 
+@kernel
+def _is_crowded(control, helper):
+    """Note where a helper that is awake runs, and say whether the caller or a helper before it runs there."""
+    here, others = processor() + _NUMBERED, 0
+    atomic_store(control, _THREADS + helper * _THREAD, here)
+    for thread in range(helper):
+        others += atomic_load(control, _THREADS + thread * _THREAD) == here
+    return others > 0 and here >= _NUMBERED
+
+
 @entry
-def _help_out(control, helper, polls):
-    """Do parts of whatever is published, until `polls` looks in a row have found nothing."""
-    atomic_store(control, _AWAKE + helper * _THREAD, 1)
-    idle, seen = 0, 0
-    while idle < polls:
+def _help_out(control, helper, polls, may_leave):
+    """Do parts of whatever is published, until `polls` looks in a row have found nothing.
+
+    If it may, it returns true instead as soon as it shares a processor.
+    """
+    idle, seen, crowded = 0, 0, False
+    while idle < polls and not crowded:
+        if idle % _POLLS_ON_A_PROCESSOR == 0:
+            crowded = _is_crowded(control, helper) and may_leave
         idle += 1
         job = atomic_load(control, _JOBS)
-        if job != seen:
+        if job != seen and not crowded:
             seen = job
             if helper <= atomic_load(control, _LIMIT):
                 _take_parts(control, helper)
                 idle = 0
         pause()
-    atomic_store(control, _AWAKE + helper * _THREAD, 0)
+    if not crowded:
+        atomic_store(control, _THREADS + helper * _THREAD, 0)
+    return crowded
 
 
 @kernel
 def _finish(control, parts, helpers):
     """Hand out the prepared job, and return when all of its parts are done; true unless one failed."""
+    atomic_store(control, _THREADS, processor() + _NUMBERED)
     atomic_store(control, _LIMIT, helpers)
     atomic_store(control, _FAILED, 0)
     atomic_store(control, _DONE, 0)
     job = atomic_load(control, _JOBS) + 1
     for thread in range(helpers + 1):
         first, end = span(thread, helpers + 1, parts)
-        place = _AWAKE + thread * _THREAD + _SHARE
+        place = _THREADS + thread * _THREAD + _SHARE
         atomic_store(control, place, (job << 32) | (first << 16) | end)
     atomic_store(control, _JOBS, job)
     _take_parts(control, 0)
@@ -212,12 +235,12 @@ class _Team:
         for i in range(count):
             if i == len(self.helpers):
                 self._hire()
-            elif not self.control[_AWAKE + (i + 1) * _THREAD] and self.helpers[i].locked():
+            elif not self.control[_THREADS + (i + 1) * _THREAD] and self.helpers[i].locked():
                 self.helpers[i].release()
 
     def _hire(self) -> None:
         """Start one more helper, at work already."""
-        _help_out(self.control, 0, 0)  # compiles, here rather than there
+        _help_out(self.control, 0, 0, False)  # compiles, here rather than there
         lock = allocate_lock()
         self.helpers.append(lock)
         index = len(self.helpers)
@@ -226,13 +249,30 @@ class _Team:
 
 
 def _control_block(helpers: int = 0) -> np.ndarray:
-    return np.zeros(_AWAKE + (helpers + 1) * _THREAD, np.int64)
+    return np.zeros(_THREADS + (helpers + 1) * _THREAD, np.int64)
 
 
 def _helper(control: np.ndarray, index: int, lock: LockType) -> None:
     while True:
         lock.acquire()
-        _help_out(control, index, _HELPER_POLLS)
+        while _help_out(control, index, _HELPER_POLLS, True):
+            if not _has_moved(control, index):
+                _help_out(control, index, _HELPER_POLLS, False)
+                break
+
+
+def _has_moved(control: np.ndarray, helper: int) -> bool:
+    """Move this thread to a processor that neither the caller nor a helper before it has."""
+    try:
+        allowed = os.sched_getaffinity(0)
+        free = allowed - {int(control[_THREADS + i * _THREAD]) - _NUMBERED for i in range(helper)}
+        if free:
+            os.sched_setaffinity(0, free)
+            # It is there now; the system may move it again.
+            os.sched_setaffinity(0, allowed)
+    except OSError:
+        return False
+    return bool(free)
 
 
 _team = _Team()

@@ -134,6 +134,41 @@ def test_caller_does_its_share_and_then_those_of_helpers_that_sleep(helpers, par
         assert list(order) == [*expected, parts]
 
 
+@pytest.fixture
+def two_processors():
+    """Numbers of two that this process may use, while it is on the first; skips the test if it may not."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("threads can't be put on one of several processors here")
+    before = os.sched_getaffinity(0)
+    first, second, *_ = sorted(before)
+    os.sched_setaffinity(0, {first})
+    yield first, second
+    os.sched_setaffinity(0, before)
+
+
+def test_helper_leaves_a_processor_that_it_shares(two_processors):
+    here, elsewhere = two_processors
+    control = threads._control_block(2)
+    for caller, may_leave, leaves in ((here, True, True), (here, False, False), (elsewhere, True, False)):
+        control[threads._THREADS] = caller + threads._NUMBERED
+        assert threads._help_out(control, 1, 10, may_leave) is leaves
+        is_awake = control[threads._THREADS + threads._THREAD] != 0
+        assert is_awake == leaves
+
+
+def test_helper_moves_to_where_none_of_the_team_is(two_processors, monkeypatch):
+    here, elsewhere = two_processors
+    os.sched_setaffinity(0, {here, elsewhere})
+    control, put = threads._control_block(2), []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, processors: put.append(set(processors)))
+    control[threads._THREADS] = here + threads._NUMBERED
+    assert threads._has_moved(control, 1)
+    assert put == [{elsewhere}, {here, elsewhere}]
+    control[threads._THREADS + threads._THREAD] = elsewhere + threads._NUMBERED
+    assert not threads._has_moved(control, 2)
+    assert len(put) == 2
+
+
 def test_every_part_is_done_once():
     code = """
     from fastcnn.kernels.threads import parallel
