@@ -18,15 +18,15 @@ from . import simd
 from .dots import dots
 from .image_tiles import gather_images
 from .runs import add_runs
-from .simd import TILE_VECTORS, VECTOR_BITS
+from .simd import TILE_ROWS, TILE_VECTORS, VECTOR_BITS
 from .tile import add_panel, overwrite_panel, padded_rows
 from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, prefetch, store
 from .workspace import NOTHING, clear, copy, scratch, set_start
 
 _BLOCK_K = 384
-# Rows of A in a block, by whether there are so many panels that all threads have some.
+# The most rows of A in a block, by whether there are so many panels that all threads have some.
 _MANY_PANELS = 8
-_BLOCK_ROWS = {False: 168, True: 336}
+_BLOCK_ROWS = {False: 176, True: 352}
 # Rows that are contiguous are read where they lie, unless a tile's meet in few sets of the cache: if a power
 # of two above this divides their distance in bytes.
 _MOST_MEETING = 512
@@ -331,8 +331,9 @@ def _plan(
     width, along_k = simd.panel_width(dtype), a_strides[1] == 1
     panels, distance = -(-columns // width), a_strides[0] * dtype.itemsize
     packs = not along_k or (distance & -distance) > _MOST_MEETING
-    block = min(rows, _BLOCK_ROWS[panels >= _MANY_PANELS])
-    blocks = -(-rows // block)
+    # As long as each other, in whole tiles: each is as much work, of which threads have equal shares.
+    blocks = -(-rows // _BLOCK_ROWS[panels >= _MANY_PANELS])
+    block = min(rows, -(-rows // (blocks * TILE_ROWS)) * TILE_ROWS)
     # In whole vectors, as which columns along k are packed.
     lanes = simd.lanes(dtype)
     block_k = max(-(-depth // (max(-(-depth // _BLOCK_K), 1) * lanes)), 1) * lanes
