@@ -180,10 +180,13 @@ MODELS = {
     "resnet9": Model("resnet9", 64, 3, 32, 32, 10),
 }
 
-# Networks of other kinds of layers, built by `peers.networks`: depthwise separable ones, and grouped ones.
+# Networks of other kinds of layers, built by `peers.networks`: depthwise separable, grouped, and the two that
+# everybody begins with.
 BLOCKS = {
     "separable": Model("separable", 64, 3, 32, 32, 10),
     "grouped": Model("grouped", 64, 3, 32, 32, 10),
+    "lenet5": Model("lenet5", 64, 1, 28, 28, 10),
+    "resnet20": Model("resnet20", 128, 3, 32, 32, 10),
 }
 
 # The networks whose training steps and inference are summed up by a geometric mean.
