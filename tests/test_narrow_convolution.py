@@ -5,7 +5,7 @@ import pytest
 
 from fastcnn.kernels import cpu, reference
 from fastcnn.kernels import threads as team
-from fastcnn.kernels.cpu import depthwise, direct, few_channels, image_lanes, pooled_convolution
+from fastcnn.kernels.cpu import convolution, depthwise, direct, few_channels, image_lanes, pooled_convolution
 
 ASYMMETRIC = ((0, 3), (2, 1))
 # x, filters, kernel, stride, padding, dilation
@@ -102,6 +102,55 @@ def test_shares_of_the_gradient_to_few_channels(case, dtype):
     dx = np.full_like(problem.x, np.nan)
     few_channels.backward_input(problem.layer, problem.dout, problem.weight, dx)
     assert_close(dx, problem.dx)
+
+
+# x, filters, kernel, padding, dilation; stride 1
+EXCHANGED = {
+    "3 x 3": ((5, 24, 20, 32), 3, (3, 3), 1, 1),
+    "one filter": ((3, 20, 24, 16), 1, (5, 5), 2, 1),
+    "no multiples": ((20, 14, 13, 37), 5, (3, 2), 0, 1),
+    "padding on some sides": ((4, 17, 19, 40), 7, (4, 3), ((0, 3), (2, 1)), 1),
+    "dilated": ((4, 21, 20, 35), 9, (3, 3), ((6, 1), (0, 2)), (3, 1)),
+    "1 x 1": ((6, 19, 18, 64), 3, (1, 1), 0, 1),
+    "7 x 7": ((17, 18, 16, 48), 10, (7, 7), 3, 1),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("case", EXCHANGED)
+def test_weights_of_few_filters_read_x_as_dout(case, dtype):
+    shape, filters, kernel, padding, dilation = EXCHANGED[case]
+    layer = direct.layer(shape, kernel, shape[3], filters, 1, padding, dilation, 1)
+    way = convolution._weight_way(layer, shape[0], np.dtype(dtype), True)
+    assert getattr(way, "func", None) is convolution._exchanged
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(dtype)
+    dout = rng.standard_normal((shape[0], *layer.out_image, filters)).astype(dtype)
+    expected = reference.conv2d_backward_weight(dout, x, kernel, 1, padding, dilation)
+    dweight = np.ones_like(expected)
+    cpu.conv2d_backward_weight(dout, x, kernel, 1, padding, dilation, out=dweight, accumulate=True)
+    # Sums of some thousand products, those of Winograd's algorithm some times less exact.
+    bound = 1000 * np.finfo(dtype).eps * np.abs(expected).max()
+    np.testing.assert_allclose(dweight, 1 + expected, rtol=0, atol=bound)
+    np.testing.assert_array_equal(
+        cpu.conv2d_backward_weight(dout, x, kernel, 1, padding, dilation) + 1, dweight
+    )
+
+
+def test_weights_are_not_exchanged_where_that_cannot_be_or_does_not_pay():
+    def exchanged(x_shape, filters, kernel=3, stride=1, padding=1, groups=1, allowed=True):
+        layer = direct.layer(x_shape, kernel, None, filters, stride, padding, 1, groups)
+        way = convolution._weight_way(layer, x_shape[0], np.dtype(np.float32), allowed)
+        return getattr(way, "func", None) is convolution._exchanged
+
+    assert exchanged((4, 32, 32, 64), 3)
+    assert not exchanged((4, 32, 32, 64), 3, stride=2)
+    assert not exchanged((4, 32, 32, 64), 4, groups=2)
+    assert not exchanged((4, 32, 32, 64), 3, padding=3)
+    assert not exchanged((4, 32, 32, 64), 3, allowed=False)
+    assert not exchanged((4, 32, 32, 64), 64)
+    assert not exchanged((4, 32, 32, 3), 64)
+    assert not exchanged((1, 4, 4, 64), 3)
 
 
 def test_nan_of_one_image_stays_in_it():

@@ -26,6 +26,7 @@ from . import (
     few_pixels,
     image_lanes,
     narrow_groups,
+    simd,
     winograd,
     winograd_lanes,
     winograd_lanes_weights,
@@ -38,6 +39,9 @@ from .epilogue import NO_EPILOGUE, Epilogue, finish
 from .workspace import scratch
 
 Way = Callable[..., None]
+
+# With fewer multiply-adds, turning the weights' gradient over afterwards would weigh.
+_LEAST_EXCHANGED = 1 << 16
 
 
 # What is chosen depends on the sizes and, the last argument, on whether Winograd's algorithm is allowed.
@@ -112,6 +116,8 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return depthwise.add_weight_gradient
     if narrow_groups.suits_forward(layer, dtype):
         return narrow_groups.add_weight_gradient
+    if allowed and _exchange_pays(layer, images, dtype):
+        return partial(_exchanged, _weight_way(layer.exchanged, images, dtype, allowed))
     if winograd_lanes_weights.suits(layer, images, dtype):
         return winograd_lanes_weights.add_weight_gradient
     if image_lanes.suits_weight(layer, images, dtype):
@@ -125,6 +131,34 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
     if winograd_rows_weights.suits(layer, images, dtype):
         return winograd_rows_weights.add_weight_gradient
     return direct_weights.add_weight_gradient
+
+
+def _exchange_pays(layer: direct.Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the weights' gradient is summed faster with dout in the place of x, and x in that of dout.
+
+    What is in dout's place fills the vectors.
+    """
+    if layer.exchanged is None or images * layer.multiply_adds < _LEAST_EXCHANGED:
+        return False
+    lanes = simd.lanes(dtype)
+    channels, filters = (many / -(-many // lanes) for many in (layer.channels, layer.filters))
+    if channels <= filters:
+        return False
+    # Vectors of images are full in either case; but they read all channels anew for each filter.
+    of_images = winograd_lanes_weights.suits(layer, images, dtype) or image_lanes.suits_weight(
+        layer, images, dtype
+    )
+    return not of_images or layer.channels >= 2 * lanes or 4 * layer.filters <= lanes
+
+
+def _exchanged(way: Way, layer: direct.Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+    """Add the weights' gradient by the `way` of the layer that reads x as dout and dout as x."""
+    kernel_h, kernel_w, channels, filters = dweight.shape
+    of = layer.exchanged
+    flipped = scratch("exchanged", (kernel_h, kernel_w, filters, channels), dweight.dtype)
+    between_jobs(flipped.fill, 0)
+    way(of, x, dout, flipped)
+    between_jobs(np.add, dweight, flipped[::-1, ::-1].transpose(0, 1, 3, 2), dweight)
 
 
 def conv2d_forward(
@@ -234,7 +268,8 @@ def conv2d_backward_weight(
 ) -> np.ndarray:
     """Gradient of `conv2d_forward` with respect to the weight.
 
-    Products with the zeros of the padding may be left out, as they may there.
+    Products with the zeros of the padding may be left out, as they may there. An x that is NaN or infinite
+    reaches all taps that it meets, and may reach others.
 
     Parameters
     ----------

@@ -208,6 +208,13 @@ class _Side(NamedTuple):
     def forward(self) -> geometry.Axis:
         return geometry.forward_axis(self.outputs, self.stride, self.padding[0], self.kernel, self.dilation)
 
+    @property
+    def exchanged(self) -> _Side:
+        """The convolution over dout whose outputs are this one's inputs; of stride 1."""
+        reach = self.dilation * (self.kernel - 1)
+        before, after = self.padding
+        return _Side(self.outputs, self.kernel, 1, (reach - before, reach - after), self.dilation)
+
     def phases(self) -> list[tuple[geometry.Axis, tuple[int, ...]]]:
         return geometry.input_axes(self.size, self.stride, self.padding[0], self.kernel, self.dilation)
 
@@ -260,6 +267,18 @@ class Layer:
                 e.pool_h,
             )
         return self._pooled_tables[key]
+
+    @cached_property
+    def exchanged(self) -> Layer | None:
+        """The layer whose x is this one's dout, and whose dout is this one's x, if there is one.
+
+        Its weights' gradient is this one's, flipped along both sides of the kernel, with filters and channels
+        exchanged.
+        """
+        sides = self.rows, self.columns
+        if self.groups > 1 or any(side.stride > 1 or min(side.exchanged.padding) < 0 for side in sides):
+            return None
+        return Layer(self.out_image, self.filters, self.channels, 1, [side.exchanged for side in sides])
 
     @cached_property
     def positions(self) -> np.ndarray:
