@@ -28,7 +28,7 @@ from .geometry import Axis
 from .loops import memory, sum_loop
 from .pieces import add_up
 from .simd import TILE_ROWS, VECTOR_BITS
-from .sliding import ROWS, SIDES, slide_band
+from .sliding import ROWS, SIDES, pack, slide_band
 from .tile import Emitter
 from .vectors import pointer
 from .workspace import NOWHERE, clear, scratch
@@ -57,6 +57,7 @@ class Classes(NamedTuple):
     A band is some rows of the result that see the same rows of the kernel; its columns are cut into spans
     that see the same columns of the kernel. Tables of pixels are made for a full band: row by row, so that a
     band of fewer rows uses their beginning. A block is one band, or several whose rows are pooled together.
+    Windows that slide see all of the kernel everywhere, and what they see beyond the image is zero.
     """
 
     blocks: np.ndarray  # (_, 4): first and last + 1 band, first row, rows
@@ -70,7 +71,10 @@ class Classes(NamedTuple):
     repeats: int  # of the weights: pixels that count as one, at most
     side: int  # of windows that slide; else 0
     sliding: np.ndarray  # offsets of their weights
+    strips: np.ndarray  # (_, 2): first row of the result, and rows, that they make at a time
+    rows: tuple[int, int]  # where windows begin in the image, and its rows
     columns: tuple[int, int, int]  # of padding before the image, of the image, and of the result
+    nothing: np.ndarray  # a row of zeros, if windows slide
 
 
 def _runs(axis: Axis, size: int) -> list[tuple[int, int, int, int]]:
@@ -109,6 +113,14 @@ def _blocks(
     return blocks, bands
 
 
+def _strips(rows: int, most: int, multiple: int) -> np.ndarray:
+    """First rows and numbers of rows of strips of the same length, about `most`; none has one row."""
+    units = rows // multiple
+    count = -(-rows // max(most, 2 * ROWS))
+    ends = np.arange(count + 1) * units // count * multiple
+    return np.stack([ends[:-1], np.diff(ends)], axis=1)
+
+
 def _grid(
     rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray, steps: tuple[int, int]
 ) -> np.ndarray:
@@ -126,6 +138,7 @@ def _classes(
     out_width: int,
     channels: int,
     most_as_one: int,
+    dtype: np.dtype,
     multiple: int = 1,
 ) -> Classes:
     """The classes of a correlation whose taps have the weights of these rows and columns of the kernel.
@@ -176,12 +189,17 @@ def _classes(
         repeats,
         side,
         _grid(ordered_rows, ordered_columns, (kernel_w * channels, channels)),
+        _strips(rows.outputs, most, multiple) if side else np.empty((0, 2), np.intp),
+        (rows.origin, height),
         (-columns.origin, width, columns.outputs),
+        np.zeros(pitch if side else 1, dtype),
     )
 
 
 def _side(rows: Axis, columns: Axis) -> int:
     """Pixels along each side of windows that are square and one pixel apart, if such may slide; else 0."""
+    if rows.outputs < ROWS:
+        return 0
     for side in SIDES:
         taps = list(range(side))
         if all(sorted(axis.taps) == taps and axis.step == axis.out_step == 1 for axis in (rows, columns)):
@@ -210,6 +228,7 @@ def _forward_classes(layer: Layer, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -
         columns.outputs,
         layer.channels,
         _most_as_one(layer, dtype),
+        dtype,
         max(e.pool_h, 1),
     )
 
@@ -227,6 +246,7 @@ def _input_classes(layer: Layer, dtype: np.dtype) -> list[Classes]:
             layer.image[1],
             layer.channels,
             _most_as_one(layer, dtype),
+            dtype,
         )
         for rows, kernel_rows in layer.rows.phases()
         for columns, kernel_columns in layer.columns.phases()
@@ -365,27 +385,7 @@ def _taps_tile(
 def _fill_band(x, x0, band, weight, start, y, y0, of):
     """The rows of a band, from y[y0] on."""
     lanes = VECTOR_BITS // (8 * x.itemsize)
-    _, in_row, _, out_row = of.steps
     spans = of.spans
-    if of.side > 0 and band[1] >= ROWS and band[3] - band[2] == of.side:
-        image, filters, taps = pointer(x), pointer(weight), pointer(of.sliding)
-        begin, result, width = pointer(start), pointer(y), start.size
-        slide_band(
-            of.side,
-            image,
-            filters,
-            taps,
-            begin,
-            result,
-            x0,
-            in_row,
-            y0,
-            out_row,
-            band[1],
-            width,
-            of.columns,
-        )
-        return
     for s in range(len(spans)):
         begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
         channels = spans[s, 4]
@@ -418,23 +418,54 @@ def _fill_band(x, x0, band, weight, start, y, y0, of):
                     c += lanes
 
 
+@kernel
+def _fill_block(x, x0, block, weight, start, y, y0, of):
+    """The rows of a block, from y[y0] on, of the image at x[x0]."""
+    in_first, in_row, _, out_row = of.steps
+    for b in range(block[0], block[1]):
+        band = of.bands[b]
+        place = y0 + (band[0] - block[2]) * out_row
+        _fill_band(x, x0 + in_first + band[0] * in_row, band, weight, start, y, place, of)
+
+
 @parallel
-def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs):
+def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs, all_packed):
     keep_out_of_line()
-    in_first, in_row, out_first, out_row = of.steps
-    z = zs[part]
-    lo, hi = span(part, parts, images * len(of.blocks))
+    _, in_row, out_first, out_row = of.steps
+    z, packed = zs[part], all_packed[part]
+    slides = of.side > 0
+    blocks = len(of.strips) if slides else len(of.blocks)
+    if slides:
+        pack(pointer(weight), pointer(of.sliding), of.sliding.size, start.size, pointer(packed))
+    lo, hi = span(part, parts, images * blocks)
     for task in range(lo, hi):
-        n = task // len(of.blocks)
-        block = of.blocks[task - n * len(of.blocks)]
-        target, y0 = (z, -block[2] * out_row) if e.pool_h > 0 else (y, n * (y.size // images) + out_first)
-        for b in range(block[0], block[1]):
-            band = of.bands[b]
-            x0 = n * (x.size // images) + in_first + band[0] * in_row
-            _fill_band(x, x0, band, weight, start, target, y0 + band[0] * out_row, of)
+        n = task // blocks
+        b = task - n * blocks
+        first = of.strips[b, 0] if slides else of.blocks[b, 2]
+        rows = of.strips[b, 1] if slides else of.blocks[b, 3]
+        x0, y0, target = n * (x.size // images), n * (y.size // images) + out_first + first * out_row, y
         if e.pool_h > 0:
-            row = n * e.out_h + block[2] // e.pool_h
-            windows, width = block[3] // e.pool_h, e.filters
+            y0, target = 0, z
+        if slides:
+            slide_band(
+                of.side,
+                pointer(x[x0:]),
+                pointer(of.nothing),
+                pointer(packed),
+                pointer(start),
+                pointer(target[y0:]),
+                of.rows[0] + first,
+                rows,
+                of.rows[1],
+                (in_row, out_row),
+                start.size,
+                of.columns,
+            )
+        else:
+            _fill_block(x, x0, of.blocks[b], weight, start, target, y0, of)
+        if e.pool_h > 0:
+            row = n * e.out_h + first // e.pool_h
+            windows, width = rows // e.pool_h, e.filters
             finish_panel(z, width, windows, e, taps, y, row * e.out_w * width, argmax, width)
 
 
@@ -504,12 +535,24 @@ def _run(
         between_jobs(np.copyto, weight, flat)
     start = scratch("start", channels * of.repeats, x.dtype)
     between_jobs(np.copyto, start.reshape(of.repeats, channels), 0 if bias is None else bias)
-    parts = _parts(layer, images, images * len(of.blocks))
-    size = of.blocks[:, 3].max() * of.steps[3] if e.pool_h else 1
-    zs = scratch("rows", (parts, size), x.dtype)
-    result, where = y.reshape(-1), argmax.reshape(-1)
-    taps = window_taps(e, channels)
-    _correlate(parts, x.reshape(-1), images, weight.reshape(-1), start, result, where, of, e, taps, zs)
+    rows = of.strips[:, 1] if of.side else of.blocks[:, 3]
+    parts = _parts(layer, images, images * len(rows))
+    size = rows.max() * of.steps[3] if e.pool_h else 1
+    lanes = simd.lanes(x.dtype)
+    _correlate(
+        parts,
+        x.reshape(-1),
+        images,
+        weight.reshape(-1),
+        start,
+        y.reshape(-1),
+        argmax.reshape(-1),
+        of,
+        e,
+        window_taps(e, channels),
+        scratch("rows", (parts, size), x.dtype),
+        scratch("packed", (parts, of.sliding.size * -(-channels // lanes) * lanes), x.dtype),
+    )
 
 
 def forward(
