@@ -71,7 +71,7 @@ def test_neither_threads_nor_parts_of_the_batch_change_the_result(
 
 
 def test_public_functions_use_it_only_when_winograd_is_on():
-    layer, x, weight, bias, dout = arguments((2, 40, 44, 3), 64, 7, 2, 3)
+    layer, x, weight, bias, dout = arguments((2, 40, 44, 8), 64, 7, 2, 3)
     expected = passes(layer, x, weight, bias, dout)
     before = fastcnn.get_winograd()
     try:
@@ -121,7 +121,7 @@ def test_not_used_where_it_is_no_use(x_shape, filters, kernel, stride, dilation,
 
 
 def test_float64_is_convolved_directly():
-    layer = direct.layer((2, 40, 44, 3), 7, 3, 64, 2, 3, 1, 1)
+    layer = direct.layer((2, 40, 44, 8), 7, 8, 64, 2, 3, 1, 1)
     assert winograd_strided.suits(layer, 2, np.dtype(np.float32))
     assert not winograd_strided.suits(layer, 2, np.dtype(np.float64))
 

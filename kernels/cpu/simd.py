@@ -24,6 +24,10 @@ def _vector_bits() -> int:
 
 VECTOR_BITS = _vector_bits()
 
+# Whether two such vectors are multiplied and added in each cycle, as nearly everywhere. Zen 4 takes two
+# cycles for that with 512 bits, so that sparing products is worth more there.
+FULL_WIDTH = VECTOR_BITS < 512 or llvm.get_host_cpu_name() != "znver4"
+
 # Rows and vectors of C that one tile keeps in registers. 8 x 2 accumulators leave room for two vectors of B
 # among the 32 registers of AVX-512 and NEON; AVX2 has 16, so that a taller tile would spill.
 TILE_VECTORS = 2

@@ -28,6 +28,8 @@ from .workspace import NOWHERE, clear, copy, scratch
 # the writing of as many results.
 _LEAST_GAIN = 2.5
 _FEWEST_FILTERS = 32
+# Channels of the folded image whose products repay it where vectors are multiplied at full width.
+_FEWEST_CHANNELS = 32 if simd.FULL_WIDTH else 1
 # Images are folded by as many as stay in the last-level cache.
 _FOLDED_BYTES = 8 << 20
 
@@ -151,7 +153,9 @@ def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
         return False
     f, folded = _fold(layer)
     products = TILE**2 * f.kernel_h * f.kernel_w * f.channels
-    if layer.filters < _FEWEST_FILTERS or products < _LEAST_GAIN * filters_of(folded).products * f.depth:
+    if layer.filters < _FEWEST_FILTERS or f.depth < _FEWEST_CHANNELS:
+        return False
+    if products < _LEAST_GAIN * filters_of(folded).products * f.depth:
         return False
     return winograd.suits(folded, images, dtype)
 
