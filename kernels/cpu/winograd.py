@@ -24,7 +24,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
-from .direct import Layer, share
+from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_ranges
@@ -36,6 +36,8 @@ from .winograd_tiling import (
     Filters,
     Tiling,
     filters_of,
+    in_turn,
+    next_rows,
     panel_filters,
     piece_tap,
     row_origin,
@@ -271,20 +273,6 @@ def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
         _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.y_pixel, g.out_height)
 
 
-@kernel
-def _read_next(values, g, first, last, height, line, before):
-    """What the block behind that of the tiles from `first` to `last` has of images of `height` lines.
-
-    Its rows of tiles begin `before` lines above their first output; nothing of blocks that cut rows.
-    """
-    rows = (last - first) // g.tile_columns
-    if last % g.tile_columns > 0 or last >= g.tiles:
-        return values[:0]
-    n, h, _ = row_origin(g, last // g.tile_columns)
-    begin = (n * height + max(h - before, 0)) * line
-    return values[begin : begin + rows * TILE * line]
-
-
 @parallel
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
@@ -312,17 +300,17 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                 x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target, pitch
             )
         # Meanwhile the next block's pixels are fetched, those that it reads and those that it writes.
-        pixels = _read_next(x, g, first, last, g.height, g.width * g.x_pixel, g.top + TILE - len(g.form))
-        results = _read_next(y, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
+        before = g.top + TILE - len(g.form)
+        pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
+        results = next_rows(y, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
         if e.pool_h > 0:
-            results = pixels
+            results = y[:0]
         if (pixels.size + results.size) * x.itemsize > _FETCHED_BYTES:
             pixels = results = x[:0]
         for panel in range(group0 * g.panels + begin, group0 * g.panels + begin + many):
             k0 = (panel // g.panels - group0) * g.depth
             for element in range(g.area):
                 time = (panel - group0 * g.panels - begin) * g.area + element
-                ahead = pixels if time % 2 == 0 else results
                 overwrite_ranges(
                     v,
                     element * g.input_step + k0,
@@ -341,7 +329,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     element * g.product_step,
                     tables[2],
                     panel_filters(g, panel, lanes)[1],
-                    share(ahead, 0, ahead.size, time, many * g.area),
+                    in_turn(pixels, results, time, many * g.area),
                 )
             _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 

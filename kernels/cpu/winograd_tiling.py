@@ -9,7 +9,7 @@ import numpy as np
 
 from ..jit import kernel
 from . import simd
-from .direct import Layer
+from .direct import Layer, share
 from .tile import TILE_ROWS
 from .winograd_points import TILE
 
@@ -99,6 +99,28 @@ def row_origin(g, row):
 def steps_to(distance, step):
     """Steps that reach `distance` or pass it: 0 and less for one that is not positive."""
     return (distance + step - 1) // step
+
+
+@kernel
+def next_rows(values, g, first, last, height, line, before):
+    """What as many tiles as from `first` to `last` that follow those have of images of `height` lines.
+
+    Their rows begin `before` lines above their first output. It is nothing for less than a row of tiles.
+    """
+    rows = (last - first) // g.tile_columns
+    if rows == 0 or last >= g.tiles:
+        return values[:0]
+    n, h, _ = row_origin(g, last // g.tile_columns)
+    begin = (n * height + max(h - before, 0)) * line
+    return values[begin : begin + rows * TILE * line]
+
+
+@kernel
+def in_turn(one, other, time, times):
+    """What is fetched of two arrays at one of so many times: a share of the first, then one of the other."""
+    if time % 2 == 0:
+        return share(one, 0, one.size, time // 2, (times + 1) // 2)
+    return share(other, 0, other.size, time // 2, times // 2)
 
 
 def block_tiles(tile_columns: int, tiles: int) -> int:

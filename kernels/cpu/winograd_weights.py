@@ -21,13 +21,16 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .simd import VECTOR_BITS
-from .tile import add_panel, add_rows, padded_rows
+from .tile import add_ranges, add_rows, padded_rows
 from .vectors import pointer, prefetch
 from .winograd import transform_input, windows
+from .winograd_points import TILE
 from .winograd_tiling import (
     Filters,
     Tiling,
     filters_of,
+    in_turn,
+    next_rows,
     panel_filters,
     piece_tap,
     row_origin,
@@ -97,11 +100,14 @@ def _transform_slab(x, g, cut, group, slab, begin, end, zeros, offsets, columns,
 
 
 @kernel
-def _add_products(v, w, g, element, panel, depth, tables, sums):
-    """Multiply an element of `depth` tiles of a group with that of a panel of its filters."""
+def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
+    """Multiply an element of `depth` tiles of a group with that of a panel of its filters.
+
+    Meanwhile a cache fetches `ahead`.
+    """
     lanes = VECTOR_BITS // (8 * v.itemsize)
     channels, tiles, sum_rows = tables
-    add_panel(
+    add_ranges(
         v,
         element * g.input_step,
         channels,
@@ -109,6 +115,7 @@ def _add_products(v, w, g, element, panel, depth, tables, sums):
         0,
         channels.size,
         depth,
+        channels[:0],
         w,
         element * g.weight_step + panel * g.block * g.panel,
         g.panel,
@@ -116,6 +123,7 @@ def _add_products(v, w, g, element, panel, depth, tables, sums):
         element * g.product_step + panel * g.depth * g.panel,
         sum_rows,
         panel_filters(g, panel, lanes)[1],
+        ahead,
     )
 
 
@@ -150,7 +158,7 @@ def _multiply(part, parts, v, w, g, is_first, depth, tables, sums):
         panel = task - element * g.panels
         if is_first:
             clear(sums, element * g.product_step + panel * g.depth * g.panel, g.depth * g.panel)
-        _add_products(v, w, g, element, panel, depth, tables, sums)
+        _add_products(v, w, g, element, panel, depth, tables, sums, w[:0])
 
 
 @parallel
@@ -176,9 +184,14 @@ def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, ta
             for panel in range(g.panels):
                 place = panel * g.block * g.panel
                 _transform_gradient(dout, g, first, last, group * g.panels + panel, zeros, w, place)
+            # Meanwhile the pixels of the following tiles are fetched.
+            before = g.top + TILE - len(g.form)
+            pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
+            gradients = next_rows(dout, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
             for element in range(g.area):
                 for panel in range(g.panels):
-                    _add_products(v, w, g, element, panel, last - first, tables, own)
+                    ahead = in_turn(pixels, gradients, element * g.panels + panel, g.area * g.panels)
+                    _add_products(v, w, g, element, panel, last - first, tables, own, ahead)
 
 
 @kernel
