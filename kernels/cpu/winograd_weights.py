@@ -127,6 +127,14 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
     )
 
 
+@kernel
+def _read_next(x, dout, g, first, last):
+    """Of the image and of dout what is fetched while the tiles from `first` to `last` are multiplied."""
+    before = g.top + TILE - len(g.form)
+    pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
+    return pixels, next_rows(dout, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
+
+
 @parallel
 def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, columns, v, w):
     """Images by slab of one vector of channels, gradients by panel of filters, tile after tile in each."""
@@ -150,15 +158,17 @@ def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, column
 
 
 @parallel
-def _multiply(part, parts, v, w, g, is_first, depth, tables, sums):
+def _multiply(part, parts, x, dout, v, w, g, first, last, tables, sums):
     keep_out_of_line()
+    pixels, gradients = _read_next(x, dout, g, first, last)
     lo, hi = span(part, parts, g.area * g.panels)
     for task in range(lo, hi):
         element = task // g.panels
         panel = task - element * g.panels
-        if is_first:
+        if first == 0:
             clear(sums, element * g.product_step + panel * g.depth * g.panel, g.depth * g.panel)
-        _add_products(v, w, g, element, panel, depth, tables, sums, w[:0])
+        ahead = in_turn(pixels, gradients, task, g.area * g.panels)
+        _add_products(v, w, g, element, panel, last - first, tables, sums, ahead)
 
 
 @parallel
@@ -184,10 +194,7 @@ def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, ta
             for panel in range(g.panels):
                 place = panel * g.block * g.panel
                 _transform_gradient(dout, g, first, last, group * g.panels + panel, zeros, w, place)
-            # Meanwhile the pixels of the following tiles are fetched.
-            before = g.top + TILE - len(g.form)
-            pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
-            gradients = next_rows(dout, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
+            pixels, gradients = _read_next(x, dout, g, first, last)
             for element in range(g.area):
                 for panel in range(g.panels):
                     ahead = in_turn(pixels, gradients, element * g.panels + panel, g.area * g.panels)
@@ -311,7 +318,7 @@ def _run_together(g, cut, x, dout, tables, sums):
     for first in range(0, g.tiles, g.block):
         last = min(first + g.block, g.tiles)
         _transform(transforms, x, dout, g, cut, first, last, zeros, *memory, v, w)
-        _multiply(products, v, w, g, int(first == 0), last - first, tables, sums.reshape(-1))
+        _multiply(products, x, dout, v, w, g, first, last, tables, sums.reshape(-1))
 
 
 def _run_apart(g, cut, x, dout, tables, sums):
