@@ -70,7 +70,7 @@ WINDOW = PIECES[0] + TILE - 1
 _AHEAD = 3
 # A block's pixels are fetched while the one before it is multiplied, if they are no more: they should stay in
 # the second-level cache, and with more channels there is less to wait for.
-_FETCHED_BYTES = 400 << 10
+_FETCHED_BYTES = 600 << 10
 
 _enabled = True
 
