@@ -61,8 +61,8 @@ def _add_column(x, start, rows, width, slab, k, mask):
     total, squares, shift = load(slab, k, mask), load(slab, width + k, mask), load(slab, 2 * width + k, mask)
     for row in range(rows):
         place = start + row * width + k
-        # Processors foresee steps from one address to the next only.
-        prefetch(x, place + AHEAD)
+        # Line after line, in whatever order they are read.
+        prefetch(x, start + AHEAD + k * rows + row * lanes_of(x))
         distance = wide(load(x, place, mask)) - shift
         total = total + distance
         squares = multiply_add(distance, distance, squares)
@@ -233,9 +233,9 @@ def products(arrays, start, rows, width, table, sums, k, mask, around):
     center = load(table, k, mask)
     total, product = load(sums, k, mask), load(sums, width + k, mask)
     for row in range(rows):
-        at = start + row * width + k
-        prefetch_vector(dout, at + AHEAD, mask)
-        prefetch_vector(x, at + AHEAD, mask)
+        at, ahead = start + row * width + k, start + AHEAD + k * rows + row * LONG * lanes_of(x)
+        prefetch_vector(dout, ahead, mask)
+        prefetch_vector(x, ahead, mask)
         gradient = wide(load(dout, at, mask))
         total = total + gradient
         product = multiply_add(gradient, wide(load(x, at, mask) - center), product)

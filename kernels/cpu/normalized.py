@@ -21,6 +21,7 @@ from .vectors import (
     all_lanes,
     first_lanes,
     keep_in_line,
+    lanes_of,
     like,
     load,
     multiply_add,
@@ -154,11 +155,17 @@ def _sum_column(dout, argmax, keeps, x, mean, slab, taps, source, target, pixels
     keep_in_line()
     center, dead = load(mean, c, mask), splat(np.uint8(DEAD), mask)
     total, product = load(slab, c, mask), load(slab, g.channels + c, mask)
-    # Processors foresee steps from one address to the next only.
+    # Processors foresee steps from one address to the next only. Without windows line after line is fetched,
+    # in whatever order they are read.
     rows = max(1, AHEAD // (g.pool_h * g.width * g.channels))
     ahead, ahead_in_dout = rows * g.pool_h * g.width * g.channels, rows * g.out_w * g.channels
+    step, step_in_dout = g.pool_w * g.channels, g.channels
+    if g.pool_h * g.pool_w == 1:
+        ahead, ahead_in_dout = ahead + c * (pixels - 1), ahead_in_dout + c * (pixels - 1)
+        step = step_in_dout = lanes_of(dout)
+    ahead, ahead_in_dout = source + ahead, target + ahead_in_dout
     for _ in range(pixels):
-        prefetch(dout, target + ahead_in_dout)
+        prefetch(dout, ahead_in_dout)
         gradient, where = load(dout, target, mask), splat(np.uint8(0), mask)
         if keeps:
             where = load(argmax, target, mask)
@@ -167,13 +174,15 @@ def _sum_column(dout, argmax, keeps, x, mean, slab, taps, source, target, pixels
         tap = 0
         while taps[tap] >= 0:
             place = source + taps[tap]
-            prefetch(x, place + ahead)
+            prefetch(x, ahead + taps[tap])
             chosen = select(where == splat(np.uint8(tap), mask), load(x, place, mask), chosen)
             tap += 1
         total = total + wide(gradient)
         product = multiply_add(wide(gradient), wide(chosen - center), product)
         source += g.pool_w * g.channels
         target += g.channels
+        ahead += step
+        ahead_in_dout += step_in_dout
     store(total, slab, c, mask)
     store(product, slab, g.channels + c, mask)
 
