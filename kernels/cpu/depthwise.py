@@ -28,9 +28,9 @@ from .geometry import Axis
 from .loops import memory, sum_loop
 from .pieces import add_up
 from .simd import TILE_ROWS, VECTOR_BITS
-from .sliding import ROWS, SIDES, pack, slide_band
+from .sliding import ROWS, SIDES, add_strip, pack, slide_band
 from .tile import Emitter
-from .vectors import pointer
+from .vectors import keep_in_line, pointer
 from .workspace import NOWHERE, clear, scratch
 
 _I64 = ir.IntType(64)
@@ -208,8 +208,14 @@ def _side(rows: Axis, columns: Axis) -> int:
 
 
 def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
-    """Pixels that count as one: they need to have neighbours everywhere, and fewer channels than a vector."""
-    if layer.columns.stride > 1 or layer.channels >= simd.lanes(dtype):
+    """Pixels that count as one: they need to have neighbours everywhere, and fewer channels than a vector.
+
+    Windows that slide are faster from a quarter of a vector on.
+    """
+    lanes = simd.lanes(dtype)
+    if layer.columns.stride > 1 or layer.channels >= lanes:
+        return 1
+    if 4 * layer.channels >= lanes and _side(layer.rows.forward(), layer.columns.forward()):
         return 1
     return max(1, _ELEMENTS_AS_ONE // layer.channels)
 
@@ -469,44 +475,67 @@ def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs
             finish_panel(z, width, windows, e, taps, y, row * e.out_w * width, argmax, width)
 
 
+@kernel
+def _add_band(x, x0, band, dout, d0, sums, of):
+    """Add the products of a band to the sums of the taps that it sees."""
+    keep_in_line()
+    lanes = VECTOR_BITS // (8 * x.itemsize)
+    spans = of.spans
+    for s in range(len(spans)):
+        p0, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+        channels = spans[s, 4]
+        p1 = p0 + band[1] * columns
+        last = tap + band[3] * width - 1
+        k = tap + band[2] * width
+        while k <= last:
+            many = _TAPS if last - k >= _FEW_TAPS else _FEW_TAPS
+            c = 0
+            while c < channels:
+                left = channels - c
+                if many == _FEW_TAPS:
+                    _taps_tile(_FEW_TAPS, 2, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                    c += 2 * lanes
+                elif left >= 2 * lanes:
+                    _taps_tile(_TAPS, 2, 0, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                    c += 2 * lanes
+                else:
+                    _taps_tile(_TAPS, 1, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
+                    c += lanes
+            k += many
+
+
 @parallel
 def _weight(part, parts, x, images, dout, partial, of):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
     in_first, in_row, out_first, out_row = of.steps
-    bands, spans = of.bands, of.spans
-    pieces = len(partial)
+    slides, pieces = of.side > 0, len(partial)
+    blocks = len(of.strips) if slides else len(of.bands)
     lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
         sums = partial[piece]
         clear(sums, 0, sums.size)
-        task0, task1 = span(piece, pieces, images * len(bands))
+        task0, task1 = span(piece, pieces, images * blocks)
         for task in range(task0, task1):
-            n = task // len(bands)
-            band = bands[task - n * len(bands)]
-            x0 = n * (x.size // images) + in_first + band[0] * in_row
-            d0 = n * (dout.size // images) + out_first + band[0] * out_row
-            for s in range(len(spans)):
-                p0, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
-                channels = spans[s, 4]
-                p1 = p0 + band[1] * columns
-                last = tap + band[3] * width - 1
-                k = tap + band[2] * width
-                while k <= last:
-                    many = _TAPS if last - k >= _FEW_TAPS else _FEW_TAPS
-                    c = 0
-                    while c < channels:
-                        left = channels - c
-                        if many == _FEW_TAPS:
-                            _taps_tile(_FEW_TAPS, 2, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
-                            c += 2 * lanes
-                        elif left >= 2 * lanes:
-                            _taps_tile(_TAPS, 2, 0, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
-                            c += 2 * lanes
-                        else:
-                            _taps_tile(_TAPS, 1, 1, x, x0, of, k, last, p0, p1, dout, d0, sums, c, left)
-                            c += lanes
-                    k += many
+            n = task // blocks
+            b = task - n * blocks
+            first = of.strips[b, 0] if slides else of.bands[b, 0]
+            x0, d0 = n * (x.size // images), n * (dout.size // images) + out_first + first * out_row
+            if slides:
+                add_strip(
+                    of.side,
+                    pointer(x[x0:]),
+                    pointer(of.nothing),
+                    pointer(dout[d0:]),
+                    pointer(sums),
+                    of.rows[0] + first,
+                    of.strips[b, 1],
+                    of.rows[1],
+                    (in_row, out_row),
+                    out_row // of.columns[2],
+                    of.columns,
+                )
+            else:
+                _add_band(x, x0 + in_first + first * in_row, of.bands[b], dout, d0, sums, of)
 
 
 def fits(layer: Layer) -> bool:
@@ -580,7 +609,7 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     """Add the gradient of the weights to `dweight`."""
     of = _forward_classes(layer, x.dtype)
     images = len(x)
-    pieces = min(_PIECES, images * len(of.bands))
+    pieces = min(_PIECES, images * len(of.strips if of.side else of.bands))
     size = dweight.size * of.repeats
     partial = scratch("partial", pieces * size, x.dtype).reshape(pieces, size)
     parts = _parts(layer, images, pieces)

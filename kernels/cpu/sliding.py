@@ -5,6 +5,9 @@ made two at a time, which share most of their input rows. Windows of 3 x 3, whos
 take four loads for eighteen multiply-adds; those of 5 x 5 and 7 x 7 six for fifty and eight for 98, and one
 for each weight. Weights are packed, so that they lie at constant distances. Rows in the padding above and
 below are read from a row of zeros.
+
+The gradient of the weights slides likewise: the sums of up to three rows of taps stay in registers while the
+image passes by, a pixel of which is read once for each, and one of dout once for all.
 """
 
 from __future__ import annotations
@@ -130,6 +133,107 @@ def _slide(typing_context, side, x, zeros, weights, bias, y, rows, columns, step
     return types.void(side, x, zeros, weights, bias, y, rows, columns, step, mask), codegen
 
 
+@intrinsic(prefer_literal=True)
+def _add_taps(typing_context, side, tap_rows, x, zeros, dout, sums, rows, columns, steps, mask):
+    """Add the products of some rows of dout with the image to the sums of some rows of taps.
+
+    Arrays are pointers: to the vector in the first pixels of an image, of a row of zeros and of dout's first
+    row, and in the first tap's sum. `rows` are the row of the image that the first tap sees, how many it has,
+    the elements from one row of it, and of dout, to the next, and the rows of dout; `columns` the pixels of
+    padding before a row, its pixels, and those of dout; `steps` the elements from one pixel, and from one
+    tap's sum, to the next. The literals are the side of a window, and how many of its rows are summed.
+    """
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (side, tap_rows)):
+        return None
+    many, taken = side.literal_value, tap_rows.literal_value
+
+    def codegen(context, builder, signature, arguments):
+        _, _, x, zeros, dout, sums, rows, columns, steps, mask = arguments
+        emit = Emitter(context, builder, signature.args[2].dtype)
+        first_row, height, in_row, out_row, count = (builder.extract_value(rows, i) for i in range(5))
+        before, width, outputs = (builder.extract_value(columns, i) for i in range(3))
+        step, distance = (builder.extract_value(steps, i) for i in range(2))
+        zero, nothing = ir.Constant(_I64, 0), ir.Constant(emit.vector, None)
+
+        def larger(a, b):
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+        def smaller(a, b):
+            return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+        # Columns are counted as dout's are: the k-th meets the image's pixel k - before.
+        end = builder.add(before, width)
+        inner = smaller(larger(before, ir.Constant(_I64, many - 1)), end)
+        outer = larger(smaller(outputs, end), inner)
+
+        def add_row(i, values):
+            top = builder.add(first_row, i)
+            tops = []
+            for a in range(taken):
+                row = builder.add(top, ir.Constant(_I64, a))
+                is_inside = builder.icmp_unsigned("<", row, height)
+                tops.append(builder.select(is_inside, emit.at(x, builder.mul(row, in_row)), zeros))
+            line = emit.at(dout, builder.mul(i, out_row))
+            # As many rows that follow arrive meanwhile: vector by vector of channels nobody foresees them.
+            ahead = [
+                emit.at(x, builder.mul(builder.add(top, count), in_row)),
+                emit.at(line, builder.mul(count, out_row)),
+            ]
+
+            def gradient(k):
+                is_one = builder.icmp_unsigned("<", k, outputs)
+                return emit.load(builder.select(is_one, emit.at(line, builder.mul(k, step)), zeros), mask)
+
+            def add_column(k, values, is_edge):
+                seen = [gradient(k), *values[: many - 1]]
+                place = builder.mul(builder.sub(k, before), step)
+                for row in ahead:
+                    emit.prefetch(emit.at(row, place), to_write=False)
+                new: list = []
+                for a in range(taken):
+                    pixel = emit.load(emit.at(tops[a], place), mask)
+                    for b in range(many):
+                        factor = pixel
+                        if is_edge:
+                            # A pixel that no gradient meets through a tap may be NaN.
+                            place_in_row = builder.sub(k, ir.Constant(_I64, b))
+                            meets = builder.icmp_unsigned("<", place_in_row, outputs)
+                            factor = builder.select(meets, pixel, nothing)
+                        new.append(emit.multiply_add(factor, seen[b], values[many - 1 + len(new)]))
+                return [*seen[:-1], *new]
+
+            seen = sum_loop(
+                emit,
+                zero,
+                before,
+                [nothing] * (many - 1),
+                lambda k, values: [gradient(k), *values[:-1]],
+                unrolls=False,
+            )
+            values = [*seen, *values]
+            for begin, stop, is_edge in ((before, inner, True), (inner, outer, False), (outer, end, True)):
+                values = sum_loop(
+                    emit,
+                    begin,
+                    stop,
+                    values,
+                    lambda k, v, is_edge=is_edge: add_column(k, v, is_edge),
+                    unrolls=False,
+                )
+            return values[many - 1 :]
+
+        places = [emit.at(sums, builder.mul(distance, ir.Constant(_I64, t))) for t in range(taken * many)]
+        start = [emit.load(place, mask) for place in places]
+        for place, total in zip(
+            places, sum_loop(emit, zero, count, start, add_row, unrolls=False), strict=True
+        ):
+            emit.store(total, place, mask)
+        return context.get_dummy_value()
+
+    kinds = side, tap_rows, x, zeros, dout, sums, rows, columns, steps, mask
+    return types.void(*kinds), codegen
+
+
 @intrinsic
 def _at(typing_context, source, index):
     """The pointer to source[index]."""
@@ -188,3 +292,33 @@ def slide_band(side, x, zeros, packed, bias, y, first, rows, height, steps, chan
                 _slide_any(side, image, nothing, weights, begin, target, of, columns, channels, everything)
             else:
                 _slide_any(side, image, nothing, weights, begin, target, of, columns, channels, some)
+
+
+@kernel
+def add_strip(side, x, zeros, dout, sums, first, rows, height, steps, channels, columns):
+    """Add the products of `rows` rows of dout, whose windows begin at row `first` of the image and on.
+
+    Arrays are pointers: to the image of `height` rows, to a row of zeros, to dout's first row, and to the
+    sums, (taps, channels). `steps` are the elements from one row of the image, and of dout, to the next,
+    `columns` the pixels of padding before a row, its pixels, and those of dout.
+    """
+    keep_out_of_line()
+    distances = channels, channels
+    for c in range(0, channels, lanes_of(x)):
+        some = first_lanes(x, channels - c)
+        image, nothing, gradient = _at(x, c), _at(zeros, c), _at(dout, c)
+        tap_row = 0
+        while tap_row < side:
+            of = first + tap_row, height, steps[0], steps[1], rows
+            target = _at(sums, tap_row * side * channels + c)
+            if side == 3:
+                _add_taps(3, 3, image, nothing, gradient, target, of, columns, distances, some)
+            elif side == 5 and tap_row == 0:
+                _add_taps(5, 3, image, nothing, gradient, target, of, columns, distances, some)
+            elif side == 5:
+                _add_taps(5, 2, image, nothing, gradient, target, of, columns, distances, some)
+            elif tap_row == 0:
+                _add_taps(7, 3, image, nothing, gradient, target, of, columns, distances, some)
+            else:
+                _add_taps(7, 2, image, nothing, gradient, target, of, columns, distances, some)
+            tap_row += 3 if tap_row == 0 else 2
