@@ -1,9 +1,15 @@
-"""Fixtures of several files."""
+"""Fixtures of several files, and what all tests need of the process."""
+
+import signal
 
 import pytest
 
 import fastcnn
 from fastcnn.kernels import threads
+
+# Shells start what runs in the background with Ctrl-C ignored, and its children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
