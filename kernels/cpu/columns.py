@@ -150,8 +150,8 @@ def _overlaps(g: Windows, lanes: int) -> np.ndarray:
 
 
 @kernel
-def _rows_above(cols, line, g, rows):
-    """Note in `rows` where the taps in a row of an image begin in `cols`; returns how many such there are."""
+def _rows_above(line, g, rows):
+    """Note in `rows` where the taps in a row of an image begin in the matrix; returns how many there are."""
     n = line // g.height
     count = 0
     for a in range(g.kernel_h):
@@ -187,7 +187,7 @@ def _col2im(part, parts, cols, x, lines, g, overlaps, all_rows):
     share = row // (g.stride_h * vectors) + 1
     lo, hi = span(part, parts, lines)
     for line in range(lo, hi):
-        count = _rows_above(columns, line, g, rows)
+        count = _rows_above(line, g, rows)
         n = line // g.height
         ahead = n * g.out_h * row + (line - n * g.height + g.top + 1) * row // g.stride_h
         for v in range(vectors):

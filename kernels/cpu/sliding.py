@@ -30,6 +30,13 @@ SIDES = (3, 5, 7) if TILE_ROWS == 8 else (3,)
 _I64 = ir.IntType(64)
 
 
+def _image_row(emit, x, zeros, row, height, in_row):
+    """The pointer to a row of an image, or to the row of zeros where the image has none."""
+    # As an unsigned number, a row above the image is beyond its end.
+    is_inside = emit.builder.icmp_unsigned("<", row, height)
+    return emit.builder.select(is_inside, emit.at(x, emit.builder.mul(row, in_row)), zeros)
+
+
 class _Window:
     """Writes the instructions of `ROWS` rows of windows, for one vector of channels."""
 
@@ -94,10 +101,7 @@ def _slide(typing_context, side, x, zeros, weights, bias, y, rows, columns, step
         tops = []
         for i in range(many + 2 * ROWS - 1):
             row = builder.add(first_row, ir.Constant(_I64, i))
-            # As an unsigned number, a row above the image is beyond its end.
-            is_inside = builder.icmp_unsigned("<", row, height)
-            top = emit.at(x, builder.mul(row, in_row))
-            tops.append(builder.select(is_inside, top, zeros))
+            tops.append(_image_row(emit, x, zeros, row, height, in_row))
         tops, below = tops[: many + ROWS - 1], tops[many + ROWS - 1 :]
 
         def inside(column):
@@ -133,6 +137,76 @@ def _slide(typing_context, side, x, zeros, weights, bias, y, rows, columns, step
     return types.void(side, x, zeros, weights, bias, y, rows, columns, step, mask), codegen
 
 
+class _Taps:
+    """Writes the instructions that sum rows of taps over a row of dout, for one vector of channels.
+
+    Columns are counted as dout's are: the k-th meets the image's pixel k - before. Values of a loop are the
+    gradients of the last columns, the nearest one first, and the sums.
+    """
+
+    def __init__(self, emit, side, zeros, columns, step, mask):
+        self.emit, self.side = emit, side
+        self._zeros, self._step, self._mask = zeros, step, mask
+        self._before, width, self._outputs = columns
+        builder, self._nothing = emit.builder, ir.Constant(emit.vector, None)
+        last = ir.Constant(_I64, side - 1)
+
+        def larger(a, b):
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+        def smaller(a, b):
+            return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+        # Between these a pixel meets gradients through all taps.
+        self._end = builder.add(self._before, width)
+        self._inner = smaller(larger(self._before, last), self._end)
+        self._outer = larger(smaller(self._outputs, self._end), self._inner)
+
+    def _gradient(self, line, k):
+        builder = self.emit.builder
+        is_one = builder.icmp_unsigned("<", k, self._outputs)
+        place = self.emit.at(line, builder.mul(k, self._step))
+        return self.emit.load(builder.select(is_one, place, self._zeros), self._mask)
+
+    def _met(self, k, pixel, tap):
+        """The pixel of a column if a gradient meets it through a tap; else zero, for it may be NaN."""
+        builder = self.emit.builder
+        meets = builder.icmp_unsigned("<", builder.sub(k, ir.Constant(_I64, tap)), self._outputs)
+        return builder.select(meets, pixel, self._nothing)
+
+    def _with_column(self, tops, line, ahead, k, values, is_edge):
+        emit, side = self.emit, self.side
+        seen, sums = [self._gradient(line, k), *values[: side - 1]], values[side - 1 :]
+        place = emit.builder.mul(emit.builder.sub(k, self._before), self._step)
+        for row in ahead:
+            emit.prefetch(emit.at(row, place), to_write=False)
+        new: list = []
+        for top in tops:
+            pixel = emit.load(emit.at(top, place), self._mask)
+            for tap in range(side):
+                factor = self._met(k, pixel, tap) if is_edge else pixel
+                new.append(emit.multiply_add(factor, seen[tap], sums[len(new)]))
+        return [*seen[:-1], *new]
+
+    def with_row(self, tops, line, ahead, sums):
+        """The sums, with the products of a row of dout and the image's rows `tops`; `ahead` is fetched."""
+        emit, before = self.emit, self._before
+        none = [self._nothing] * (self.side - 1)
+
+        def shift(k, values):
+            return [self._gradient(line, k), *values[:-1]]
+
+        values = [*sum_loop(emit, ir.Constant(_I64, 0), before, none, shift, unrolls=False), *sums]
+        bounds = before, self._inner, self._outer, self._end
+        for begin, stop, is_edge in zip(bounds, bounds[1:], (True, False, True), strict=False):
+
+            def add(k, values, is_edge=is_edge):
+                return self._with_column(tops, line, ahead, k, values, is_edge)
+
+            values = sum_loop(emit, begin, stop, values, add, unrolls=False)
+        return values[self.side - 1 :]
+
+
 @intrinsic(prefer_literal=True)
 def _add_taps(typing_context, side, tap_rows, x, zeros, dout, sums, rows, columns, steps, mask):
     """Add the products of some rows of dout with the image to the sums of some rows of taps.
@@ -151,82 +225,23 @@ def _add_taps(typing_context, side, tap_rows, x, zeros, dout, sums, rows, column
         _, _, x, zeros, dout, sums, rows, columns, steps, mask = arguments
         emit = Emitter(context, builder, signature.args[2].dtype)
         first_row, height, in_row, out_row, count = (builder.extract_value(rows, i) for i in range(5))
-        before, width, outputs = (builder.extract_value(columns, i) for i in range(3))
         step, distance = (builder.extract_value(steps, i) for i in range(2))
-        zero, nothing = ir.Constant(_I64, 0), ir.Constant(emit.vector, None)
+        sides = tuple(builder.extract_value(columns, i) for i in range(3))
+        taps = _Taps(emit, many, zeros, sides, step, mask)
 
-        def larger(a, b):
-            return builder.select(builder.icmp_signed(">", a, b), a, b)
-
-        def smaller(a, b):
-            return builder.select(builder.icmp_signed("<", a, b), a, b)
-
-        # Columns are counted as dout's are: the k-th meets the image's pixel k - before.
-        end = builder.add(before, width)
-        inner = smaller(larger(before, ir.Constant(_I64, many - 1)), end)
-        outer = larger(smaller(outputs, end), inner)
-
-        def add_row(i, values):
+        def add_row(i, sums):
             top = builder.add(first_row, i)
-            tops = []
-            for a in range(taken):
-                row = builder.add(top, ir.Constant(_I64, a))
-                is_inside = builder.icmp_unsigned("<", row, height)
-                tops.append(builder.select(is_inside, emit.at(x, builder.mul(row, in_row)), zeros))
+            seen = [builder.add(top, ir.Constant(_I64, a)) for a in range(taken)]
+            tops = [_image_row(emit, x, zeros, row, height, in_row) for row in seen]
             line = emit.at(dout, builder.mul(i, out_row))
             # As many rows that follow arrive meanwhile: vector by vector of channels nobody foresees them.
-            ahead = [
-                emit.at(x, builder.mul(builder.add(top, count), in_row)),
-                emit.at(line, builder.mul(count, out_row)),
-            ]
-
-            def gradient(k):
-                is_one = builder.icmp_unsigned("<", k, outputs)
-                return emit.load(builder.select(is_one, emit.at(line, builder.mul(k, step)), zeros), mask)
-
-            def add_column(k, values, is_edge):
-                seen = [gradient(k), *values[: many - 1]]
-                place = builder.mul(builder.sub(k, before), step)
-                for row in ahead:
-                    emit.prefetch(emit.at(row, place), to_write=False)
-                new: list = []
-                for a in range(taken):
-                    pixel = emit.load(emit.at(tops[a], place), mask)
-                    for b in range(many):
-                        factor = pixel
-                        if is_edge:
-                            # A pixel that no gradient meets through a tap may be NaN.
-                            place_in_row = builder.sub(k, ir.Constant(_I64, b))
-                            meets = builder.icmp_unsigned("<", place_in_row, outputs)
-                            factor = builder.select(meets, pixel, nothing)
-                        new.append(emit.multiply_add(factor, seen[b], values[many - 1 + len(new)]))
-                return [*seen[:-1], *new]
-
-            seen = sum_loop(
-                emit,
-                zero,
-                before,
-                [nothing] * (many - 1),
-                lambda k, values: [gradient(k), *values[:-1]],
-                unrolls=False,
-            )
-            values = [*seen, *values]
-            for begin, stop, is_edge in ((before, inner, True), (inner, outer, False), (outer, end, True)):
-                values = sum_loop(
-                    emit,
-                    begin,
-                    stop,
-                    values,
-                    lambda k, v, is_edge=is_edge: add_column(k, v, is_edge),
-                    unrolls=False,
-                )
-            return values[many - 1 :]
+            below = emit.at(x, builder.mul(builder.add(top, count), in_row))
+            return taps.with_row(tops, line, [below, emit.at(line, builder.mul(count, out_row))], sums)
 
         places = [emit.at(sums, builder.mul(distance, ir.Constant(_I64, t))) for t in range(taken * many)]
-        start = [emit.load(place, mask) for place in places]
-        for place, total in zip(
-            places, sum_loop(emit, zero, count, start, add_row, unrolls=False), strict=True
-        ):
+        totals = [emit.load(place, mask) for place in places]
+        totals = sum_loop(emit, ir.Constant(_I64, 0), count, totals, add_row, unrolls=False)
+        for place, total in zip(places, totals, strict=True):
             emit.store(total, place, mask)
         return context.get_dummy_value()
 

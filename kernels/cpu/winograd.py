@@ -37,7 +37,7 @@ from .winograd_tiling import (
     Tiling,
     filters_of,
     in_turn,
-    next_rows,
+    next_pixels,
     panel_filters,
     piece_tap,
     row_origin,
@@ -300,9 +300,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                 x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target, pitch
             )
         # Meanwhile the next block's pixels are fetched, those that it reads and those that it writes.
-        before = g.top + TILE - len(g.form)
-        pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
-        results = next_rows(y, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
+        pixels, results = next_pixels(x, y, g, first, last)
         if e.pool_h > 0:
             results = y[:0]
         if (pixels.size + results.size) * x.itemsize > _FETCHED_BYTES:

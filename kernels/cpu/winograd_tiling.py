@@ -102,17 +102,24 @@ def steps_to(distance, step):
 
 
 @kernel
-def next_rows(values, g, first, last, height, line, before):
-    """What as many tiles as from `first` to `last` that follow those have of images of `height` lines.
-
-    Their rows begin `before` lines above their first output. It is nothing for less than a row of tiles.
-    """
+def _next_rows(values, g, first, last, height, line, before):
+    """`next_pixels` of images of `height` lines, whose tiles begin `before` lines above their outputs."""
     rows = (last - first) // g.tile_columns
     if rows == 0 or last >= g.tiles:
         return values[:0]
     n, h, _ = row_origin(g, last // g.tile_columns)
     begin = (n * height + max(h - before, 0)) * line
     return values[begin : begin + rows * TILE * line]
+
+
+@kernel
+def next_pixels(x, y, g, first, last):
+    """Of images and of outputs what as many tiles have as from `first` to `last`, that follow these.
+
+    It is nothing for less than a row of tiles.
+    """
+    pixels = _next_rows(x, g, first, last, g.height, g.width * g.x_pixel, g.top + TILE - len(g.form))
+    return pixels, _next_rows(y, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
 
 
 @kernel

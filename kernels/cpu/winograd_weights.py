@@ -24,13 +24,12 @@ from .simd import VECTOR_BITS
 from .tile import add_ranges, add_rows, padded_rows
 from .vectors import pointer, prefetch
 from .winograd import transform_input, windows
-from .winograd_points import TILE
 from .winograd_tiling import (
     Filters,
     Tiling,
     filters_of,
     in_turn,
-    next_rows,
+    next_pixels,
     panel_filters,
     piece_tap,
     row_origin,
@@ -127,14 +126,6 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
     )
 
 
-@kernel
-def _read_next(x, dout, g, first, last):
-    """Of the image and of dout what is fetched while the tiles from `first` to `last` are multiplied."""
-    before = g.top + TILE - len(g.form)
-    pixels = next_rows(x, g, first, last, g.height, g.width * g.x_pixel, before)
-    return pixels, next_rows(dout, g, first, last, g.out_height, g.out_width * g.y_pixel, 0)
-
-
 @parallel
 def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, columns, v, w):
     """Images by slab of one vector of channels, gradients by panel of filters, tile after tile in each."""
@@ -160,7 +151,7 @@ def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, column
 @parallel
 def _multiply(part, parts, x, dout, v, w, g, first, last, tables, sums):
     keep_out_of_line()
-    pixels, gradients = _read_next(x, dout, g, first, last)
+    pixels, gradients = next_pixels(x, dout, g, first, last)
     lo, hi = span(part, parts, g.area * g.panels)
     for task in range(lo, hi):
         element = task // g.panels
@@ -194,7 +185,7 @@ def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, ta
             for panel in range(g.panels):
                 place = panel * g.block * g.panel
                 _transform_gradient(dout, g, first, last, group * g.panels + panel, zeros, w, place)
-            pixels, gradients = _read_next(x, dout, g, first, last)
+            pixels, gradients = next_pixels(x, dout, g, first, last)
             for element in range(g.area):
                 for panel in range(g.panels):
                     ahead = in_turn(pixels, gradients, element * g.panels + panel, g.area * g.panels)
