@@ -21,10 +21,10 @@ from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .loops import memory, sum_loop
 from .pieces import add_up
-from .simd import TILE_ROWS, VECTOR_BITS
+from .simd import TILE_ROWS
 from .sliding import add_strip, pack, slide_band
 from .tile import Emitter
-from .vectors import keep_in_line, pointer
+from .vectors import keep_in_line, lanes_of, pointer
 from .workspace import NOWHERE, clear, scratch
 
 _I64 = ir.IntType(64)
@@ -171,7 +171,7 @@ def _taps_tile(
 @kernel
 def _fill_band(x, x0, band, weight, start, y, y0, of):
     """The rows of a band, from y[y0] on."""
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     spans = of.spans
     for s in range(len(spans)):
         begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
@@ -260,7 +260,7 @@ def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs
 def _add_band(x, x0, band, dout, d0, sums, of):
     """Add the products of a band to the sums of the taps that it sees."""
     keep_in_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     spans = of.spans
     for s in range(len(spans)):
         p0, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]

@@ -19,8 +19,9 @@ from ..threads import between_jobs, parallel, part_count, span
 from . import geometry, simd
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
-from .simd import TILE_ROWS, VECTOR_BITS
+from .simd import TILE_ROWS
 from .tile import overwrite_ranges
+from .vectors import lanes_of
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
@@ -108,7 +109,7 @@ def _correlate(
     window = windows[part]
     z = zs[part]
     image_out = y.size // images
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     # The work is every block of every image for every panel, so that one small image keeps all threads busy.
     item, end = span(part, parts, images * b.blocks * groups * panels)
     while item < end:

@@ -13,11 +13,11 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from .simd import VECTOR_BITS
 from .vectors import (
     all_lanes,
     first_lanes,
     keep_in_line,
+    lanes_of,
     like,
     load,
     pointer,
@@ -84,7 +84,7 @@ def _finish_pixels(keeps, z, width, pixels, y, y0, filters, argmax, columns):
     """ReLU of `pixels` pixels; see `finish_panel`."""
     keep_in_line()
     block, result, where = pointer(z), pointer(y), pointer(argmax)
-    lanes, kind = VECTOR_BITS // (8 * z.itemsize), argmax.dtype.type(0)
+    lanes, kind = lanes_of(z), argmax.dtype.type(0)
     whole = columns // lanes * lanes
     everything, some = all_lanes(block), first_lanes(block, columns - whole)
     for i in range(pixels):
@@ -110,7 +110,7 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
         else:
             _finish_pixels(False, z, width, rows * e.out_w, y, y0, e.filters, argmax, columns)
         return
-    lanes = VECTOR_BITS // (8 * z.itemsize)
+    lanes = lanes_of(z)
     line = e.out_w * e.pool_w * width
     kind = argmax.dtype.type(0)
     area, offsets, block, result, where = taps.size, pointer(taps), pointer(z), pointer(y), pointer(argmax)
@@ -177,7 +177,7 @@ def unpool_panel(dout, argmax, p0, rows, e, taps, z, width, sums, s0, columns):
     on, which like `z` is in whole vectors.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * z.itemsize)
+    lanes = lanes_of(z)
     line = e.out_w * e.pool_w * width
     area, offsets, block, totals = taps.size, pointer(taps), pointer(z), pointer(sums)
     gradients, where = pointer(dout), pointer(argmax)

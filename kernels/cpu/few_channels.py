@@ -20,8 +20,9 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .image_tiles import gather_images
-from .simd import TILE_ROWS, TILE_VECTORS, VECTOR_BITS
+from .simd import TILE_ROWS, TILE_VECTORS
 from .tile import Emitter, overwrite_panel
+from .vectors import lanes_of
 from .workspace import clear, copy, scratch
 
 # Bytes of a block of sums, which should stay in the second-level cache, and of a chunk of products, which
@@ -79,7 +80,7 @@ def _add_vector(typing_context, target, t0, source, s0, count):
 @kernel
 def _pack(weight, depth, width, memory):
     """The weights as panels of columns (kh, kw, c), a panel's width in each, of rows f."""
-    lanes, columns = VECTOR_BITS // (8 * weight.itemsize), weight.size // depth
+    lanes, columns = lanes_of(weight), weight.size // depth
     for first in range(0, columns, lanes):
         # Squares that reach beyond their panel are written before the next one is.
         target = first // width * width * depth + first % width
@@ -127,7 +128,7 @@ def _scatter(part, parts, dout, images, weight, dx, of, all_products, all_sums, 
     keep_out_of_line()
     products, sums = all_products[part], all_sums[part]
     size, depth = of.sizes, of.filters.size
-    width = TILE_VECTORS * VECTOR_BITS // (8 * dout.itemsize)
+    width = TILE_VECTORS * lanes_of(dout)
     start, weights = memory[part, :width], memory[part, width:]
     clear(start, 0, width)
     _pack(weight, depth, width, weights)

@@ -29,9 +29,9 @@ from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .dots import dots
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .image_tiles import gather_images
-from .simd import TILE_ROWS, VECTOR_BITS
+from .simd import TILE_ROWS
 from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
-from .vectors import first_lanes, load, pointer, prefetch, store
+from .vectors import first_lanes, lanes_of, load, pointer, prefetch, store
 from .winograd_tiling import panel_filters
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
@@ -110,7 +110,7 @@ def _some(layer: Layer, images: int) -> Iterator[slice]:
 @kernel
 def _write(z, g, panel, y, e, taps, argmax):
     """Write a panel's sums, or what `e` makes of them."""
-    filter0, many = panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
+    filter0, many = panel_filters(g, panel, lanes_of(y))
     pixels = g.pixels // g.images
     for n in range(g.images):
         z0 = (panel * g.pixels + n * pixels) * g.panel
@@ -125,7 +125,7 @@ def _write(z, g, panel, y, e, taps, argmax):
 @kernel
 def _pack_transposed(weight, w0, g, filter0, many, depth, packed):
     """The weights of a block and a panel as rows of the panel's filters, which lie a row of weights apart."""
-    lanes = VECTOR_BITS // (8 * weight.itemsize)
+    lanes = lanes_of(weight)
     for f in range(0, many, lanes):
         for k in range(0, depth, lanes):
             source, target = w0 + filter0 * g.transposed + k, k * g.panel + f
@@ -135,7 +135,7 @@ def _pack_transposed(weight, w0, g, filter0, many, depth, packed):
 @kernel
 def _add_dots(x, weight, w0, g, filter0, many, depth, channel, row, crow, r0, r1, z, z0):
     """As `add_tiles`, for few pixels: each weight is read where it lies."""
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     inputs, weights, sums = pointer(x), pointer(weight), pointer(z)
     for f in range(0, many, lanes):
         count = min(many - f, lanes)
@@ -151,7 +151,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
     """Sums of a share of the panels, to `z` (panels, pixels, width), and what becomes of them."""
     keep_out_of_line()
     blocks, row, crow, col = tables
-    lanes, packed = VECTOR_BITS // (8 * x.itemsize), packs[part]
+    lanes, packed = lanes_of(x), packs[part]
     if g.transposed == 0 and g.filters < lanes:
         # Whole vectors would be read beyond the last weight; there is but one panel, and one part.
         copy(weight, 0, packed, 0, weight.size)

@@ -30,8 +30,8 @@ from .image_tiles import (
     scatter_images,
     taps_tile,
 )
-from .simd import TILE_ROWS, VECTOR_BITS
-from .vectors import all_lanes, load, pointer, total, zeros
+from .simd import TILE_ROWS
+from .vectors import all_lanes, lanes_of, load, pointer, total, zeros
 from .workspace import NOWHERE, clear, scratch
 
 # A block's window should leave half of the second-level cache.
@@ -88,7 +88,7 @@ class Tables(NamedTuple):
 @kernel
 def fill_window(x, n0, images, block, g, h0, rows, window):
     """The window of input rows from `h0` on as vectors of images, with zeros where the image ends."""
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     row = g.pitch
     left = min(max(-g.origin_w, 0), g.window_w)
     first = max(g.origin_w, 0)
@@ -112,7 +112,7 @@ def fill_window(x, n0, images, block, g, h0, rows, window):
 @kernel
 def empty_row(y, n0, images, g, i, result, block):
     """Write a row of results, which are vectors of a block's images, to `y`."""
-    lanes = VECTOR_BITS // (8 * result.itemsize)
+    lanes = lanes_of(result)
     line = g.width // g.pool_w * g.filters
     run = line if g.out_column == g.filters else g.filters
     for j in range(line // run):
@@ -127,7 +127,7 @@ def empty_row(y, n0, images, g, i, result, block):
 def _sum_taps(window, w, of, weights, start, filters, sums, s):
     """All filters' sums of one output pixel, whose first tap is at `w`."""
     depth = of.taps.size
-    block = VECTORS * (VECTOR_BITS // (8 * window.itemsize))
+    block = VECTORS * lanes_of(window)
     # A tile may have more filters than are left: the next pixel's overwrite them.
     for f in range(0, of.grid.filters, filters):
         r = s + f * block
@@ -144,7 +144,7 @@ def _sum_taps(window, w, of, weights, start, filters, sums, s):
 @kernel
 def pool_outputs(sums, taps, e, result, places, r, block):
     """One pixel of the result, and where it comes from, of the outputs at sums[taps]."""
-    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    lanes = lanes_of(sums)
     kind = sums.dtype.type(0)
     offsets, outputs, values, where = pointer(taps), pointer(sums), pointer(result), pointer(places)
     everything = all_lanes(outputs)
@@ -158,7 +158,7 @@ def _correlate(
 ):
     keep_out_of_line()
     g = of.grid
-    block = VECTORS * (VECTOR_BITS // (8 * x.itemsize))
+    block = VECTORS * lanes_of(x)
     window, result, place = windows[part], results[part], places[part]
     # What is not pooled is the result already.
     sums = spares[part] if e.pool_h else result
@@ -187,7 +187,7 @@ def _correlate(
 @kernel
 def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
     """Add some pixels' share in the gradient of all weights."""
-    lanes = VECTOR_BITS // (8 * window.itemsize)
+    lanes = lanes_of(window)
     step = of.grid.filters * lanes
     s = 0
     for f in range(0, of.grid.filters, filters):
@@ -206,7 +206,7 @@ def _add_pixels(window, w0, pixels, of, gradient, d0, filters, sums):
 def _weight(part, parts, x, images, dout, filters, of, pixels, windows, gradients, sums):
     keep_out_of_line()
     g = of.grid
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     window, gradient = windows[part], gradients[part]
     group = pixels.size // g.width
     line = g.width * g.filters
@@ -239,7 +239,7 @@ def _fold(part, parts, sums, filters, dweight):
     keep_out_of_line()
     pieces, size = sums.shape
     depth, many = dweight.shape
-    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    lanes = lanes_of(sums)
     values = pointer(sums)
     chunks = (depth + TAPS - 1) // TAPS
     lo, hi = span(part, parts, depth)

@@ -18,9 +18,9 @@ from . import simd
 from .dots import dots
 from .image_tiles import gather_images
 from .runs import add_runs
-from .simd import TILE_ROWS, TILE_VECTORS, VECTOR_BITS
+from .simd import TILE_ROWS, TILE_VECTORS
 from .tile import add_panel, overwrite_panel, padded_rows
-from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, prefetch, store
+from .vectors import all_lanes, first_lanes, keep_in_line, lanes_of, like, load, pointer, prefetch, store
 from .workspace import NOTHING, clear, copy, scratch, set_start
 
 _BLOCK_K = 384
@@ -85,7 +85,7 @@ def _pack_panels(b, p, k0, depth, first, many, width, packed):
     source = k0 * p.b_k + first * p.b_column
     size = packed.size // _PANELS
     last = many // width * width
-    lanes = VECTOR_BITS // (8 * b.itemsize)
+    lanes = lanes_of(b)
     if p.b_column == 1:
         values, places = pointer(b), pointer(packed)
         everything = all_lanes(values)
@@ -131,7 +131,7 @@ def _fetch_rows(b, b0, ldb, rows, columns):
 @parallel
 def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
     keep_out_of_line()
-    width = TILE_VECTORS * VECTOR_BITS // (8 * a.itemsize)
+    width = TILE_VECTORS * lanes_of(a)
     depth_size = col.size * width
     packed, rest = memory[part, : _PANELS * depth_size], memory[part, _PANELS * depth_size :]
     start, rows_of_a = rest[:width], rest[width:]
@@ -208,7 +208,7 @@ def _dot_rows(part, parts, dout, weight, dx):
     keep_out_of_line()
     (rows, columns), inputs = dout.shape, len(weight)
     gradients, weights, results = pointer(dout), pointer(weight), pointer(dx)
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lanes = lanes_of(dout)
     lo, hi = span(part, parts, (inputs + lanes - 1) // lanes)
     for k in range(lo * lanes, min(hi * lanes, inputs), lanes):
         many = min(inputs - k, lanes)
@@ -234,7 +234,7 @@ def _multiply_outer(part, parts, x, dout, accumulate, dweight):
     keep_out_of_line()
     columns = dout.size
     factors, gradients, results = pointer(x), pointer(dout), pointer(dweight)
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lanes = lanes_of(dout)
     whole = columns // lanes * lanes
     everything, some = all_lanes(results), first_lanes(results, columns - whole)
     lo, hi = span(part, parts, x.size)
@@ -249,7 +249,7 @@ def _multiply_outer(part, parts, x, dout, accumulate, dweight):
 def _multiply_small(part, parts, a, b, b_k, b_column, bias, c, row, crow, col, accumulate, memory):
     """C (+)= bias + A B of few numbers, in one part: A is read where it lies, B packed at once."""
     depth, columns = col.size, c.shape[1]
-    lanes = VECTOR_BITS // (8 * a.itemsize)
+    lanes = lanes_of(a)
     width = TILE_VECTORS * lanes
     padded = (columns + width - 1) // width * width
     start, packed = memory[:padded], memory[padded:]

@@ -16,7 +16,7 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .elementwise import flat, name_after, passes_caches
 from .pieces import add_up, fill, piece_bounds, piece_count, repeat
-from .simd import VECTOR_BITS, lanes
+from .simd import lanes
 from .vectors import (
     LONG,
     all_lanes,
@@ -74,7 +74,7 @@ def _add_column(x, start, rows, width, slab, k, mask):
 def _add_rows(x, start, rows, width, size, slab):
     """Add the first `size` elements of each of `rows` rows to the sums of their columns."""
     keep_in_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     values, sums = pointer(x), pointer(slab)
     everything = all_lanes(values)
     whole = size // lanes * lanes

@@ -26,7 +26,7 @@ from .loops import sum_loop
 from .pieces import add_up
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import Emitter
-from .vectors import pointer
+from .vectors import lanes_of, pointer
 from .workspace import NOTHING, NOWHERE, clear, scratch, set_start
 
 _I64 = ir.IntType(64)
@@ -173,7 +173,7 @@ def _fill_tiles(r0, r1, operands, columns, seen):
 @parallel
 def _correlate(part, parts, x, images, weights, start, y, argmax, of, by, windows, e, taps, zs):
     keep_out_of_line()
-    lanes, vectors = VECTOR_BITS // (8 * x.itemsize), by.first.size
+    lanes, vectors = lanes_of(x), by.first.size
     b, window, z = of.blocks, windows[part], zs[part]
     count = of.taps.size // by.inner
     # The work is every block of every image for every vector, so that one small image keeps all threads busy.

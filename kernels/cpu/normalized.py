@@ -16,7 +16,6 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from .moments import AHEAD, column_width
 from .pieces import fill, repeat
-from .simd import VECTOR_BITS
 from .vectors import (
     all_lanes,
     first_lanes,
@@ -122,7 +121,7 @@ def _forward_vector(x, y, argmax, keeps, table, taps, source, target, c, mask, g
 @parallel
 def _forward(part, parts, x, y, argmax, table, taps, g):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     from_, to, where, rows, places = pointer(x), pointer(y), pointer(argmax), pointer(table), pointer(taps)
     whole = g.channels // lanes * lanes
     keeps, everything, some = argmax.size > 0, all_lanes(from_), first_lanes(from_, g.channels - whole)
@@ -191,7 +190,7 @@ def _sum_column(dout, argmax, keeps, x, mean, slab, taps, source, target, pixels
 def _sums(part, parts, dout, argmax, x, mean, slabs, taps, g):
     """Sums of the gradient, and of its products with x - mean at the pixels that it goes to."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     gradient, where, values, center = pointer(dout), pointer(argmax), pointer(x), pointer(mean)
     whole = g.channels // lanes * lanes
     keeps, everything, some = argmax.size > 0, all_lanes(values), first_lanes(values, g.channels - whole)
@@ -267,7 +266,7 @@ def _backward(part, parts, dout, argmax, x, dx, table, taps, training, g):
     `taps` are a window's, and behind them those of a pixel.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     arrays = pointer(dout), pointer(argmax), pointer(x), pointer(dx), pointer(table)
     keeps, everything = argmax.size > 0, all_lanes(pointer(x))
     window, pixel = pointer(taps), pointer(taps[g.pool_h * g.pool_w + 1 :])

@@ -14,7 +14,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, span
 from .pieces import fill
-from .simd import VECTOR_BITS
+from .pool_nine import AHEAD, largest_of_nine
 from .vectors import (
     LONG,
     all_lanes,
@@ -34,9 +34,6 @@ from .vectors import (
     zeros,
 )
 
-# Processors foresee steps from one address to the next only, not from one row of an image to another: so many
-# elements ahead of the one in work they are told to fetch.
-_AHEAD = 8192
 # From so many channels and pixels of a window on, a mean is taken pixel by pixel.
 _MANY_CHANNELS = 512
 _MANY_PIXELS = 32
@@ -97,7 +94,7 @@ def _largest(x, y, argmax, kind, taps, source, target, mask):
     where = like(splat(kind, mask), max(taps[1], 0))
     entry = 0
     while taps[entry + 1] >= 0:
-        prefetch(x, source + taps[entry] + _AHEAD)
+        prefetch(x, source + taps[entry] + AHEAD)
         value = load(x, source + taps[entry], mask)
         takes = (value > best) | (value != value)
         best = select(takes, value, best)
@@ -111,13 +108,14 @@ def _largest(x, y, argmax, kind, taps, source, target, mask):
 def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
     """y and argmax, overwritten; the tables' third columns are the first tap in the image."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     kind, channels = argmax.dtype.type(0), g.channels
     whole = channels // lanes * lanes
     taps, values, to, where = pointer(lists[part]), pointer(x), pointer(y), pointer(argmax)
     everything, some = all_lanes(values), first_lanes(values, channels - whole)
     out_h, out_w = rows.shape[0], columns.shape[0]
-    shape = (-1, -1, -1)
+    line, pixel = g.dilation_h * g.width * channels, g.dilation_w * channels
+    shape, nine = (-1, -1, -1), False
     lo, hi = span(part, parts, y.size // (out_w * channels))
     for row in range(lo, hi):
         n = row // out_h
@@ -129,7 +127,18 @@ def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
             if shape != (tall, wide, first):
                 shape = (tall, wide, first)
                 _list_taps(lists[part], tall, wide, first, g)
+                down, right = -(-tall // g.dilation_h), -(-wide // g.dilation_w)
+                nine = first == 0 and down == right == g.kernel_w == 3
             s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
+            if nine:
+                for c in range(0, whole, lanes):
+                    if largest_of_nine(values, to, where, s + c, line, pixel, t + c, everything):
+                        _largest(values, to, where, kind, taps, s + c, t + c, everything)
+                s += whole
+                if whole < channels and largest_of_nine(values, to, where, s, line, pixel, t + whole, some):
+                    _largest(values, to, where, kind, taps, s, t + whole, some)
+                t += channels
+                continue
             for c in range(0, whole, lanes):
                 _largest(values, to, where, kind, taps, s + c, t + c, everything)
             if whole < channels:
@@ -138,30 +147,44 @@ def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
 
 
 @kernel
-def _scatter_vector(dout, argmax, keeps, factor, dx, taps, source, target, mask):
+def _scatter_vector(dout, argmax, dx, taps, source, target, mask):
+    """One vector of channels of one window's gradient, to the pixels that were the largest."""
     keep_in_line()
-    gradient = load(dout, source, mask)
+    gradient, where = load(dout, source, mask), load(argmax, source, mask)
+    zero = like(gradient, 0)
     entry = 0
-    if keeps:
-        where, zero = load(argmax, source, mask), like(gradient, 0)
-        while taps[entry + 1] >= 0:
-            here = where == like(where, taps[entry + 1])
-            prefetch(dx, target + taps[entry] + _AHEAD)
-            store(select(here, gradient, zero), dx, target + taps[entry], mask)
-            entry += 2
-    else:
-        gradient = gradient * like(gradient, factor)
-        while taps[entry + 1] >= 0:
-            prefetch(dx, target + taps[entry] + _AHEAD)
-            store(gradient, dx, target + taps[entry], mask)
-            entry += 2
+    while taps[entry + 1] >= 0:
+        here = where == like(where, taps[entry + 1])
+        prefetch(dx, target + taps[entry] + AHEAD)
+        store(select(here, gradient, zero), dx, target + taps[entry], mask)
+        entry += 2
+
+
+@kernel
+def _spread(dout, factor, dx, taps, source, target, channels):
+    """One window's gradient, to all of its pixels, one after another: memory is written from end to end."""
+    lanes = lanes_of(dx)
+    whole = channels // lanes * lanes
+    everything, some = all_lanes(dx), first_lanes(dx, channels - whole)
+    entry = 0
+    while taps[entry + 1] >= 0:
+        place = target + taps[entry]
+        for c in range(0, whole, lanes):
+            gradient = load(dout, source + c, everything)
+            prefetch(dx, place + c + AHEAD)
+            store(gradient * like(gradient, factor), dx, place + c, everything)
+        if whole < channels:
+            gradient = load(dout, source + whole, some)
+            prefetch(dx, place + whole + AHEAD)
+            store(gradient * like(gradient, factor), dx, place + whole, some)
+        entry += 2
 
 
 @parallel
 def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
     """dx, overwritten: dout at the pixels in argmax; if it is empty, dout * factor at all of a window."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * dx.itemsize)
+    lanes = lanes_of(dx)
     channels, line = g.channels, g.width * g.channels
     whole = channels // lanes * lanes
     taps, gradient, where, to = pointer(lists[part]), pointer(dout), pointer(argmax), pointer(dx)
@@ -180,10 +203,13 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
             fill(dx[begin * line : last * line], 0)
         s, t = row * apart.out_w * channels, first * line
         for _ in range(apart.out_w):
-            for c in range(0, whole, lanes):
-                _scatter_vector(gradient, where, keeps, factor, to, taps, s + c, t + c, everything)
-            if whole < channels:
-                _scatter_vector(gradient, where, keeps, factor, to, taps, s + whole, t + whole, some)
+            if keeps:
+                for c in range(0, whole, lanes):
+                    _scatter_vector(gradient, where, to, taps, s + c, t + c, everything)
+                if whole < channels:
+                    _scatter_vector(gradient, where, to, taps, s + whole, t + whole, some)
+            else:
+                _spread(gradient, factor, to, taps, s, t, channels)
             s += channels
             t += apart.stride_w * channels
 
@@ -333,7 +359,7 @@ def _mean_vector(x, y, zero, factor, taps, source, target, mask):
     entry = 0
     while taps[entry + 1] >= 0:
         place = source + taps[entry]
-        prefetch_vector(x, place + _AHEAD, mask)
+        prefetch_vector(x, place + AHEAD, mask)
         total = total + load(x, place, mask)
         entry += 2
     store(total * like(total, factor), y, target, mask)

@@ -15,7 +15,7 @@ from ..jit import kernel
 from .loops import sum_loop
 from .simd import VECTOR_BITS
 from .tile import Emitter
-from .vectors import keep_in_line
+from .vectors import keep_in_line, lanes_of
 
 _I64 = ir.IntType(64)
 
@@ -117,7 +117,7 @@ def _total(builder, terms):
 def add_runs(values, offsets, first, count, source, s0, target, t0, run):
     """target[t0 : t0 + run] += the weighted sum of `count` runs of the source, from entry `first` on."""
     keep_in_line()
-    lanes = VECTOR_BITS // (8 * source.itemsize)
+    lanes = lanes_of(source)
     while run > _MOST_VECTORS * lanes:
         whole = values, offsets, first, count, source, s0, 0, target, t0, 0, 8 * lanes
         _add_weighted(1, 8, whole)
@@ -153,7 +153,7 @@ def add_rows_of_runs(
     Entries are then read once for all, and short runs keep the processor busy.
     """
     keep_in_line()
-    lanes = VECTOR_BITS // (8 * source.itemsize)
+    lanes = lanes_of(source)
     vectors = (run + lanes - 1) // lanes
     while rows > 0:
         operands = values, offsets, first, count, source, s0, source_step, target, t0, target_step, run

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from ..jit import keep_out_of_line, kernel
 from . import simd
 from .loops import sum_loop
+from .vectors import lanes_of
 
 TILE_ROWS = simd.TILE_ROWS
 # The taps of 3 x 3 fill these; with 2 vectors they are as much as 32 registers hold.
@@ -239,7 +240,7 @@ def overwrite_ranges(
     `ranges` has first, length, pitch and runs for each tile from r0 on, or nothing if all sum over all k.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * a.itemsize)
+    lanes = lanes_of(a)
     share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
     for r in range(r0, r1, TILE_ROWS):
         terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
@@ -272,7 +273,7 @@ def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, 
 def add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, share, step):
     """`add_ranges`, while a cache fetches what lies `share` a row of C, and `step` a k, behind `ahead[0]`."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * a.itemsize)
+    lanes = lanes_of(a)
     if (r1 - r0) % TILE_ROWS != 0:
         for r in range(r0, r1, TALL_ROWS):
             terms = _terms(ranges, (r - r0) // TALL_ROWS, depth)

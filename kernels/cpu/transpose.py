@@ -10,9 +10,9 @@ from numba.extending import intrinsic
 from .. import checks
 from ..jit import keep_out_of_line
 from ..threads import NotRecordedError, between_jobs, parallel, part_count, recording, span
-from .simd import VECTOR_BITS, lanes
+from .simd import lanes
 from .tile import Emitter
-from .vectors import pointer
+from .vectors import lanes_of, pointer
 
 # Below so many elements NumPy's copy is done before a kernel has begun.
 _FEW = 4096
@@ -113,7 +113,7 @@ def _three(typing_context, to_first, x, x0, stride, y, y0, pitch):
 def _transpose_three(part, parts, x, y, pixels, to_first):
     """Images of 3 channels, from channels-last to channels-first if `to_first`, or back."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     source, target = pointer(x), pointer(y)
     whole = pixels // lanes * lanes
     lo, hi = span(part, parts, x.size // (3 * pixels))
@@ -137,7 +137,7 @@ def _transpose_three(part, parts, x, y, pixels, to_first):
 def _transpose(part, parts, x, y, height, width):
     """y[n, j, i] = x[n, i, j] of matrices of `height` x `width`; a task is a strip of columns of one."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     source, target = pointer(x), pointer(y)
     strips = (width + lanes - 1) // lanes
     lo, hi = span(part, parts, x.size // (height * width) * strips)

@@ -117,7 +117,8 @@ def pointers(typing_context, arrays):
     return several(arrays), codegen
 
 
-def _load(context, builder, vector, source, index, mask):
+def load_vector(context, builder, vector, source, index, mask):
+    """What `load` does, for other intrinsics."""
     kind = context.get_value_type(vector)
     place = builder.bitcast(builder.gep(source, [index]), kind.as_pointer())
     alignment = ir.Constant(_I32, vector.element.bitwidth // 8)
@@ -131,7 +132,7 @@ def load(typing_context, source, index, mask):
     vector = Vector(source.dtype, mask.lanes)
 
     def codegen(context, builder, signature, values):
-        return _load(context, builder, vector, *values)
+        return load_vector(context, builder, vector, *values)
 
     return vector(source, types.intp, mask), codegen
 
@@ -149,11 +150,18 @@ def loads(typing_context, count, source, index, step, mask):
         _, pointer, place, distance, lanes = values
         each = []
         for _ in range(many):
-            each.append(_load(context, builder, vector, pointer, place, lanes))
+            each.append(load_vector(context, builder, vector, pointer, place, lanes))
             place = builder.add(place, distance)
         return context.make_tuple(builder, several, each)
 
     return several(count, source, types.intp, types.intp, mask), codegen
+
+
+def store_vector(builder, vector, value, target, index, mask):
+    """What `store` does, for other intrinsics."""
+    place = builder.bitcast(builder.gep(target, [index]), value.type.as_pointer())
+    alignment = ir.Constant(_I32, vector.element.bitwidth // 8)
+    _call(builder, f"llvm.masked.store.{vector.shape}.p0", ir.VoidType(), [value, place, alignment, mask])
 
 
 @intrinsic
@@ -161,11 +169,7 @@ def store(typing_context, value, target, index, mask):
     """Write to target[index] and on, `target` being a pointer; lanes outside of `mask` are left alone."""
 
     def codegen(context, builder, signature, values):
-        kind = values[0].type
-        place = builder.bitcast(builder.gep(values[1], [values[2]]), kind.as_pointer())
-        alignment = ir.Constant(_I32, target.dtype.bitwidth // 8)
-        name = f"llvm.masked.store.{value.shape}.p0"
-        _call(builder, name, ir.VoidType(), [values[0], place, alignment, values[3]])
+        store_vector(builder, value, *values)
         return context.get_dummy_value()
 
     return types.void(value, target, types.intp, mask), codegen
@@ -199,7 +203,8 @@ def fence(typing_context):
     return types.void(), codegen
 
 
-def _prefetch(builder, source, index):
+def prefetch_at(builder, source, index):
+    """What `prefetch` does, for other intrinsics."""
     place = builder.bitcast(builder.gep(source, [index]), ir.IntType(8).as_pointer())
     switches = [ir.Constant(_I32, number) for number in (0, 2, 1)]  # to read, to the second level, data
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *switches])
@@ -210,7 +215,7 @@ def prefetch(typing_context, source, index):
     """Have the second-level cache fetch source[index], which need not exist, `source` being a pointer."""
 
     def codegen(context, builder, signature, values):
-        _prefetch(builder, *values)
+        prefetch_at(builder, *values)
         return context.get_dummy_value()
 
     return types.void(source, types.intp), codegen
@@ -256,7 +261,7 @@ def prefetch_vector(typing_context, source, index, mask):
 
     def codegen(context, builder, signature, values):
         for k in range(0, mask.lanes, 512 // source.dtype.bitwidth):
-            _prefetch(builder, values[0], builder.add(values[1], ir.Constant(values[1].type, k)))
+            prefetch_at(builder, values[0], builder.add(values[1], ir.Constant(values[1].type, k)))
         return context.get_dummy_value()
 
     return types.void(source, types.intp, mask), codegen
@@ -425,6 +430,12 @@ def wide(typing_context, a):
         return builder.fpext(values[0], context.get_value_type(vector))
 
     return vector(a), codegen
+
+
+def any_of(builder, mask):
+    """Whether a mask is true in a lane."""
+    bits = ir.IntType(mask.type.count)
+    return builder.icmp_unsigned("!=", builder.bitcast(mask, bits), ir.Constant(bits, 0))
 
 
 def _folded(builder, value, lanes, combine):

@@ -26,9 +26,8 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
-from .simd import VECTOR_BITS
 from .tile import add_panel, overwrite_ranges
-from .vectors import pointer, prefetch
+from .vectors import lanes_of, pointer, prefetch
 from .winograd_points import TILE
 from .winograd_tiling import (
     PIECES,
@@ -100,7 +99,7 @@ def _transform_weights(weight, transposed, g, panel, k0, u, u0, square):
     If `transposed`, the channels of the image are the weight's filters, and the taps are flipped.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * weight.itemsize)
+    lanes = lanes_of(weight)
     filter0, many = panel_filters(g, panel, lanes)
     group = panel // g.panels
     taps = g.taps * g.taps
@@ -154,7 +153,7 @@ def _transform_all_weights(part, parts, weight, transposed, bias, g, u, start, s
     keep_out_of_line()
     if part == 0:
         set_start(bias, start)
-    lanes = VECTOR_BITS // (8 * weight.itemsize)
+    lanes = lanes_of(weight)
     slices = (g.depth + lanes - 1) // lanes
     lo, hi = span(part, parts, g.groups * g.panels * slices)
     for task in range(lo, hi):
@@ -172,7 +171,7 @@ def transform_input(x, g, cut, first, last, c0, c1, offsets, zeros, columns, v, 
     channels, of which there is one at least. The last vector begins earlier where they don't fill it.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     side = len(g.form)
     column = side * lanes
     tile = first
@@ -211,7 +210,7 @@ def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel
     the next image; `y0` is where the panel of the first image would begin.
     """
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * y.itemsize)
+    lanes = lanes_of(y)
     pixels = pointer(y)
     for tile in range(first, last):
         row = tile // g.tile_columns
@@ -261,7 +260,7 @@ def _pool(z, g, first, last, e, taps, y, argmax, filter0, many):
 def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
     """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
     keep_out_of_line()
-    filter0, many = panel_filters(g, panel, VECTOR_BITS // (8 * y.itemsize))
+    filter0, many = panel_filters(g, panel, lanes_of(y))
     filter0 += panel // g.panels * g.filters
     if e.pool_h > 0:
         line = g.out_width * g.panel
@@ -276,7 +275,7 @@ def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
 @parallel
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * y.itemsize)
+    lanes = lanes_of(y)
     v = vs[part]
     m = ms[part]
     # The work is every block for every panel, so that few blocks keep all threads busy.
@@ -353,7 +352,7 @@ def _correlate_few(
 ):
     """One block of tiles for many weights, which are transformed by chunk and never leave the cache."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * y.itemsize)
+    lanes = lanes_of(y)
     u = us[part]
     m = ms[part]
     # Not the literal 0, for which Numba would compile second versions.

@@ -25,8 +25,7 @@ from . import direct, image_lanes, simd, winograd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .image_lanes import empty_row, fill_window, pitch, pool_outputs
-from .simd import VECTOR_BITS
-from .vectors import keep_in_line
+from .vectors import keep_in_line, lanes_of
 from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
 from .workspace import NOTHING, NOWHERE, clear, scratch, set_start
 
@@ -98,7 +97,7 @@ _transform_outputs = transformer(OUTPUT)
 @kernel
 def transform_row(window, w0, g, columns, spectrum):
     """Transforms of the windows of a row of tiles, and of the cuts beside the last: by tile and column."""
-    lanes = VECTOR_BITS // (8 * window.itemsize)
+    lanes = lanes_of(window)
     vectors = g.size * lanes
     step = g.channels * vectors
     for e in range(g.window_w * g.channels):
@@ -112,7 +111,7 @@ def transform_row(window, w0, g, columns, spectrum):
 @kernel
 def _multiply_tile(spectrum, v0, taps, weights, start, g, sums):
     """Products of a tile, transformed along columns: sums[filter, row of the tile, column]."""
-    lanes = VECTOR_BITS // (8 * spectrum.itemsize)
+    lanes = lanes_of(spectrum)
     depth = taps.size * g.size
     padded = start.size // 2
     u0 = 0
@@ -133,7 +132,7 @@ def _multiply_tile(spectrum, v0, taps, weights, start, g, sums):
 @kernel
 def _finish_tile(sums, g, outputs, s0, line):
     """The tile's outputs, by row, column and filter; rows are `line` elements apart."""
-    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    lanes = lanes_of(sums)
     vectors = g.size * lanes
     step = g.filters * lanes
     for f in range(g.filters):
@@ -145,7 +144,7 @@ def _finish_tile(sums, g, outputs, s0, line):
 @kernel
 def _write_rows(y, n0, images, g, tile_row, result):
     """Write the rows of results that a row of tiles gives to `y`."""
-    lanes = VECTOR_BITS // (8 * result.itemsize)
+    lanes = lanes_of(result)
     many = TILE // g.pool_h
     line = result.size // many
     for m in range(many):
@@ -160,7 +159,7 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
     windows, columns, spectra, products, outputs, results, places = memory
     window, column, spectrum, sums = windows[part], columns[part], spectra[part], products[part]
     output, result, place = outputs[part], results[part], places[part]
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     many, tile_w = TILE // g.pool_h, TILE // g.pool_w * g.filters * lanes
     line = result.size // many
     slot = spectrum.size // g.cuts

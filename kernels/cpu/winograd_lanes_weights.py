@@ -24,8 +24,7 @@ from .direct import Layer
 from .epilogue import NO_EPILOGUE
 from .image_lanes import fill_window
 from .image_tiles import TAP_FILTERS, gather_images, taps_tile
-from .simd import VECTOR_BITS
-from .vectors import all_lanes, load, pointer, total, zeros
+from .vectors import all_lanes, lanes_of, load, pointer, total, zeros
 from .winograd_lanes import Tiling, transform_row, transformer
 from .winograd_points import GRADIENT, TILE, matrices
 from .workspace import clear, scratch
@@ -56,7 +55,7 @@ class Sums(NamedTuple):
 @kernel
 def _read_gradients(dout, n0, images, g, first, rows, gradients):
     """Rows of tiles of dout from tile row `first` on, zero where the image ends."""
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lanes = lanes_of(dout)
     line, size = g.tiles_w * TILE * g.filters * lanes, g.width * g.filters
     for m in range(rows * TILE):
         i = first * TILE + m
@@ -85,7 +84,7 @@ _transform_gradient = transformer(GRADIENT)
 @kernel
 def _transform_gradients(gradients, g, rows, first, columns, spectrum):
     """Transforms of the band's tiles of dout of the filters from `first` on: by point, tile and filter."""
-    lanes = VECTOR_BITS // (8 * gradients.itemsize)
+    lanes = lanes_of(gradients)
     vectors = g.size * lanes
     pixel = g.filters * lanes
     line = g.tiles_w * TILE * pixel
@@ -105,7 +104,7 @@ def _transform_gradients(gradients, g, rows, first, columns, spectrum):
 @kernel
 def _add_products(spectra, corners, taps, gradients, g, of, sums, s):
     """Add the band's products to the sums of a group of filters."""
-    lanes = VECTOR_BITS // (8 * spectra.itemsize)
+    lanes = lanes_of(spectra)
     step = _FILTERS * lanes
     for q in range(g.size):
         for i in range(g.size):
@@ -125,7 +124,7 @@ def _weight(part, parts, x, images, dout, g, of, corners, taps, sums, memory):
     windows, columns, spectra, rows_of_dout, of_tiles = memory
     window, column, spectrum = windows[part], columns[part], spectra[part]
     gradients, spectrum_of_dout = rows_of_dout[part], of_tiles[part]
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     slot = (g.tiles_w + g.cuts - 1) * g.size * g.size * g.channels * lanes
     lo, hi = span(part, parts, len(sums))
     for piece in range(lo, hi):
@@ -155,7 +154,7 @@ def _fold(part, parts, sums, g, of, matrix, memory, dweight):
     kernel_h, kernel_w, channels, filters = dweight.shape
     points, rows = memory[part, 0], memory[part, 1]
     values = pointer(sums)
-    lanes = VECTOR_BITS // (8 * sums.itemsize)
+    lanes = lanes_of(sums)
     side = matrix.shape[1]
     tile = of.taps * _FILTERS * lanes
     lo, hi = span(part, parts, g.cuts * g.cuts * channels * filters)

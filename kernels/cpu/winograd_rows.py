@@ -27,7 +27,6 @@ from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .elementwise import passes_caches
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TILES, tile_products
-from .simd import VECTOR_BITS
 from .vectors import all_lanes, fence, first_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER, INPUT, TILE, transform
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
@@ -122,7 +121,7 @@ def transform_band(x, n, first, g, window, spectrum):
 
     The padding beside the image must be zero in `window`, and stays so.
     """
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     _read_rows(x, n, first, g, window)
     for r in range(g.window_h):
         source, target = r * g.window_w * g.channels, r * SIZE * g.plane
@@ -133,7 +132,7 @@ def transform_band(x, n, first, g, window, spectrum):
 @parallel
 def _convolve(part, parts, x, images, weights, start, y, argmax, g, of, finish, around, e, windows, spectra):
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     window, spectrum = windows[part], spectra[part]
     tiles, depth = of.sources.size, of.taps.size
     tables = pointer(of.sources), pointer(of.targets), pointer(of.taps), depth
@@ -162,7 +161,7 @@ def _transform_weights(part, parts, weight, bias, weights, start):
     keep_out_of_line()
     kernel_h, kernel_w, channels, filters = weight.shape
     flat = weight.reshape(weight.size)
-    lanes = VECTOR_BITS // (8 * weight.itemsize)
+    lanes = lanes_of(weight)
     lo, hi = span(part, parts, start.size // lanes)
     for v in range(lo, hi):
         f = min(v * lanes, filters - lanes)

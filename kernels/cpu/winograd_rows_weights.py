@@ -23,7 +23,6 @@ from . import simd, winograd_rows
 from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TAPS, add_gradients
-from .simd import VECTOR_BITS
 from .vectors import all_lanes, lanes_of, load, pointer, store
 from .winograd_points import FILTER_GRADIENT, TILE, transform
 from .winograd_rows import Grid, transform_band
@@ -88,7 +87,7 @@ def _add_tiles(finish, t0, t1, tables, depth, image, gradients, d0, pixel, ahead
 @kernel
 def _add_band(dout, argmax, d0, rows, g, of, spectrum, sums, size, spare, codes):
     """The share of a band of `rows` rows of dout, from `d0` on, in the sums of all taps and filters."""
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lanes = lanes_of(dout)
     width, many = g.width // of.pool, TILE // of.pool
     tiles, missing = rows * (width // many), width % many
     ahead = _AHEAD * many * g.filters
@@ -150,7 +149,7 @@ def _fold(part, parts, partial, memory, dweight, dbias):
     """Add the pieces, transform the sums back, and add them to the gradients."""
     keep_out_of_line()
     kernel_h, kernel_w, channels, filters = dweight.shape
-    lanes = VECTOR_BITS // (8 * partial.itemsize)
+    lanes = lanes_of(partial)
     vectors = (filters + lanes - 1) // lanes
     size = partial.shape[1] // vectors
     total, result = memory[part, : SIZE * lanes], memory[part, SIZE * lanes :]

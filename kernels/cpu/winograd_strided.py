@@ -19,7 +19,7 @@ from ..threads import between_jobs, parallel, part_count, span
 from . import direct, simd, winograd, winograd_weights
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
-from .vectors import first_lanes, load, pointer, store
+from .vectors import first_lanes, lanes_of, load, pointer, store
 from .winograd_points import TILE
 from .winograd_tiling import filters_of
 from .workspace import NOWHERE, clear, copy, scratch
@@ -58,7 +58,7 @@ class Fold(NamedTuple):
 def _copy_run(x, source, z, target, count):
     """`copy` of few elements, by vectors."""
     values, places = pointer(x), pointer(z)
-    lanes = simd.VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     for begin in range(0, count, lanes):
         some = first_lanes(values, min(count - begin, lanes))
         store(load(values, source + begin, some), places, target + begin, some)

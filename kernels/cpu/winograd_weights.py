@@ -20,9 +20,8 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
-from .simd import VECTOR_BITS
 from .tile import add_ranges, add_rows, padded_rows
-from .vectors import pointer, prefetch
+from .vectors import lanes_of, pointer, prefetch
 from .winograd import transform_input, windows
 from .winograd_tiling import (
     Filters,
@@ -63,7 +62,7 @@ class Cut(NamedTuple):
 def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
     """A dY A^T of the tiles from `first` to `last` and a panel of filters."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * dout.itemsize)
+    lanes = lanes_of(dout)
     line = g.out_width * g.y_pixel * g.dilation_h
     pixel = g.y_pixel * g.dilation_w
     filter0, many = panel_filters(g, panel, lanes)
@@ -91,7 +90,7 @@ def _transform_gradient(dout, g, first, last, panel, zeros, w, w0):
 @kernel
 def _transform_slab(x, g, cut, group, slab, begin, end, zeros, offsets, columns, v):
     """B^T d B of the tiles from `begin` to `end` and a vector of channels of one piece of the filters."""
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     piece = slab // cut.slabs
     # The last begins earlier where the channels don't fill it.
     c = group * g.channels + min((slab - piece * cut.slabs) * lanes, g.channels - lanes)
@@ -104,7 +103,7 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
 
     Meanwhile a cache fetches `ahead`.
     """
-    lanes = VECTOR_BITS // (8 * v.itemsize)
+    lanes = lanes_of(v)
     channels, tiles, sum_rows = tables
     add_ranges(
         v,
@@ -130,7 +129,7 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
 def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, columns, v, w):
     """Images by slab of one vector of channels, gradients by panel of filters, tile after tile in each."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     slabs = g.cuts * cut.slabs
     slices = slabs + g.panels
     lo, hi = span(part, parts, (last - first + cut.tiles - 1) // cut.tiles * slices)
@@ -166,7 +165,7 @@ def _multiply(part, parts, x, dout, v, w, g, first, last, tables, sums):
 def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, tables, sums):
     """The sums of every group and piece of the tiles, each by one thread in its own cache."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * x.itemsize)
+    lanes = lanes_of(x)
     v, w = vs[part], ws[part]
     lo, hi = span(part, parts, g.groups * cut.pieces)
     for task in range(lo, hi):
@@ -195,7 +194,7 @@ def _sum_apart(part, parts, x, dout, g, cut, zeros, offsets, columns, vs, ws, ta
 @kernel
 def _add_piece(taps, piece, height, width, g, dweight, target):
     """Add those taps of a piece that the filter has, a vector each, to the gradient."""
-    lanes = VECTOR_BITS // (8 * taps.itemsize)
+    lanes = lanes_of(taps)
     for t in range(g.taps * g.taps):
         tap = piece_tap(piece, t, height, width, g.cuts_w, g.taps)
         if tap >= 0:
@@ -221,7 +220,7 @@ def _add_up(sums, group, g, place):
 def _finish(part, parts, g, height, width, sums, taps, dweight):
     """Add G^T M G to the gradient of filters of `height` x `width`, M being the sums."""
     keep_out_of_line()
-    lanes = VECTOR_BITS // (8 * dweight.itemsize)
+    lanes = lanes_of(dweight)
     lo, hi = span(part, parts, g.groups * g.depth)
     for task in range(lo, hi):
         group = task // g.depth
