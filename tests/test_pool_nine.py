@@ -1,4 +1,4 @@
-"""Max-pooling of 3x3 windows, whose vectors have a way of their own for plain numbers and one for all others."""
+"""Max-pooling of 3x3 windows, which have a way of their own for plain numbers and one for all others."""
 
 import numpy as np
 import pytest

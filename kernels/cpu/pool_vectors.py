@@ -147,17 +147,23 @@ def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
 
 
 @kernel
-def _scatter_vector(dout, argmax, dx, taps, source, target, mask):
-    """One vector of channels of one window's gradient, to the pixels that were the largest."""
+def _scatter_vector(dout, argmax, keeps, factor, dx, taps, source, target, mask):
     keep_in_line()
-    gradient, where = load(dout, source, mask), load(argmax, source, mask)
-    zero = like(gradient, 0)
+    gradient = load(dout, source, mask)
     entry = 0
-    while taps[entry + 1] >= 0:
-        here = where == like(where, taps[entry + 1])
-        prefetch(dx, target + taps[entry] + AHEAD)
-        store(select(here, gradient, zero), dx, target + taps[entry], mask)
-        entry += 2
+    if keeps:
+        where, zero = load(argmax, source, mask), like(gradient, 0)
+        while taps[entry + 1] >= 0:
+            here = where == like(where, taps[entry + 1])
+            prefetch(dx, target + taps[entry] + AHEAD)
+            store(select(here, gradient, zero), dx, target + taps[entry], mask)
+            entry += 2
+    else:
+        gradient = gradient * like(gradient, factor)
+        while taps[entry + 1] >= 0:
+            prefetch(dx, target + taps[entry] + AHEAD)
+            store(gradient, dx, target + taps[entry], mask)
+            entry += 2
 
 
 @kernel
@@ -190,6 +196,7 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
     taps, gradient, where, to = pointer(lists[part]), pointer(dout), pointer(argmax), pointer(dx)
     keeps, everything = argmax.size > 0, all_lanes(gradient)
     some = first_lanes(gradient, channels - whole)
+    spreads = not keeps and channels >= LONG * lanes
     _list_taps(lists[part], apart.kernel_h, g.kernel_w, 0, g)
     tiled = apart.stride_h == apart.kernel_h and apart.out_w * g.kernel_w == g.width
     lo, hi = span(part, parts, dout.size // (apart.out_w * channels))
@@ -203,13 +210,13 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
             fill(dx[begin * line : last * line], 0)
         s, t = row * apart.out_w * channels, first * line
         for _ in range(apart.out_w):
-            if keeps:
-                for c in range(0, whole, lanes):
-                    _scatter_vector(gradient, where, to, taps, s + c, t + c, everything)
-                if whole < channels:
-                    _scatter_vector(gradient, where, to, taps, s + whole, t + whole, some)
-            else:
+            if spreads:
                 _spread(gradient, factor, to, taps, s, t, channels)
+            else:
+                for c in range(0, whole, lanes):
+                    _scatter_vector(gradient, where, keeps, factor, to, taps, s + c, t + c, everything)
+                if whole < channels:
+                    _scatter_vector(gradient, where, keeps, factor, to, taps, s + whole, t + whole, some)
             s += channels
             t += apart.stride_w * channels
 
