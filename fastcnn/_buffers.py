@@ -7,11 +7,12 @@ or foreign tensor made from it is left: what a caller received is never overwrit
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class _Buffer:
 _UNHELD = _Buffer(0).references()
 
 
-class _Pool:
+class Pool:
     """Buffers by size, with the counters of `stats`."""
 
     def __init__(self) -> None:
@@ -63,12 +64,29 @@ class _Pool:
                     break
             else:
                 self.misses += 1
-                self._forget()
-                buffer = _Buffer(size)
+                buffer = self._more(size)
                 self.buffers.setdefault(size, []).append(buffer)
             buffer.last_used = self.hits + self.misses
             # NumPy makes the owner of the memory, and no array in between, the base of every later view.
             return np.ndarray(shape, dtype, buffer.raw, buffer.offset)
+
+    def _more(self, size: int) -> _Buffer:
+        self._forget()
+        return _Buffer(size)
+
+    def part_with(self, size: int) -> _Buffer | None:
+        """A buffer that nobody holds, and that this pool forgets; None if there is none of the size."""
+        with self.lock:
+            many = self.buffers.get(size, [])
+            for i, buffer in enumerate(many):
+                if buffer.references() == _UNHELD:
+                    return many.pop(i)
+            return None
+
+    def bytes(self) -> int:
+        """Those of all buffers, held or not."""
+        with self.lock:
+            return sum(buffer.raw.nbytes for many in self.buffers.values() for buffer in many)
 
     def _forget(self) -> None:
         """Drop free buffers: those out of use, and the oldest where there is too much of them."""
@@ -91,7 +109,45 @@ class _Pool:
                     del self.buffers[size]
 
 
-_pool = _Pool()
+_pool = Pool()
+
+
+class OwnPool(Pool):
+    """Buffers that only one user takes, and that nobody else gets as long as the pool is there.
+
+    It takes over those that nobody holds before it makes new ones.
+    """
+
+    def _more(self, size: int) -> _Buffer:
+        return _pool.part_with(size) or _Buffer(size)
+
+    def owns(self, array: np.ndarray) -> bool:
+        """Whether an array lies in one of these buffers."""
+        owner: Any = array
+        while isinstance(owner, np.ndarray) and owner.base is not None:
+            owner = owner.base
+        size = getattr(owner, "nbytes", 0) - ALIGNMENT
+        with self.lock:
+            return any(owner is buffer.raw for buffer in self.buffers.get(size, ()))
+
+
+class _Current(threading.local):
+    """The pool that this thread takes buffers from."""
+
+    pool: Pool = _pool
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def taking_from(pool: Pool) -> Iterator[None]:
+    """Let `empty` take its buffers from a pool, on this thread."""
+    before, _current.pool = _current.pool, pool
+    try:
+        yield
+    finally:
+        _current.pool = before
 
 
 def _after_fork_in_child() -> None:
@@ -104,7 +160,7 @@ if hasattr(os, "register_at_fork"):
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An uninitialised C-contiguous array, aligned to 64 bytes, over memory that nobody else holds."""
-    return _pool.take(shape, np.dtype(dtype))
+    return _current.pool.take(shape, np.dtype(dtype))
 
 
 def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
@@ -116,9 +172,8 @@ def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
 
 def stats() -> dict[str, int]:
     """Requests met from the pool (`hits`) and by new memory (`misses`), bytes `taken`, the pool's `bytes`."""
-    with _pool.lock:
-        size = sum(buffer.raw.nbytes for many in _pool.buffers.values() for buffer in many)
-        return {"hits": _pool.hits, "misses": _pool.misses, "taken": _pool.taken, "bytes": size}
+    size = _pool.bytes()
+    return {"hits": _pool.hits, "misses": _pool.misses, "taken": _pool.taken, "bytes": size}
 
 
 def clear() -> None:

@@ -409,6 +409,10 @@ class Recording:
         block = _control_block()
         _check(driver(block, parts, 0, *args))
         self._steps.append(block)
+        self.keep(args)
+
+    def keep(self, args: tuple) -> None:
+        """Hold the arrays that a job reads and writes as long as it may be done again."""
         self._arguments.append(args)
 
     def note_call(self, function: Callable, args: tuple) -> None:

@@ -19,7 +19,6 @@ pass that is not recorded finds everything, too.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -48,8 +47,8 @@ _LARGEST_BATCH = 1 << 21
 # Elements that are copied before a better way to do it is found: if they change places, and if they don't.
 _FEW = 1 << 12
 _MANY = 1 << 17
-# Bytes of results in a forward pass: there are more only where it takes long.
-_MOST_BYTES = 1 << 26
+# Bytes that the recordings of batches of one network hold, together, when one more is made.
+_MOST_BYTES = 1 << 30
 # Elements that are copied for each layer, in a forward pass alone and in one that backward follows: to copy
 # more takes longer than what Python does for a layer.
 _MOST_COPIED = 1 << 16, 1 << 17
@@ -104,6 +103,35 @@ class _JobsOnly(Recording):
             raise NotRecordedError("a recording does not see what NumPy prepares from weights")
 
 
+class _InOwnPool(Recording):
+    """A recording whose results lie in buffers of a pool of its own.
+
+    They are used again within the recording as soon as no layer holds them, as when nothing is recorded: jobs
+    are always done in the same order. So it takes no more memory than the pass itself.
+    """
+
+    def __init__(self, pool: _buffers.OwnPool) -> None:
+        super().__init__(calls=True)
+        self._pool = pool
+        self._taking = _buffers.taking_from(pool)
+
+    def __enter__(self) -> Recording:
+        super().__enter__()
+        self._taking.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._taking.__exit__(*exception)
+        super().__exit__(*exception)
+
+    def keep(self, args: tuple) -> None:
+        for item in args:
+            if isinstance(item, tuple):
+                self.keep(item)
+            elif isinstance(item, np.ndarray) and not self._pool.owns(item):
+                super().keep((item,))
+
+
 class _Input:
     """Memory that lies still, into which an input or a gradient is copied."""
 
@@ -133,9 +161,9 @@ def _copied(array: np.ndarray) -> np.ndarray:
 class _Backward:
     """One recorded backward pass, done for the first time."""
 
-    def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool) -> None:
+    def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool, pool: _buffers.OwnPool) -> None:
         self._dout = _Input(dout)
-        with Recording(calls=True) as self.jobs:
+        with _InOwnPool(pool) as self.jobs:
             self._grad = net._run_backward(self._dout.array, input_grad)
 
     def result(self) -> np.ndarray | None:
@@ -150,9 +178,17 @@ class _Backward:
 class _Pass:
     """One recorded forward pass, done for the first time, and the backward passes that follow it."""
 
-    def __init__(self, net: Sequential, input: np.ndarray, small: list[np.ndarray], jobs: Recording) -> None:
+    def __init__(
+        self,
+        net: Sequential,
+        input: np.ndarray,
+        small: list[np.ndarray],
+        jobs: Recording,
+        pool: _buffers.OwnPool,
+    ) -> None:
         self.lock = threading.Lock()
         self.jobs = jobs
+        self.pool = pool
         self._small = small
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
@@ -228,9 +264,8 @@ class _Known:
         self.attributes: list[dict[str, Any]] = []
         self.small: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
-        # For an input that was seen once, how many bytes of results there were: infinite if the pass can't be
-        # recorded, or should not.
-        self.passes: dict[Any, _Pass | float] = {}
+        # For an input that was seen once, whether its pass is to be recorded.
+        self.passes: dict[Any, _Pass | bool] = {}
         # The pass whose backward pass may come next.
         self.latest: _Pass | None = None
 
@@ -308,7 +343,7 @@ class Replay:
             return None
         try:
             if recorded is None or not recorded.jobs.holds():
-                recorded = latest.backward[key] = _Backward(net, dout, input_grad)
+                recorded = latest.backward[key] = _Backward(net, dout, input_grad, latest.pool)
                 return (recorded.result(),)
             # Before: no gradient may be added twice, not after an interruption either.
             net._forget()
@@ -330,23 +365,33 @@ def _record(known: _Known, net: Sequential, input: np.ndarray, key: Any, batches
     seen = passes.pop(key, None)
     if seen is None or isinstance(seen, _Pass):
         while len(passes) >= _MOST:
-            # Another thread may be at it.
-            passes.pop(next(iter(passes), None), None)
-        before = _buffers.stats()["taken"]
+            _drop_one(passes)
         output = layer_by_layer(net, input)
         # A gradient of the output is copied, too.
         copied = input.size + output.size * (1 + is_grad_enabled())
-        is_worth_it = copied <= len(known.layers) * _MOST_COPIED[is_grad_enabled()]
-        passes[key] = _buffers.stats()["taken"] - before if is_worth_it else math.inf
+        passes[key] = copied <= len(known.layers) * _MOST_COPIED[is_grad_enabled()]
         return output
-    if seen > _MOST_BYTES:
-        passes[key] = seen
+    passes[key] = False
+    if not seen:
         return None
+    pool = _buffers.OwnPool()
     try:
-        jobs = Recording(calls=True) if batches else _JobsOnly(known.weights)
-        done = _Pass(net, input, [] if batches else known.small, jobs)
+        jobs = _InOwnPool(pool) if batches else _JobsOnly(known.weights)
+        done = _Pass(net, input, [] if batches else known.small, jobs, pool)
     except NotRecordedError:
-        passes[key] = math.inf
         return None
-    passes[key] = known.latest = done
+    if pool.bytes() <= _MOST_BYTES:
+        while passes and _bytes(passes) + pool.bytes() > _MOST_BYTES:
+            _drop_one(passes)
+        passes[key] = known.latest = done
     return done.result()
+
+
+def _bytes(passes: dict[Any, _Pass | bool]) -> int:
+    """Memory of the recordings of batches."""
+    return sum(one.pool.bytes() for one in list(passes.values()) if isinstance(one, _Pass))
+
+
+def _drop_one(passes: dict[Any, _Pass | bool]) -> None:
+    """Forget the input that was seen first; another thread may be at it."""
+    passes.pop(next(iter(passes), None), None)
