@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Elements of an input, of one image and of a batch: larger ones keep their kernels busy for much longer than
 # Python takes.
 _LARGEST_IMAGE = 1 << 16
-_LARGEST_BATCH = 1 << 21
+_LARGEST_BATCH = 1 << 23
 # Elements that are copied before a better way to do it is found: if they change places, and if they don't.
 _FEW = 1 << 12
 _MANY = 1 << 17

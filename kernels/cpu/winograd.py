@@ -26,6 +26,7 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
+from .square_tile import HAS_REGISTERS, multiply_square
 from .tile import add_panel, overwrite_ranges
 from .vectors import lanes_of, pointer, prefetch
 from .winograd_points import TILE
@@ -306,8 +307,19 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
             pixels = results = x[:0]
         for panel in range(group0 * g.panels + begin, group0 * g.panels + begin + many):
             k0 = (panel // g.panels - group0) * g.depth
+            width = panel_filters(g, panel, lanes)[1]
             for element in range(g.area):
                 time = (panel - group0 * g.panels - begin) * g.area + element
+                ahead = in_turn(pixels, results, time, many * g.area)
+                if HAS_REGISTERS and width == lanes and g.depth % lanes == 0:
+                    u0 = (panel * g.area + element) * g.weight_step
+                    v0, m0 = element * g.input_step + k0, element * g.product_step
+                    pitches = pitch, g.panel, g.panel
+                    for k in range(0, g.depth, lanes):
+                        u1 = u0 + k * g.panel
+                        multiply_square(v, v0 + k, u, u1, m, m0, pitches, last - first, k, ahead)
+                        ahead = ahead[:0]
+                    continue
                 overwrite_ranges(
                     v,
                     element * g.input_step + k0,
@@ -325,8 +337,8 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                     m,
                     element * g.product_step,
                     tables[2],
-                    panel_filters(g, panel, lanes)[1],
-                    in_turn(pixels, results, time, many * g.area),
+                    width,
+                    ahead,
                 )
             _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 

@@ -199,7 +199,7 @@ def tiling(
     rows = np.arange(-(-block // TILE_ROWS) * TILE_ROWS)
     lanes = simd.lanes(np.float32)
     # Filters that are more than a vector and less than two end a panel of one, but none of two.
-    whole = filters % lanes == 0 or filters >= simd.panel_width(np.float32)
+    whole = filters > lanes and (filters % lanes == 0 or filters >= simd.panel_width(np.float32))
     panel = simd.panel_width(np.float32) if whole else lanes
     # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     chunk = -(-channels // -(-channels // _CHUNK)) if few else 0

@@ -20,6 +20,7 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
+from .square_tile import HAS_REGISTERS, add_square
 from .tile import add_ranges, add_rows, padded_rows
 from .vectors import lanes_of, pointer, prefetch
 from .winograd import transform_input, windows
@@ -105,6 +106,16 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
     """
     lanes = lanes_of(v)
     channels, tiles, sum_rows = tables
+    many = panel_filters(g, panel, lanes)[1]
+    w0 = element * g.weight_step + panel * g.block * g.panel
+    sums0 = element * g.product_step + panel * g.depth * g.panel
+    if HAS_REGISTERS and many == lanes and g.channels % lanes == 0:
+        for c in range(0, g.depth, lanes):
+            place = sums0 + c * g.panel
+            v0 = element * g.input_step + c * g.block
+            add_square(v, v0, w, w0, sums, place, (lanes, g.panel, g.panel), depth, ahead)
+            ahead = ahead[:0]
+        return
     add_ranges(
         v,
         element * g.input_step,
@@ -115,12 +126,12 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
         depth,
         channels[:0],
         w,
-        element * g.weight_step + panel * g.block * g.panel,
+        w0,
         g.panel,
         sums,
-        element * g.product_step + panel * g.depth * g.panel,
+        sums0,
         sum_rows,
-        panel_filters(g, panel, lanes)[1],
+        many,
         ahead,
     )
 
