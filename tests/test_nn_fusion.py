@@ -308,3 +308,34 @@ def test_the_switch():
     assert dout.shape == (1, 2, 5, 5)
     with pytest.raises(TypeError, match="enabled: expected a bool"):
         fastcnn.set_fusion("yes")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [(3, 4, 5, 6), (2, 16, 33, 32)])
+def test_a_skip_connection_ends_in_relu(size, dtype):
+    """In one pass or two, the bits are the same: of NaN, infinity and both zeros, and of the gradients."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(size).astype(dtype)
+    x[rng.random(size) < 0.1] = -0.0
+    for value in (np.nan, np.inf, -np.inf):
+        x.flat[rng.integers(x.size)] = value
+    dout = rng.standard_normal(size).astype(dtype)
+    net = nn.Residual(nn.LeakyReLU(0.5), activation=nn.ReLU())
+    results = []
+    for fuses in (True, False):
+        fastcnn.set_fusion(fuses)
+        y = net(x)
+        results.append((y, net.backward(dout)))
+    fastcnn.set_fusion(True)
+    for fused, plain in zip(*results, strict=True):
+        assert fused.tobytes() == plain.tobytes()
+    assert np.isnan(results[0][0]).any()
+
+
+def test_a_skip_connection_with_a_relu_of_ones_own():
+    """What replaces its forward pass is called."""
+    called = []
+    relu = nn.ReLU()
+    relu.forward = lambda input: called.append(input.shape) or input
+    nn.Residual(nn.Identity(), activation=relu)(np.ones((2, 3), np.float32))
+    assert called == [(2, 3)]

@@ -89,6 +89,11 @@ class ReLU(_Elementwise):
         super().__init__()
         self.inplace = inplace
 
+    def _keep_output(self, y: np.ndarray) -> None:
+        """Keep what `forward` would for a backward pass, of a result that was computed elsewhere."""
+        order = memory_order(y)
+        self._keep(y.transpose(order), order)
+
     def _forward(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return device_of(x).kernels.relu_forward(x, out=y)
 

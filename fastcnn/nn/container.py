@@ -11,7 +11,8 @@ import numpy as np
 from .._device import device_of
 from .._grad_mode import is_grad_enabled
 from ._arrays import contiguous, floats, inverse, memory_order
-from .fusion import Plan, Run
+from .activation import ReLU
+from .fusion import Plan, Run, get_fusion, is_exactly
 from .module import Module, structure_version
 from .replay import Replay, layer_by_layer
 
@@ -287,9 +288,14 @@ class Residual(_Container):
             raise ValueError(
                 f"shortcut: {skip.dtype} {skip.shape} is not the body's {body.dtype} {body.shape}"
             )
-        y = _sum(body, skip)
-        if self.activation is not None:
-            y = self.activation(y)
+        if self.activation is None:
+            y = _sum(body, skip)
+        elif get_fusion() and is_exactly(self.activation, ReLU):
+            y = _sum(body, skip, least=0)
+            self.activation._keep_output(y)
+            tapes.append(self._tape_of(self.activation))
+        else:
+            y = self.activation(_sum(body, skip))
             tapes.append(self._tape_of(self.activation))
         self._keep(tapes)
         return y
@@ -316,11 +322,11 @@ class Residual(_Container):
         return _sum(body, skip) if input_grad else None
 
 
-def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b in the order of a's memory."""
+def _sum(a: np.ndarray, b: np.ndarray, least: float = -np.inf) -> np.ndarray:
+    """max(a + b, least) in the order of a's memory."""
     order = memory_order(a)
     shape = a.transpose(order).shape
     on = device_of(a)
     total = on.empty(shape, a.dtype)
-    on.add(contiguous(a.transpose(order)), contiguous(b.transpose(order)), total)
+    on.add(contiguous(a.transpose(order)), contiguous(b.transpose(order)), total, least)
     return total.transpose(inverse(order))

@@ -12,7 +12,8 @@ the result.
 - LeakyReLU or PReLU before MaxPool2d, with a slope above zero, come behind it: where their input grows, so
   does their output, and the largest pixel of a window stays the largest
 
-Only layers of exactly these classes fuse, and only windows that neither overlap nor are padded.
+Only layers of exactly these classes fuse, and only windows that neither overlap nor are padded. A Residual's
+sum and the ReLU behind it are one pass, too.
 """
 
 from __future__ import annotations
@@ -306,9 +307,9 @@ def fuse(layers: Sequence[Module], shared: Callable[[Module], bool]) -> list[tup
 def _run(layers: Sequence[Any]) -> tuple[int, Run | None]:
     """The longest run at the beginning of `layers`: how many of them, and the run."""
     head, *rest = layers
-    if not (_is(head, Conv2d) and head.padding_mode == "zeros") and not _is(head, BatchNorm2d):
+    if not (is_exactly(head, Conv2d) and head.padding_mode == "zeros") and not is_exactly(head, BatchNorm2d):
         return 1, None
-    if isinstance(head, Conv2d) and rest and _is(rest[0], BatchNorm2d):
+    if isinstance(head, Conv2d) and rest and is_exactly(rest[0], BatchNorm2d):
         count, run = _run(rest)
         return (count + 1, ConvNorm(head, run)) if isinstance(run, NormPool) else (1, None)
     make: Any = ConvPool if isinstance(head, Conv2d) else NormPool
@@ -325,17 +326,17 @@ def _run(layers: Sequence[Any]) -> tuple[int, Run | None]:
     return 1, None
 
 
-def _is(layer: Module, kind: type[Kind]) -> TypeGuard[Kind]:
+def is_exactly(layer: Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether `layer` is of exactly this class, and nobody gave it a forward or backward of its own."""
     return type(layer) is kind and not {"forward", "backward"} & vars(layer).keys()
 
 
 def _kind(layer: Module) -> str:
-    if _is(layer, ReLU):
+    if is_exactly(layer, ReLU):
         return "relu"
-    if _is(layer, PReLU) or _is(layer, LeakyReLU):
+    if is_exactly(layer, PReLU) or is_exactly(layer, LeakyReLU):
         return "slope"
-    if _is(layer, MaxPool2d):
+    if is_exactly(layer, MaxPool2d):
         touches = layer.stride == layer.kernel_size and layer.padding == (0, 0) and layer.dilation == (1, 1)
         small = layer.kernel_size[0] * layer.kernel_size[1] <= _MOST_PIXELS
         if touches and small and not layer.ceil_mode and not layer.return_indices:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from .elementwise import elementwise
-from .vectors import load
+from .vectors import like, load, select
 
 
 @elementwise
-def _add(sources, at, mask, zero):
-    return load(sources[0], at, mask) + load(sources[1], at, mask)
+def _add(sources, at, mask, least):
+    total = load(sources[0], at, mask) + load(sources[1], at, mask)
+    return select(total <= like(total, least), like(total, least), total)
 
 
-def add(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """Overwrite `out` with a + b; all are C-contiguous, and of one shape and dtype."""
-    _add(out, out.dtype.type(0), a, b)
+def add(a: np.ndarray, b: np.ndarray, out: np.ndarray, least: float = -np.inf) -> None:
+    """Overwrite `out` with max(a + b, least); all are C-contiguous, and of one shape and dtype.
+
+    NaN stays NaN.
+    """
+    _add(out, out.dtype.type(least), a, b)

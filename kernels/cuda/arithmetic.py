@@ -15,13 +15,17 @@ from .jit import kernel
 
 
 @binary
-def _add(a, b, zero):
-    return a + b
+def _add(a, b, least):
+    total = a + b
+    return least if total <= least else total
 
 
-def add(a: DeviceArray, b: DeviceArray, out: DeviceArray) -> None:
-    """Overwrite `out`, which is C-contiguous, with a + b; all are of one shape and dtype."""
-    run(_add, out, _like(out, a), _like(out, b), 0)
+def add(a: DeviceArray, b: DeviceArray, out: DeviceArray, least: float = -np.inf) -> None:
+    """Overwrite `out`, which is C-contiguous, with max(a + b, least); all are of one shape and dtype.
+
+    NaN stays NaN.
+    """
+    run(_add, out, _like(out, a), _like(out, b), least)
 
 
 @unary
