@@ -28,7 +28,7 @@ from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .square_tile import HAS_REGISTERS, multiply_square
 from .tile import add_panel, overwrite_ranges
-from .vectors import lanes_of, pointer, prefetch
+from .vectors import keep_in_line, lanes_of, pointer, prefetch
 from .winograd_points import TILE
 from .winograd_tiling import (
     PIECES,
@@ -273,12 +273,50 @@ def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
         _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.y_pixel, g.out_height)
 
 
+@kernel
+def _multiply(v, u, m, g, panel, element, k0, rows, zeros, tables, ahead):
+    """Multiply an element of `rows` tiles, its channels from `k0` on, with that of a panel of filters.
+
+    Meanwhile a cache fetches `ahead`.
+    """
+    keep_in_line()
+    lanes = lanes_of(v)
+    width = panel_filters(g, panel, lanes)[1]
+    v0, m0 = element * g.input_step + k0, element * g.product_step
+    u0 = (panel * g.area + element) * g.weight_step
+    if HAS_REGISTERS and width == lanes and g.depth % lanes == 0:
+        pitches = g.together * g.depth, g.panel, g.panel
+        for k in range(0, g.depth, lanes):
+            multiply_square(v, v0 + k, u, u0 + k * g.panel, m, m0, pitches, rows, k, ahead)
+            ahead = ahead[:0]
+        return
+    all_k = tables[0][:0]
+    overwrite_ranges(
+        v,
+        v0,
+        tables[0],
+        tables[1],
+        0,
+        rows,
+        g.depth,
+        all_k,
+        u,
+        u0,
+        g.panel,
+        zeros,
+        0,
+        m,
+        m0,
+        tables[2],
+        width,
+        ahead,
+    )
+
+
 @parallel
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
-    lanes = lanes_of(y)
-    v = vs[part]
-    m = ms[part]
+    v, m, pitch = vs[part], ms[part], g.together * g.depth
     # The work is every block for every panel, so that few blocks keep all threads busy.
     sets, panels = g.groups // g.together, g.together * g.panels
     item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * sets * panels)
@@ -295,7 +333,6 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
         c1 = c0 + g.together * g.channels
         for cut in range(g.cuts):
             target = v[cut * g.channels :]
-            pitch = g.together * g.depth
             transform_input(
                 x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target, pitch
             )
@@ -307,39 +344,10 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
             pixels = results = x[:0]
         for panel in range(group0 * g.panels + begin, group0 * g.panels + begin + many):
             k0 = (panel // g.panels - group0) * g.depth
-            width = panel_filters(g, panel, lanes)[1]
             for element in range(g.area):
                 time = (panel - group0 * g.panels - begin) * g.area + element
                 ahead = in_turn(pixels, results, time, many * g.area)
-                if HAS_REGISTERS and width == lanes and g.depth % lanes == 0:
-                    u0 = (panel * g.area + element) * g.weight_step
-                    v0, m0 = element * g.input_step + k0, element * g.product_step
-                    pitches = pitch, g.panel, g.panel
-                    for k in range(0, g.depth, lanes):
-                        u1 = u0 + k * g.panel
-                        multiply_square(v, v0 + k, u, u1, m, m0, pitches, last - first, k, ahead)
-                        ahead = ahead[:0]
-                    continue
-                overwrite_ranges(
-                    v,
-                    element * g.input_step + k0,
-                    tables[0],
-                    tables[1],
-                    0,
-                    last - first,
-                    g.depth,
-                    tables[0][:0],
-                    u,
-                    (panel * g.area + element) * g.weight_step,
-                    g.panel,
-                    zeros,
-                    0,
-                    m,
-                    element * g.product_step,
-                    tables[2],
-                    width,
-                    ahead,
-                )
+                _multiply(v, u, m, g, panel, element, k0, last - first, zeros, tables, ahead)
             _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
