@@ -281,7 +281,10 @@ def all_long_lanes(typing_context, pointer):
 
 @intrinsic
 def lanes_of(typing_context, pointer):
-    """Lanes of a vector of what `pointer` points to."""
+    """Lanes of a vector of what `pointer` points to, or of an array's elements: a constant.
+
+    An array's `itemsize` is none for Numba: each loop over vectors would begin with a division.
+    """
     count = VECTOR_BITS // pointer.dtype.bitwidth
 
     def codegen(context, builder, signature, values):
