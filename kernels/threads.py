@@ -52,6 +52,7 @@ _DONE = 1 * _LINE  # parts that are finished
 # atomic.JOB and the two words behind it: the third line
 _FAILED = 3 * _LINE  # 1 if a part ended in an error
 _LIMIT = 4 * _LINE  # helpers that may take parts
+_PLAYING = _LIMIT + 1  # 1 while a recording is played: nobody would wake a helper for its next job
 # atomic.ARGUMENTS and the words behind it: the fifth line and on
 _THREADS = ARGUMENTS + ARGUMENT_WORDS  # and on, two lines for each thread, the caller first
 _THREAD = 2 * _LINE
@@ -122,12 +123,12 @@ def _is_crowded(control, helper):
 
 @entry
 def _help_out(control, helper, polls, may_leave):
-    """Do parts of whatever is published, until `polls` looks in a row have found nothing.
+    """Do parts of whatever is published, until `polls` looks in a row have found nothing and none is played.
 
     If it may, it returns true instead as soon as it shares a processor.
     """
     idle, seen, crowded = 0, 0, False
-    while idle < polls and not crowded:
+    while (idle < polls or atomic_load(control, _PLAYING) != 0) and not crowded:
         if idle % _POLLS_ON_A_PROCESSOR == 0:
             crowded = _is_crowded(control, helper) and may_leave
         idle += 1
@@ -226,8 +227,11 @@ class _Team:
         try:
             helpers = min(self.threads, parts) - 1
             self._wake(helpers)
+            # Who is awake now stays so. Not before: to hire one calls `_help_out` here.
+            self.control[_PLAYING] = helpers > 0
             succeeded = _play(self.control, jobs, helpers)
         finally:
+            self.control[_PLAYING] = 0
             self.lock.release()
         _check(succeeded)
 

@@ -6,8 +6,18 @@ from ops import OPERATIONS
 from parity import arrays, assert_same_bits
 
 from fastcnn.kernels import cpu
+from fastcnn.kernels.atomic import atomic_add, atomic_load, nap
 from fastcnn.kernels.cpu import transpose
-from fastcnn.kernels.threads import NotRecordedError, Recording, between_jobs, decide, is_recording
+from fastcnn.kernels.threads import (
+    NotRecordedError,
+    Recording,
+    between_jobs,
+    decide,
+    get_num_threads,
+    is_recording,
+    parallel,
+    set_num_threads,
+)
 
 # The data loader's: they prepare a batch ahead of the step that takes it.
 NOT_RECORDED = {"augment_batch", "gather_batch"}
@@ -127,3 +137,40 @@ def test_a_recording_without_calls_refuses_what_it_does_not_see():
     with pytest.raises(RuntimeError, match="under way"), Recording(), Recording():
         pass
     assert not is_recording()
+
+
+@parallel
+def _rest(part, parts, naps):
+    """Take longer than a helper looks for work before it sleeps."""
+    for _ in range(naps):
+        nap()
+
+
+@parallel
+def _meet(part, parts, words, naps):
+    """Wait for the other part to begin, and count the parts that saw it."""
+    atomic_add(words, 0, 1)
+    for _ in range(naps):
+        if atomic_load(words, 0) == parts:
+            atomic_add(words, 8, 1)
+            break
+        nap()
+
+
+@pytest.mark.skipif(get_num_threads() < 2, reason="one processor")
+def test_helpers_stay_awake_while_a_recording_is_played():
+    """Nobody would wake them between two jobs, of which the first has nothing for them."""
+    words = np.zeros(16, np.int64)
+    threads = get_num_threads()
+    set_num_threads(2)
+    try:
+        with Recording() as jobs:
+            _rest(1, 2000)
+            # While it is recorded one thread does both parts, the first of which waits in vain.
+            _meet(2, words, 20_000)
+        for _ in range(3):
+            words[:] = 0
+            jobs.play()
+            assert words[8] == 2
+    finally:
+        set_num_threads(threads)
