@@ -5,8 +5,9 @@ each helper, and whoever is awake takes parts by one atomic step each: those of 
 on, and then the last ones of the others'. A thread thus does the same images layer after layer, which lie in
 its cache, and yet nobody waits for a part that nobody has taken: a helper that sleeps, or that the system has
 put aside, delays nothing. Helpers look for the next job for some tenths of a millisecond, which carries them
-from layer to layer, and then sleep in a lock. One that wakes up where another of the team runs moves to a
-processor that none of them has: the system would let both share theirs for some ten milliseconds.
+from layer to layer, and as long as a recording is played, and then sleep in a lock. One that wakes up where
+another of the team runs moves to a processor that none of them has: the system would let both share theirs
+for some ten milliseconds.
 
 No threading runtime lies underneath that a fork, a second Python thread or another library could upset. A
 forked child starts helpers of its own; a call that finds the team at work does all of its parts itself. No

@@ -1,76 +1,29 @@
 """Training steps that are played again: the bits of the layers' own, whatever changes between two steps."""
 
 import copy
-import gc
 import pickle
 import threading
 import warnings
-import weakref
 
 import numpy as np
 import pytest
+from played_steps import (
+    BLOCKS,
+    SHAPES,
+    assert_same,
+    batch_of,
+    compare,
+    grads,
+    is_played,
+    played,
+    small,
+    step,
+    twins,
+)
 
 import fastcnn
-from fastcnn import _buffers, _random, models, nn, optim
+from fastcnn import _random, models, nn, optim
 from fastcnn.nn import replay
-
-SHAPES = {
-    "emotion": (1, 48, 48),
-    "cifar-small": (3, 32, 32),
-    "cifar-batchnorm": (3, 32, 32),
-    "mnist-prelu": (1, 28, 28),
-    "chapter9": (1, 28, 28),
-}
-
-
-def twins(make):
-    """Two equal networks, the second of which is never played."""
-    net, plain = make(), make()
-    plain.load_state_dict(net.state_dict())
-    plain._replay.forward = lambda *_: None
-    return net, plain
-
-
-def is_played(net):
-    """Whether forward and backward passes of `net` are recorded."""
-    passes = [known for known in net._replay._known.passes.values() if isinstance(known, replay._Pass)]
-    return any(known.backward for known in passes)
-
-
-def grads(net):
-    return [parameter.grad.copy() for parameter in net.parameters()]
-
-
-def step(net, x, dout, input_grad=True, seed=0):
-    """All that a training step gives: the output, the gradients, that of the input last, and the buffers."""
-    fastcnn.manual_seed(seed)
-    y = net(x)
-    assert y.flags.writeable
-    dx = net.backward(dout(y), input_grad=input_grad)
-    return [y, *grads(net), *(array.copy() for array in net.buffers()), *([] if dx is None else [dx])]
-
-
-def assert_same(actual, expected):
-    assert len(actual) == len(expected)
-    for ours, theirs in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def compare(net, plain, shape, dtype, steps=5, seed=2, **options):
-    rng = np.random.default_rng(seed)
-    for i in range(steps):
-        x = rng.standard_normal(shape).astype(dtype)
-        noise = np.random.default_rng(i)
-        dout = noise.standard_normal(plain(x).shape).astype(dtype)
-        plain.load_state_dict(net.state_dict())
-        results = [step(of, x, lambda y, dout=dout: dout, seed=i, **options) for of in (net, plain)]
-        assert_same(*results)
-        if i % 2:
-            for of in (net, plain):
-                of.zero_grad()
-        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-            ours.data[...] -= 0.01 * ours.grad
-            theirs.data[...] -= 0.01 * theirs.grad
 
 
 @pytest.mark.parametrize("input_grad", [True, False])
@@ -95,28 +48,6 @@ def test_a_network_with_skip_connections():
     assert is_played(net)
 
 
-BLOCKS = {
-    "1x1": lambda: [nn.Conv2d(8, 12, 1)],
-    "strided": lambda: [nn.Conv2d(8, 20, 3, stride=2, padding=1), nn.LeakyReLU(0.1)],
-    "dilated": lambda: [nn.Conv2d(8, 20, 3, dilation=2, bias=False), nn.ReLU(), nn.MaxPool2d((2, 3))],
-    "uneven": lambda: [nn.Conv2d(8, 3, (2, 5), padding=((0, 1), (2, 1))), nn.PReLU(3)],
-    "depthwise": lambda: [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8, stride=2)],
-    "groups": lambda: [nn.Conv2d(8, 12, 3, groups=4), nn.ReLU()],
-    "norms": lambda: [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2)],
-    "untracked": lambda: [nn.Conv2d(8, 9, 3), nn.BatchNorm2d(9, track_running_stats=False), nn.ReLU()],
-    "slopes": lambda: [nn.Conv2d(8, 10, 3), nn.PReLU(10), nn.MaxPool2d(2), nn.PReLU(10), nn.PReLU()],
-    "pools": lambda: [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(2)],
-    "dropout": lambda: [nn.Dropout(0.3), nn.Conv2d(8, 4, 3), nn.Dropout(0.5), nn.Dropout(1.0)],
-    "rows": lambda: [nn.Flatten(2), nn.Linear(180, 40), nn.Linear(40, 3, bias=False), nn.ReLU()],
-    "deep": lambda: [nn.Conv2d(8, 40, 3), nn.Conv2d(40, 80, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
-    "residual": lambda: [
-        nn.Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()), activation=nn.ReLU()),
-        nn.Residual(nn.Conv2d(8, 4, 1, bias=False), nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))),
-    ],
-    "nested": lambda: [nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Identity()],
-}
-
-
 def test_a_pass_with_more_to_copy_than_to_do_is_not_recorded():
     net, plain = twins(lambda: nn.Sequential(nn.ReLU()))
     compare(net, plain, (4, 16, 64, 64), np.float32)
@@ -135,23 +66,6 @@ def test_layers_of_every_kind(name, fusion):
             assert is_played(net)
     finally:
         fastcnn.set_fusion(True)
-
-
-def small():
-    return models.create("cifar-small", (3, 32, 32), 10, seed=0)
-
-
-def batch_of(count, seed=1, shape=(3, 32, 32)):
-    return np.random.default_rng(seed).standard_normal((count, *shape)).astype(np.float32)
-
-
-def played(make=small, count=4, shape=(3, 32, 32)):
-    """A network whose steps are played, its twin, and the input."""
-    net, plain = twins(make)
-    x = batch_of(count, shape=shape)
-    compare(net, plain, x.shape, np.float32, steps=4)
-    assert is_played(net)
-    return net, plain, x
 
 
 def test_every_layout_of_the_batch():
@@ -506,70 +420,6 @@ def test_large_batches_are_not_recorded():
     assert not is_played(net)
 
 
-def test_passes_that_take_much_memory_are_not_recorded(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST_BYTES", 1 << 24)
-    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3), nn.AvgPool2d(8))
-    for size, expected in ((128, False), (32, True)):
-        x = np.ones((16, 1, size, size), np.float32)
-        for _ in range(4):
-            step(net, x, np.ones_like)
-        assert is_played(net) is expected
-
-
-def test_recordings_share_the_memory_of_a_network(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST_BYTES", 1 << 23)
-    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3), nn.AvgPool2d(8))
-    for batch in (16, 15, 14, 13):
-        for _ in range(4):
-            step(net, np.ones((batch, 1, 32, 32), np.float32), np.ones_like)
-    recorded = [one for one in net._replay._known.passes.values() if isinstance(one, replay._Pass)]
-    assert 1 <= len(recorded) < 4
-    assert len(recorded[-1]._output) == 13
-
-
-def poison(net):
-    """Overwrite, with NaN, what no layer holds of the memory of recorded passes."""
-    for known in net._replay._known.passes.values():
-        for buffers in known.pool.buffers.values() if isinstance(known, replay._Pass) else ():
-            for buffer in buffers:
-                if buffer.references() == _buffers._UNHELD:
-                    buffer.raw.fill(0xFF)
-
-
-@pytest.mark.parametrize("fusion", [True, False])
-@pytest.mark.parametrize("name", [*BLOCKS, *SHAPES])
-def test_a_played_pass_reads_nothing_that_another_left(name, fusion):
-    """Its memory is used again within it: nothing may be there that only the recording wrote."""
-    fastcnn.set_fusion(fusion)
-    try:
-        if name in BLOCKS:
-            net, plain = twins(lambda: nn.Sequential(*BLOCKS[name]()))
-            shape = (17, 8, 12, 15)
-        else:
-            net, plain = twins(lambda: models.create(name, SHAPES[name], 10, seed=0))
-            shape = (5, *SHAPES[name])
-        compare(net, plain, shape, np.float32, steps=3)
-        assert is_played(net)
-        for seed in range(3):
-            poison(net)
-            compare(net, plain, shape, np.float32, steps=1, seed=seed)
-    finally:
-        fastcnn.set_fusion(True)
-
-
-def test_a_recorded_pass_takes_little_more_memory_than_its_results():
-    """A gradient of one layer lies where that of another did."""
-    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(12)]
-    net = nn.Sequential(*layers)
-    x = np.ones((4, 8, 32, 32), np.float32)
-    for _ in range(4):
-        step(net, x, np.ones_like)
-    assert is_played(net)
-    (recorded,) = (one for one in net._replay._known.passes.values() if isinstance(one, replay._Pass))
-    # Each block keeps two results of its layers for the gradients.
-    assert recorded.pool.bytes() < (2 * 12 + 8) * x.nbytes
-
-
 def test_copies_and_pickles_have_recordings_of_their_own():
     net, plain, x = played()
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -618,21 +468,6 @@ def test_networks_in_several_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_memory_is_given_back_with_the_network():
-    net, plain, _ = played()
-    known = [known for known in net._replay._known.passes.values() if isinstance(known, replay._Pass)]
-    outputs = [weakref.ref(one._output) for one in known]
-    assert outputs
-    del known, plain
-    # Without the collector of garbage, which does not know how large arrays are.
-    gc.disable()
-    try:
-        del net
-        assert [output() for output in outputs] == [None] * len(outputs)
-    finally:
-        gc.enable()
 
 
 def test_training_learns_with_an_optimiser():

@@ -107,7 +107,7 @@ class _InOwnPool(Recording):
     """A recording whose results lie in buffers of a pool of its own.
 
     They are used again within the recording as soon as no layer holds them, as when nothing is recorded: jobs
-    are always done in the same order. So it takes no more memory than the pass itself.
+    are always done in the same order. What layers keep between forward and backward is held all the time.
     """
 
     def __init__(self, pool: _buffers.OwnPool) -> None:

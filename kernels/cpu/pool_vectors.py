@@ -130,19 +130,12 @@ def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
                 down, right = -(-tall // g.dilation_h), -(-wide // g.dilation_w)
                 nine = first == 0 and down == right == g.kernel_w == 3
             s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
-            if nine:
-                for c in range(0, whole, lanes):
-                    if largest_of_nine(values, to, where, s + c, line, pixel, t + c, everything):
-                        _largest(values, to, where, kind, taps, s + c, t + c, everything)
-                s += whole
-                if whole < channels and largest_of_nine(values, to, where, s, line, pixel, t + whole, some):
-                    _largest(values, to, where, kind, taps, s, t + whole, some)
-                t += channels
-                continue
             for c in range(0, whole, lanes):
-                _largest(values, to, where, kind, taps, s + c, t + c, everything)
-            if whole < channels:
-                _largest(values, to, where, kind, taps, s + whole, t + whole, some)
+                if not nine or largest_of_nine(values, to, where, s + c, line, pixel, t + c, everything):
+                    _largest(values, to, where, kind, taps, s + c, t + c, everything)
+            u, v = s + whole, t + whole
+            if whole < channels and (not nine or largest_of_nine(values, to, where, u, line, pixel, v, some)):
+                _largest(values, to, where, kind, taps, u, v, some)
             t += channels
 
 

@@ -1,0 +1,91 @@
+"""The memory of recorded passes: how much it is, that it is used again, and that it is given back."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from played_steps import BLOCKS, SHAPES, compare, is_played, played, step, twins
+
+import fastcnn
+from fastcnn import _buffers, models, nn
+from fastcnn.nn import replay
+
+
+def test_passes_that_take_much_memory_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(replay, "_MOST_BYTES", 1 << 24)
+    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3), nn.AvgPool2d(8))
+    for size, expected in ((128, False), (32, True)):
+        x = np.ones((16, 1, size, size), np.float32)
+        for _ in range(4):
+            step(net, x, np.ones_like)
+        assert is_played(net) is expected
+
+
+def test_recordings_share_the_memory_of_a_network(monkeypatch):
+    monkeypatch.setattr(replay, "_MOST_BYTES", 1 << 23)
+    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3), nn.AvgPool2d(8))
+    for batch in (16, 15, 14, 13):
+        for _ in range(4):
+            step(net, np.ones((batch, 1, 32, 32), np.float32), np.ones_like)
+    recorded = [one for one in net._replay._known.passes.values() if isinstance(one, replay._Pass)]
+    assert 1 <= len(recorded) < 4
+    assert len(recorded[-1]._output) == 13
+
+
+def poison(net):
+    """Overwrite, with NaN, what no layer holds of the memory of recorded passes."""
+    for known in net._replay._known.passes.values():
+        for buffers in known.pool.buffers.values() if isinstance(known, replay._Pass) else ():
+            for buffer in buffers:
+                if buffer.references() == _buffers._UNHELD:
+                    buffer.raw.fill(0xFF)
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("name", [*BLOCKS, *SHAPES])
+def test_a_played_pass_reads_nothing_that_another_left(name, fusion):
+    """Its memory is used again within it: nothing may be there that only the recording wrote."""
+    fastcnn.set_fusion(fusion)
+    try:
+        if name in BLOCKS:
+            net, plain = twins(lambda: nn.Sequential(*BLOCKS[name]()))
+            shape = (17, 8, 12, 15)
+        else:
+            net, plain = twins(lambda: models.create(name, SHAPES[name], 10, seed=0))
+            shape = (5, *SHAPES[name])
+        compare(net, plain, shape, np.float32, steps=3)
+        assert is_played(net)
+        for seed in range(3):
+            poison(net)
+            compare(net, plain, shape, np.float32, steps=1, seed=seed)
+    finally:
+        fastcnn.set_fusion(True)
+
+
+def test_a_recorded_pass_takes_little_more_memory_than_its_results():
+    """A gradient of one layer lies where that of another did."""
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(12)]
+    net = nn.Sequential(*layers)
+    x = np.ones((4, 8, 32, 32), np.float32)
+    for _ in range(4):
+        step(net, x, np.ones_like)
+    assert is_played(net)
+    (recorded,) = (one for one in net._replay._known.passes.values() if isinstance(one, replay._Pass))
+    # Each block keeps two results of its layers for the gradients.
+    assert recorded.pool.bytes() < (2 * 12 + 8) * x.nbytes
+
+
+def test_memory_is_given_back_with_the_network():
+    net, plain, _ = played()
+    known = [known for known in net._replay._known.passes.values() if isinstance(known, replay._Pass)]
+    outputs = [weakref.ref(one._output) for one in known]
+    assert outputs
+    del known, plain
+    # Without the collector of garbage, which does not know how large arrays are.
+    gc.disable()
+    try:
+        del net
+        assert [output() for output in outputs] == [None] * len(outputs)
+    finally:
+        gc.enable()
