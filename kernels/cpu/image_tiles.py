@@ -24,7 +24,8 @@ _FEW_REGISTERS = TILE_ROWS < 8
 FILTERS = (2, 3, 4, 6) if _FEW_REGISTERS else (4, 6, 8, 10)
 # Taps and filters of a tile of the gradient to the weights, whose blocks are one vector of images.
 TAPS = 3 if _FEW_REGISTERS else 5
-# How many vectors ahead each image is fetched: too many streams for the processor to see.
+# How many vectors ahead each image is fetched, or made ready to be written: too many streams for
+# the processor to see.
 _AHEAD = 2
 TAP_FILTERS = (1, 2, 3) if _FEW_REGISTERS else (3, 4, 5)
 
@@ -115,13 +116,19 @@ def gather_images(typing_context, x, x0, image, first, images, count, window, w0
     return types.void(x, x0, image, first, images, count, window, w0, block), codegen
 
 
-def _store_integers(emit, value, bits, pointer, mask):
-    """Write a vector of floats as integers of so many bits; lanes outside of `mask` are left alone."""
+def _store(emit, value, bits, place, mask=None):
+    """Write a vector, as integers of `bits` if that is not 0; lanes outside of `mask` are left alone."""
+    if not bits:
+        emit.store(value, place, mask)
+        return
     vector = ir.VectorType(ir.IntType(bits), emit.lanes)
     whole = emit.builder.trunc(emit.builder.fptosi(value, ir.VectorType(_I32, emit.lanes)), vector)
-    place = emit.builder.bitcast(pointer, vector.as_pointer())
-    arguments = [whole, place, ir.Constant(_I32, bits // 8), mask]
-    emit.call(f"llvm.masked.store.v{emit.lanes}i{bits}.p0", ir.VoidType(), arguments)
+    place = emit.builder.bitcast(place, vector.as_pointer())
+    if mask is None:
+        emit.builder.store(whole, place).align = bits // 8
+    else:
+        arguments = [whole, place, ir.Constant(_I32, bits // 8), mask]
+        emit.call(f"llvm.masked.store.v{emit.lanes}i{bits}.p0", ir.VoidType(), arguments)
 
 
 @intrinsic
@@ -139,13 +146,24 @@ def scatter_images(typing_context, y, y0, image, first, images, count, result, r
         source = emit.at(memory(context, builder, result, arguments[6]), r0)
         offsets = [builder.mul(block, ir.Constant(_I64, k)) for k in range(emit.lanes)]
         rows = _butterfly(emit, [emit.load(emit.at(source, offset)) for offset in offsets])
-        for i, mask in enumerate(_valid(emit, first, images, emit.mask(count, 0))):
-            number = builder.add(first, ir.Constant(_I64, i))
-            place = emit.at(begin, builder.mul(number, image))
-            if isinstance(y.dtype, types.Integer):
-                _store_integers(emit, rows[i], context.get_data_type(y.dtype).width, place, mask)
-            else:
-                emit.store(rows[i], place, mask)
+        numbers = [builder.add(first, ir.Constant(_I64, i)) for i in range(emit.lanes)]
+        places = [emit.at(begin, builder.mul(number, image)) for number in numbers]
+        for place in places:
+            emit.prefetch(emit.at(place, ir.Constant(_I64, _AHEAD * emit.lanes)), to_write=True)
+        whole, part = (builder.append_basic_block(name) for name in ("scatter.whole", "scatter.part"))
+        end = builder.append_basic_block("scatter.end")
+        bits = context.get_data_type(y.dtype).width if isinstance(y.dtype, types.Integer) else 0
+        builder.cbranch(_is_whole(emit, first, images, count), whole, part)
+        builder.position_at_end(whole)
+        for row, place in zip(rows, places, strict=True):
+            _store(emit, row, bits, place)
+        builder.branch(end)
+        builder.position_at_end(part)
+        masks = _valid(emit, first, images, emit.mask(count, 0))
+        for row, place, mask in zip(rows, places, masks, strict=True):
+            _store(emit, row, bits, place, mask)
+        builder.branch(end)
+        builder.position_at_end(end)
         return context.get_dummy_value()
 
     return types.void(y, y0, image, first, images, count, result, r0, block), codegen

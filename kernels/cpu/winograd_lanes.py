@@ -25,8 +25,8 @@ from . import direct, image_lanes, simd, winograd
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
 from .image_lanes import empty_row, fill_window, pitch, pool_outputs
-from .vectors import keep_in_line, lanes_of
-from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, matrices, tile_products, transform
+from .vectors import keep_in_line, lanes_of, pointer
+from .winograd_points import FILTERS, INPUT, ONE, OUTPUT, TILE, TOGETHER, matrices, tile_products, transform
 from .workspace import NOTHING, NOWHERE, clear, scratch, set_start
 
 # The sizes of transforms that are compiled, for filters whose sides are by 3 smaller; and with which of them
@@ -69,6 +69,7 @@ class Tiling(NamedTuple):
     out_column: int
     size: int  # of a tile's transform
     cuts: int  # filters that a filter is cut into along an axis
+    together: int  # neighbouring tiles that are multiplied at a time
     tiles_h: int
     tiles_w: int
     rows: int  # rows of tiles of a band
@@ -109,35 +110,57 @@ def transform_row(window, w0, g, columns, spectrum):
 
 
 @kernel
-def _multiply_tile(spectrum, v0, taps, weights, start, g, sums):
-    """Products of a tile, transformed along columns: sums[filter, row of the tile, column]."""
-    lanes = lanes_of(spectrum)
-    depth = taps.size * g.size
-    padded = start.size // 2
-    u0 = 0
-    for q in range(g.size):
-        v = v0 + q * g.channels * g.size * lanes
-        s0 = padded if q == ONE else 0
-        for f in range(0, padded, FILTERS):
-            t0 = (f * TILE * g.size + q) * lanes
-            if g.size == SIZES[0]:
-                tile_products(SIZES[0], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
-            elif g.size == SIZES[1]:
-                tile_products(SIZES[1], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
-            else:
-                tile_products(SIZES[2], spectrum, v, taps, weights, u0, start, s0 + f, sums, t0)
-            u0 += depth * FILTERS
+def _multiply_column(size, tiles, v0, u0, s0, t0, operands):
+    """The products of some tiles' columns with some filters; see `tile_products`."""
+    keep_in_line()
+    if size == SIZES[0]:
+        if tiles == 1:
+            tile_products(SIZES[0], 1, v0, u0, s0, t0, operands)
+        else:
+            tile_products(SIZES[0], TOGETHER[0], v0, u0, s0, t0, operands)
+    elif size == SIZES[1]:
+        if tiles == 1:
+            tile_products(SIZES[1], 1, v0, u0, s0, t0, operands)
+        else:
+            tile_products(SIZES[1], TOGETHER[1], v0, u0, s0, t0, operands)
+    else:
+        tile_products(SIZES[2], TOGETHER[2], v0, u0, s0, t0, operands)
 
 
 @kernel
-def _finish_tile(sums, g, outputs, s0, line):
-    """The tile's outputs, by row, column and filter; rows are `line` elements apart."""
+def _multiply_tiles(spectrum, v0, tiles, taps, weights, start, g, sums):
+    """Products of some neighbours, transformed along columns: sums[tile, filter, row of the tile, column]."""
+    lanes = lanes_of(spectrum)
+    padded = start.size // 2
+    point = g.size * g.channels * lanes
+    operands = (
+        pointer(spectrum),
+        g.size * point,
+        pointer(taps),
+        taps.size,
+        pointer(weights),
+        pointer(start),
+        pointer(sums),
+        padded * TILE * g.size * lanes,
+    )
+    u0 = 0
+    for q in range(g.size):
+        s0 = padded if q == ONE else 0
+        for f in range(0, padded, FILTERS):
+            t0 = (f * TILE * g.size + q) * lanes
+            _multiply_column(g.size, tiles, v0 + q * point, u0, s0 + f, t0, operands)
+            u0 += taps.size * g.size * FILTERS
+
+
+@kernel
+def _finish_tile(sums, t0, g, outputs, s0, line):
+    """The outputs of the tile at sums[t0], by row, column and filter; rows are `line` elements apart."""
     lanes = lanes_of(sums)
     vectors = g.size * lanes
     step = g.filters * lanes
     for f in range(g.filters):
         for m in range(TILE):
-            source, target = (f * TILE + m) * vectors, s0 + m * line + f * lanes
+            source, target = t0 + (f * TILE + m) * vectors, s0 + m * line + f * lanes
             _transform_outputs(g.size, sums, source, lanes, outputs, target, step)
 
 
@@ -164,6 +187,7 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
     line = result.size // many
     slot = spectrum.size // g.cuts
     tile = g.size * g.size * g.channels * lanes
+    product = sums.size // g.together
     lo, hi = span(part, parts, (images + lanes - 1) // lanes * g.bands)
     for task in range(lo, hi):
         n0 = task // g.bands * lanes
@@ -179,16 +203,19 @@ def _convolve(part, parts, x, images, weights, taps, start, y, g, e, pool, argma
                 ready += 1
             turned = taps[t % g.cuts]
             for j in range(g.tiles_w):
-                _multiply_tile(spectrum, j * tile, turned, weights, start, g, sums)
+                t0 = j % g.together * product
+                if t0 == 0:
+                    tiles = min(g.together, g.tiles_w - j)
+                    _multiply_tiles(spectrum, j * tile, tiles, turned, weights, start, g, sums)
                 if e.pool_h:
-                    _finish_tile(sums, g, output, 0, TILE * g.filters * lanes)
+                    _finish_tile(sums, t0, g, output, 0, TILE * g.filters * lanes)
                     for i in range(many):
                         for k in range(TILE // g.pool_w):
                             s = (i * g.pool_h * TILE + k * g.pool_w) * g.filters * lanes
                             r = i * line + j * tile_w + k * g.filters * lanes
                             pool_outputs(output[s:], pool, e, result, place, r, lanes)
                 else:
-                    _finish_tile(sums, g, result, j * tile_w, line)
+                    _finish_tile(sums, t0, g, result, j * tile_w, line)
             _write_rows(y, n0, images, g, t, result)
             if e.keeps:
                 _write_rows(argmax, n0, images, g, t, place)
@@ -290,6 +317,7 @@ def tiling(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> tuple[Til
         out_column=layer.filters,
         size=size,
         cuts=cuts,
+        together=TOGETHER[SIZES.index(size)],
         tiles_h=tiles_h,
         tiles_w=tiles_w,
         rows=rows,
@@ -329,7 +357,7 @@ def _memory(parts: int, g: Tiling, e: Epilogue, dtype: np.dtype) -> tuple[np.nda
         "windows": ((g.rows + g.cuts - 2) * TILE + g.size) * g.pitch + lanes * lanes,
         "columns": g.window_w * g.channels * g.size * lanes,
         "spectra": _spectra(g) * lanes,
-        "products": filters * TILE * g.size * lanes,
+        "products": g.together * filters * TILE * g.size * lanes,
         "rows": TILE * TILE * g.filters * lanes if e.pool_h else 1,
         "results": results,
         "places": results if e.keeps else 1,

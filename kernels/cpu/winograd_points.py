@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .loops import memory, sum_loop
@@ -38,8 +38,10 @@ _EXACT = {**_WITH_ONE, 6: (Fraction(0), NEAR, -NEAR, FAR, -FAR)}
 # The transforms: of inputs, B^T; of products, A^T; of gradients of outputs, A; of filters, G; and of the
 # gradients of products, G^T.
 INPUT, OUTPUT, GRADIENT, FILTER, FILTER_GRADIENT = range(5)
-# Filters of which one tile holds a column of products, in registers.
+# Filters of whose products registers hold a column, and in how many tiles of 6, 7 and 8 points. Where both
+# are two, all that is multiplied is read once for two products.
 FILTERS = 1 if TILE_ROWS < 8 else 2
+TOGETHER = (1, 1, 1) if TILE_ROWS < 8 else (2, 2, 1)
 # The point 1, at which a polynomial's value is the sum of its coefficients.
 ONE = 1
 
@@ -170,48 +172,54 @@ def transform(typing_context, size, kind, source, s0, source_step, target, t0, t
 
 
 @intrinsic(prefer_literal=True)
-def tile_products(typing_context, size, inputs, v0, taps, weights, u0, start, s0, sums, t0):
-    """A^T times a column of products: sums[t0 + (f * 4 + m) * size], vectors, for `FILTERS` filters f.
+def tile_products(typing_context, size, tiles, v0, u0, s0, t0, operands):
+    """A^T times columns of products: sums[t0 + t * beyond + (f * 4 + m) * size], of vectors.
 
-    The products' element i is the sum over k of inputs[v0 + taps[k] + i] * weights[u0 + (k * size + i) *
-    FILTERS + f], with start[s0 + f] added at the point 1: what is added there for the point 1 of the
-    other axis too, is added to all outputs of the tile. The literal is the number of points.
+    Element i of the column of tile t and filter f is the sum over k < depth of values[v0 + t * apart +
+    taps[k] + i] * weights[u0 + (k * size + i) * FILTERS + f], with start[s0 + f] added at the point 1: what
+    is added there for the point 1 of the other axis too, is added to all outputs of the tile. The literals
+    are the numbers of points and of tiles; `operands` are values, apart, taps, depth, weights, start, sums
+    and beyond, all arrays being pointers.
     """
-    if not _literals(size):
+    if not _literals(size, tiles):
         return None
-    points = size.literal_value
-    signature = types.void(size, inputs, v0, taps, weights, u0, start, s0, sums, t0)
+    points, many = size.literal_value, tiles.literal_value
 
     def codegen(context, builder, signature, arguments):
-        emit = Transformer(context, builder, inputs.dtype)
-        images, table, factors, begin, target = (
-            memory(context, builder, signature.args[i], arguments[i]) for i in (1, 3, 4, 6, 8)
-        )
-        images, factors = emit.at(images, arguments[2]), emit.at(factors, arguments[5])
-        begin, target = emit.at(begin, arguments[7]), emit.at(target, arguments[9])
-        depth = context.make_array(taps)(context, builder, arguments[3]).nitems
+        emit = Transformer(context, builder, operands.types[0].dtype)
+        v0, u0, s0, t0, packed = arguments[2:]
+        values, apart, taps, depth, weights, start, sums, beyond = cgutils.unpack_tuple(builder, packed)
+        weights, start = emit.at(weights, u0), emit.at(start, s0)
+        numbers = [ir.Constant(_I64, t) for t in range(many)]
+        windows = [emit.at(values, v0, builder.mul(apart, t)) for t in numbers]
+        targets = [emit.at(sums, t0, builder.mul(beyond, t)) for t in numbers]
         column = points * FILTERS
 
         def step(k, totals):
-            place = emit.at(images, builder.load(emit.at(table, k)))
-            row = emit.at(factors, builder.mul(k, ir.Constant(_I64, column)))
+            tap = builder.load(emit.at(taps, k))
+            places = [emit.at(window, tap) for window in windows]
+            row = emit.at(weights, builder.mul(k, ir.Constant(_I64, column)))
             new: list = []
             for i in range(points):
-                value = emit.load(emit.at(place, ir.Constant(_I64, i * emit.lanes)))
+                inputs = [emit.load(emit.at(place, ir.Constant(_I64, i * emit.lanes))) for place in places]
                 for f in range(FILTERS):
-                    weight = builder.load(emit.at(row, ir.Constant(_I64, i * FILTERS + f)))
-                    new.append(emit.multiply_add(emit.broadcast(weight), value, totals[len(new)]))
+                    weight = emit.broadcast(builder.load(emit.at(row, ir.Constant(_I64, i * FILTERS + f))))
+                    before = totals[len(new) : len(new) + many]
+                    new += [emit.multiply_add(weight, *pair) for pair in zip(inputs, before, strict=True)]
             return new
 
-        totals = [ir.Constant(emit.vector, None)] * column
+        totals = [ir.Constant(emit.vector, None)] * (column * many)
         for f in range(FILTERS):
-            bias = builder.load(emit.at(begin, ir.Constant(_I64, f)))
-            totals[ONE * FILTERS + f] = emit.broadcast(bias)
-        totals = sum_loop(emit, ir.Constant(_I64, 0), depth, totals, step)
+            bias = emit.broadcast(builder.load(emit.at(start, ir.Constant(_I64, f))))
+            first = (ONE * FILTERS + f) * many
+            totals[first : first + many] = [bias] * many
+        totals = sum_loop(emit, ir.Constant(_I64, 0), depth, totals, step, unrolls=many == 1)
         for f in range(FILTERS):
-            for m, value in enumerate(emit.transformed(OUTPUT, points, totals[f::FILTERS])):
-                offset = (f * TILE + m) * points * emit.lanes
-                emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
+            for t, target in enumerate(targets):
+                products = totals[f * many + t :: FILTERS * many]
+                for m, value in enumerate(emit.transformed(OUTPUT, points, products)):
+                    offset = (f * TILE + m) * points * emit.lanes
+                    emit.store(value, emit.at(target, ir.Constant(_I64, offset)))
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(size, tiles, v0, u0, s0, t0, operands), codegen
