@@ -21,7 +21,7 @@ from . import simd
 from .direct import Layer
 from .image_tiles import gather_images
 from .simd import TILE_ROWS, TILE_VECTORS
-from .tile import Emitter, overwrite_panel
+from .tile import Emitter, overwrite_panel, overwrite_ranges
 from .vectors import lanes_of
 from .workspace import clear, copy, scratch
 
@@ -90,16 +90,39 @@ def _pack(weight, depth, width, memory):
 
 @kernel
 def _multiply(dout, d0, of, count, weights, start, products):
-    """The products of `count` pixels' gradients with all weights: a line for each pixel, behind a tile's."""
+    """The products of `count` pixels' gradients with all weights: a line for each pixel, behind a tile's.
+
+    Meanwhile a cache fetches as many pixels' gradients that follow.
+    """
     depth, line, width = of.filters.size, of.sizes.line, start.size
     # The last tile begins earlier than it would, in place of reading past the end.
     whole, rest = count // TILE_ROWS * TILE_ROWS, count - TILE_ROWS
     row, col, crow = of.pixels, of.filters, of.products
-    for p in range((line + width - 1) // width):
+    panels = (line + width - 1) // width
+    ahead = dout[d0 + count * depth : d0 + 2 * count * depth]
+    for p in range(panels):
         c0, b0 = TILE_ROWS * line + p * width, p * depth * width
         many = min(line - p * width, width)
-        overwrite_panel(
-            dout, d0, row, col, 0, whole, depth, weights, b0, width, start, 0, products, c0, crow, many
+        lo, hi = span(p, panels, ahead.size)
+        overwrite_ranges(
+            dout,
+            d0,
+            row,
+            col,
+            0,
+            whole,
+            depth,
+            col[:0],
+            weights,
+            b0,
+            width,
+            start,
+            0,
+            products,
+            c0,
+            crow,
+            many,
+            ahead[lo:hi],
         )
         if whole < count:
             d, c = d0 + rest * depth, c0 + rest * line
