@@ -52,12 +52,19 @@ def _butterfly(emit, rows):
     return rows
 
 
-def _valid(emit, images, many, lane_mask):
-    """For each lane of images: `lane_mask` if there is such an image, else no lane."""
+def _images(emit, begin, image, first, images, lane_mask):
+    """For each lane of images: where that image begins, and `lane_mask`.
+
+    For one that is not there, where the first begins, and no lane. An address behind the array won't do: it
+    takes processors hundreds of cycles to find out that no lane needs the memory that is missing there.
+    """
+    builder = emit.builder
     none = ir.Constant(lane_mask.type, None)
     for i in range(emit.lanes):
-        exists = emit.builder.icmp_signed("<", emit.builder.add(images, ir.Constant(_I64, i)), many)
-        yield emit.builder.select(exists, lane_mask, none)
+        number = builder.add(first, ir.Constant(_I64, i))
+        exists = builder.icmp_signed("<", number, images)
+        number = builder.select(exists, number, first)
+        yield emit.at(begin, builder.mul(number, image)), builder.select(exists, lane_mask, none)
 
 
 def _is_whole(emit, first, images, count):
@@ -101,8 +108,10 @@ def gather_images(typing_context, x, x0, image, first, images, count, window, w0
         every = [emit.load(place) for place in places]
         builder.branch(end)
         builder.position_at_end(part)
-        masks = _valid(emit, first, images, emit.mask(count, 0))
-        some = [emit.load(place, mask) for place, mask in zip(places, masks, strict=True)]
+        some = [
+            emit.load(place, mask)
+            for place, mask in _images(emit, begin, image, first, images, emit.mask(count, 0))
+        ]
         builder.branch(end)
         builder.position_at_end(end)
         rows = [builder.phi(emit.vector) for _ in places]
@@ -159,8 +168,8 @@ def scatter_images(typing_context, y, y0, image, first, images, count, result, r
             _store(emit, row, bits, place)
         builder.branch(end)
         builder.position_at_end(part)
-        masks = _valid(emit, first, images, emit.mask(count, 0))
-        for row, place, mask in zip(rows, places, masks, strict=True):
+        there = _images(emit, begin, image, first, images, emit.mask(count, 0))
+        for row, (place, mask) in zip(rows, there, strict=True):
             _store(emit, row, bits, place, mask)
         builder.branch(end)
         builder.position_at_end(end)
