@@ -51,7 +51,7 @@ _MANY = 1 << 17
 _MOST_BYTES = 1 << 30
 # Elements that are copied for each layer, in a forward pass alone and in one that backward follows: to copy
 # more takes longer than what Python does for a layer.
-_MOST_COPIED = 1 << 16, 1 << 17
+_MOST_COPIED = 1 << 17, 1 << 18
 # Recordings of a network, each with memory for all of its activations: for training and evaluation, of whole
 # batches and of an epoch's last, twice.
 _MOST = 8
