@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .. import checks
@@ -18,6 +18,9 @@ from .vectors import lanes_of, pointer
 _FEW = 4096
 # With fewer channels, vectors are too empty; but 3, which most images have, are another matter.
 _MANY = 10
+# The next matrix is fetched while one of so many elements is copied; of larger ones, so many squares ahead.
+_NEAR = 4096
+_AHEAD = 4
 
 
 def _transposed(emit, rows):
@@ -35,18 +38,20 @@ def _transposed(emit, rows):
 
 
 @intrinsic(prefer_literal=True)
-def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns):
+def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns, ahead):
     """y[y0 + j * pitch + i] = x[x0 + i * stride + j] for i < rows, j < columns.
 
-    The literal `whole` says that these are as many as a vector has lanes.
+    The literal `whole` says that these are as many as a vector has lanes. If not, caches fetch the squares
+    that lie so many elements `ahead` in x and in y: to write some lanes of a vector to a line that no cache
+    has takes several times as long.
     """
     if not isinstance(whole, types.IntegerLiteral):
         return None
-    signature = types.void(whole, x, x0, stride, y, y0, pitch, rows, columns)
+    signature = types.void(whole, x, x0, stride, y, y0, pitch, rows, columns, ahead)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, x.dtype)
-        _, source, x0, stride, target, y0, pitch, rows, columns = arguments
+        _, source, x0, stride, target, y0, pitch, rows, columns, ahead = arguments
         source, target = emit.at(source, x0), emit.at(target, y0)
         i64, zero = ir.IntType(64), ir.Constant(ir.IntType(64), 0)
 
@@ -60,6 +65,11 @@ def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns):
             return emit.mask(builder.select(inside, count, zero), 0)
 
         numbers = range(emit.lanes)
+        if not whole.literal_value:
+            to_read, to_write = cgutils.unpack_tuple(builder, ahead)
+            for i in numbers:
+                emit.prefetch(emit.at(place(source, stride, i), to_read), to_write=False)
+                emit.prefetch(emit.at(place(target, pitch, i), to_write), to_write=True)
         square = [emit.load(place(source, stride, i), mask(i, rows, columns)) for i in numbers]
         for j, column in enumerate(_transposed(emit, square)):
             emit.store(column, place(target, pitch, j), mask(j, columns, rows))
@@ -140,6 +150,11 @@ def _transpose(part, parts, x, y, height, width):
     lanes = lanes_of(x)
     source, target = pointer(x), pointer(y)
     strips = (width + lanes - 1) // lanes
+    ahead = height * width, height * width
+    if height * width > _NEAR:
+        # Along the longer side.
+        step = _AHEAD * lanes
+        ahead = (step * width, step) if height >= width else (step, step * height)
     lo, hi = span(part, parts, x.size // (height * width) * strips)
     for task in range(lo, hi):
         n = task // strips
@@ -150,9 +165,9 @@ def _transpose(part, parts, x, y, height, width):
             rows = min(lanes, height - i)
             s, t = first + i * width + j, first + j * height + i
             if rows == lanes and columns == lanes:
-                _square(1, source, s, width, target, t, height, rows, columns)
+                _square(1, source, s, width, target, t, height, rows, columns, ahead)
             else:
-                _square(0, source, s, width, target, t, height, rows, columns)
+                _square(0, source, s, width, target, t, height, rows, columns, ahead)
 
 
 def _transpose_all(x: np.ndarray, out: np.ndarray, height: int, width: int) -> None:
