@@ -58,11 +58,13 @@ def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns, a
         def place(base, step, number):
             return emit.at(base, builder.mul(step, ir.Constant(i64, number)))
 
-        def mask(number, limit, count):
+        def vector(base, step, number, limit, count):
+            """Where a row begins, and its lanes in use: none, of the first, where there is no such row."""
             if whole.literal_value:
-                return None
+                return place(base, step, number), None
             inside = builder.icmp_signed("<", ir.Constant(i64, number), limit)
-            return emit.mask(builder.select(inside, count, zero), 0)
+            there = builder.select(inside, place(base, step, number), base)
+            return there, emit.mask(builder.select(inside, count, zero), 0)
 
         numbers = range(emit.lanes)
         if not whole.literal_value:
@@ -70,9 +72,9 @@ def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns, a
             for i in numbers:
                 emit.prefetch(emit.at(place(source, stride, i), to_read), to_write=False)
                 emit.prefetch(emit.at(place(target, pitch, i), to_write), to_write=True)
-        square = [emit.load(place(source, stride, i), mask(i, rows, columns)) for i in numbers]
+        square = [emit.load(*vector(source, stride, i, rows, columns)) for i in numbers]
         for j, column in enumerate(_transposed(emit, square)):
-            emit.store(column, place(target, pitch, j), mask(j, columns, rows))
+            emit.store(column, *vector(target, pitch, j, columns, rows))
         return context.get_dummy_value()
 
     return signature, codegen
