@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 # A side's turn begins when the threads of the side before have gone to sleep: libraries let them look for
 # more work in a loop first, for 5 ms (OpenMP) to 50 ms (ONNX Runtime) after a call. They have, when the
-# process takes less than a tenth of a processor while this thread sleeps.
-_SETTLE_SECONDS = 2e-3
-_SETTLE_TRIES = 100
+# process takes less than a tenth of a processor while this thread sleeps, for two of the system's ticks of
+# up to 10 ms: what another thread takes may be counted at ticks only.
+_SETTLE_SECONDS = 20e-3
+_SETTLE_TRIES = 20
 # Then come calls that are not timed, for at least so long: caches and branch predictors turn to this side.
 WARMUP_SECONDS = 5e-3
 # How long a first look at a side lasts.
