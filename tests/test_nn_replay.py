@@ -7,20 +7,14 @@ import sys
 import threading
 
 import numpy as np
+import played_steps
 import pytest
 
 import fastcnn
 from fastcnn import models, nn
 from fastcnn.nn import replay
 
-SHAPES = {
-    "emotion": (1, 48, 48),
-    "cifar-small": (3, 32, 32),
-    "cifar-batchnorm": (3, 32, 32),
-    "mnist-prelu": (1, 28, 28),
-    "chapter9": (1, 28, 28),
-    "resnet9": (3, 32, 32),
-}
+SHAPES = {**played_steps.SHAPES, "resnet9": (3, 32, 32)}
 
 
 def network(name, seed=0):
