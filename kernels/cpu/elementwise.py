@@ -58,7 +58,7 @@ def passes_caches(out: np.ndarray, arrays: int) -> bool:
     then anyway.
     """
     size = arrays * out.nbytes
-    if size <= _FITS or size <= 3 * _last_level_bytes() // 4:
+    if size <= _FITS or size <= _last_level_bytes():
         return False
     return out.ctypes.data % (VECTOR_BITS // 8) == 0
 
