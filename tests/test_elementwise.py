@@ -45,7 +45,7 @@ def test_around_the_caches(monkeypatch, shape, dtype):
     for call in _calls(x, dout):
         results = []
         for cache in (1 << 40, 0):
-            monkeypatch.setattr(elementwise, "_last_level_bytes", lambda cache=cache: cache)
+            monkeypatch.setattr(elementwise, "cache_bytes", lambda level, cache=cache: cache)
             out = _aligned(shape, dtype)
             call(out)
             results.append(out)
@@ -54,7 +54,7 @@ def test_around_the_caches(monkeypatch, shape, dtype):
 
 def test_an_output_that_is_not_aligned_is_written_through_the_caches(monkeypatch):
     monkeypatch.setattr(elementwise, "_FITS", 0)
-    monkeypatch.setattr(elementwise, "_last_level_bytes", lambda: 0)
+    monkeypatch.setattr(elementwise, "cache_bytes", lambda level: 0)
     out = _aligned(5001, np.float32)[1:]
     x = np.linspace(-1, 1, 5000, dtype=np.float32)
     np.testing.assert_array_equal(cpu.relu_forward(x, out=out), x.clip(0))

@@ -76,7 +76,7 @@ def test_same_result_around_the_caches(case, monkeypatch):
     e = pooled_convolution._epilogue(layer, 1, True, True)
     results = []
     for size in (1 << 30, 0):
-        monkeypatch.setattr(elementwise, "_last_level_bytes", lambda size=size: size)
+        monkeypatch.setattr(elementwise, "cache_bytes", lambda level, size=size: size)
         argmax = np.full(y.shape, 99, np.uint8)
         y.fill(np.nan)
         winograd_rows.forward(layer, x, weight, bias, y)

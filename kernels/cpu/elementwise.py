@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count
 from .pieces import BLOCK, blocks, repeat, span_elements
-from .simd import VECTOR_BITS, lanes
+from .simd import VECTOR_BITS, cache_bytes, lanes
 from .vectors import (
     LONG,
     all_long_lanes,
@@ -41,16 +40,6 @@ _FITS = 1 << 19
 _LONGEST = 1024
 
 
-@cache
-def _last_level_bytes() -> int:
-    """Size of the processor's last cache, 32 MiB where the system doesn't tell."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(text.removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        return 32 << 20
-
-
 def passes_caches(out: np.ndarray, arrays: int) -> bool:
     """Whether `out` should be written around the caches, one of so many `arrays` of its size in work.
 
@@ -58,7 +47,7 @@ def passes_caches(out: np.ndarray, arrays: int) -> bool:
     then anyway.
     """
     size = arrays * out.nbytes
-    if size <= _FITS or size <= _last_level_bytes():
+    if size <= _FITS or size <= cache_bytes(3):
         return False
     return out.ctypes.data % (VECTOR_BITS // 8) == 0
 

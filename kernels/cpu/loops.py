@@ -1,4 +1,4 @@
-"""What the tiles beside `tile` share: the loop that sums in registers, written as LLVM instructions."""
+"""What kernels written as LLVM instructions share: the loop that sums in registers, and turned squares."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def sum_loop(
         phi.add_incoming(begin, entry)
         phi.add_incoming(value, done)
     return results
+
+
+def transposed(emit: Any, rows: Sequence[Any]) -> list[Any]:
+    """The rows of a square of vectors, transposed: a perfect shuffle for each halving of their number."""
+    many = emit.lanes
+    order = [lane // 2 + many * (lane % 2) for lane in range(2 * many)]
+    kind = ir.VectorType(ir.IntType(32), many)
+    halves = [ir.Constant(kind, order[half * many : (half + 1) * many]) for half in (0, 1)]
+    rows = list(rows)
+    for _ in range(many.bit_length() - 1):
+        pairs = zip(rows[: many // 2], rows[many // 2 :], strict=True)
+        rows = [emit.builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
+    return rows

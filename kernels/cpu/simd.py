@@ -1,9 +1,10 @@
-"""The host's vectors: how many bits, how many registers, and the tile that fits them."""
+"""The host's vectors: how many bits, how many registers, and the tile that fits them; and its caches."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -44,3 +45,22 @@ def lanes(dtype: np.dtype | type) -> int:
 def panel_width(dtype: np.dtype | type) -> int:
     """Columns of C that one tile computes."""
     return TILE_VECTORS * lanes(dtype)
+
+
+# By level, where the system doesn't tell.
+_USUAL_CACHES = {1: 32 << 10, 3: 32 << 20}
+
+
+@cache
+def cache_bytes(level: int) -> int:
+    """Size of the data cache of level 1, the first, or 3, the last."""
+    for each in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            found, kind, size = (
+                each.joinpath(name).read_text().strip() for name in ("level", "type", "size")
+            )
+            if found == str(level) and kind != "Instruction":
+                return int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return _USUAL_CACHES[level]

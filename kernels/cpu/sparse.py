@@ -19,14 +19,13 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from . import direct, simd
+from . import direct, lists, simd
 from .direct import fill_window
-from .epilogue import DEAD, Epilogue
+from .epilogue import Epilogue
+from .lists import sort_by_filter, sort_by_pixel
 from .runs import add_rows_of_runs, add_runs
 from .workspace import clear, copy, scratch
 
-# A block's window, or its part for one row of the kernel, should stay in the first-level cache.
-_WINDOW_BYTES = 24 * 1024
 _INPUT_BYTES = 128 * 1024
 _CHUNK = 16
 # What a sum of few runs takes beside its multiply-adds.
@@ -58,40 +57,17 @@ class Sparse(NamedTuple):
     padded_run: int  # in whole vectors
     rows: int  # rows in a block: of windows for the weights, of the image for the input
     blocks: int  # in an image
-
-
-@kernel
-def _sort_by_filter(dout, argmax, p0, pixels, s, bases, places, values, offsets, counts):
-    """Lists for each filter of the gradients of a block's pixels, and where the pixels' runs begin.
-
-    Filter by filter, so that a list's length is in a register, which takes half the time.
-    """
-    filters, size = np.uintp(s.filters), pixels * s.filters
-    capacity = np.uintp(s.rows * s.pooled_w)
-    gradients, codes = dout[p0 : p0 + size], argmax[p0 : p0 + size]
-    for f in range(filters):
-        first = np.uintp(f) * capacity
-        k = first
-        p = np.uintp(f)
-        for base in bases[:pixels]:
-            place = places[codes[p]]
-            values[k] = gradients[p]
-            offsets[k] = base + place
-            # What is dead is overwritten by the next.
-            k += np.uintp(place >= 0)
-            p += filters
-        counts[f] = k - first
+    room: int  # entries from one list to the next
 
 
 @parallel
 def _weight(
-    part, parts, dout, argmax, x, s, bases, places, partial, biases, windows, values, offsets, counts
+    part, parts, dout, argmax, x, s, bases, pooled, partial, biases, windows, values, offsets, counts
 ):
     keep_out_of_line()
     pieces = partial.shape[0]
     images = dout.size // (s.pooled_h * s.pooled_w * s.filters)
     window, values, offsets, counts = windows[part], values[part], offsets[part], counts[part]
-    capacity = s.rows * s.pooled_w
     pitch = s.window_w * s.channels
     lo, hi = span(part, parts, pieces)
     for piece in range(lo, hi):
@@ -106,13 +82,26 @@ def _weight(
             window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
             fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
             p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
-            _sort_by_filter(dout, argmax, p0, rows * s.pooled_w, s, bases, places, values, offsets, counts)
+            sort_by_filter(
+                dout,
+                argmax,
+                p0,
+                rows * s.pooled_w,
+                s.filters,
+                pooled,
+                bases,
+                values,
+                offsets,
+                s.room,
+                counts,
+                bias,
+            )
             for f in range(s.filters):
                 add_rows_of_runs(
                     values,
                     offsets,
-                    f * capacity,
-                    np.intp(counts[f]),
+                    f * s.room,
+                    counts[f],
                     window,
                     0,
                     s.dilation_h * pitch,
@@ -122,12 +111,6 @@ def _weight(
                     s.kernel_h,
                     s.run,
                 )
-            for f in range(s.filters):
-                gradients = values[f * capacity : f * capacity + np.intp(counts[f])]
-                total = bias[f]
-                for k in range(gradients.size):
-                    total += gradients[k]
-                bias[f] = total
 
 
 @parallel
@@ -154,33 +137,9 @@ def _reduce_weight(part, parts, partial, biases, s, dweight, dbias):
 
 
 @kernel
-def _sort_by_pixel(dout, argmax, p0, pixels, s, slots, values, offsets, counts):
-    """Lists for each pixel of `pixels` windows: the gradients of its filters, and their weights' runs."""
-    filters = np.uintp(s.filters)
-    area = s.pool_h * s.pool_w + 1  # and one list for what is dead
-    for j in range(pixels):
-        count = counts[j * area : (j + 1) * area]
-        for q in range(area):
-            count[q] = 0
-        p = p0 + j * s.filters
-        gradients, codes = dout[p : p + s.filters], argmax[p : p + s.filters]
-        value = values[j * area * s.filters : (j + 1) * area * s.filters]
-        offset = offsets[j * area * s.filters : (j + 1) * area * s.filters]
-        run = np.int32(0)
-        for f in range(filters):
-            slot = slots[codes[f]]
-            k = slot * filters + count[slot]
-            value[k] = gradients[f]
-            offset[k] = run
-            count[slot] += np.uintp(1)
-            run += np.int32(s.padded_run)
-
-
-@kernel
 def _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, counts):
     """Add what `pixels` windows from (i, j0) on have for the rows from `h0` on to the window."""
-    area = s.pool_h * s.pool_w + 1
-    pitch = s.window_w * s.channels
+    area, pitch = s.pool_h * s.pool_w, s.window_w * s.channels
     for kh in range(s.kernel_h):
         for qh in range(s.pool_h):
             r = (i * s.pool_h + qh) * s.stride_h + kh * s.dilation_h + s.origin_h - h0
@@ -193,8 +152,8 @@ def _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, count
                     add_runs(
                         values,
                         offsets,
-                        place * s.filters,
-                        np.intp(counts[place]),
+                        place * s.room,
+                        counts[place],
                         weights,
                         kh * s.filters * s.padded_run,
                         window,
@@ -204,7 +163,7 @@ def _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, count
 
 
 @parallel
-def _input(part, parts, dout, argmax, weights, s, slots, dx, windows, values, offsets, counts):
+def _input(part, parts, dout, argmax, weights, s, dx, windows, values, offsets, counts):
     keep_out_of_line()
     images = dout.size // (s.pooled_h * s.pooled_w * s.filters)
     window, values, offsets, counts = windows[part], values[part], offsets[part], counts[part]
@@ -226,7 +185,19 @@ def _input(part, parts, dout, argmax, weights, s, slots, dx, windows, values, of
             for j0 in range(0, s.pooled_w, _CHUNK):
                 pixels = min(_CHUNK, s.pooled_w - j0)
                 p0 = ((n * s.pooled_h + i) * s.pooled_w + j0) * s.filters
-                _sort_by_pixel(dout, argmax, p0, pixels, s, slots, values, offsets, counts)
+                sort_by_pixel(
+                    dout,
+                    argmax,
+                    p0,
+                    pixels,
+                    s.filters,
+                    s.pool_h * s.pool_w,
+                    s.padded_run,
+                    values,
+                    offsets,
+                    s.room,
+                    counts,
+                )
                 _scatter(window, h0, rows, i, j0, pixels, s, weights, values, offsets, counts)
         for r in range(rows):
             target = (n * s.image_h + h0 + r) * line
@@ -249,7 +220,9 @@ def _runs_of_weights(part, parts, weight, s, runs):
         clear(target, source.size, target.size - source.size)
 
 
-def _sizes(layer: direct.Layer, e: Epilogue, dtype: np.dtype, rows: int, image_rows: int) -> Sparse:
+def _sizes(
+    layer: direct.Layer, e: Epilogue, dtype: np.dtype, rows: int, image_rows: int, room: int
+) -> Sparse:
     high, wide = layer.rows, layer.columns
     run = wide.kernel * layer.channels
     lanes = simd.lanes(dtype)
@@ -273,6 +246,7 @@ def _sizes(layer: direct.Layer, e: Epilogue, dtype: np.dtype, rows: int, image_r
         padded_run=-(-run // lanes) * lanes,
         rows=rows,
         blocks=-(-image_rows // rows),
+        room=room + lanes,
     )
 
 
@@ -284,25 +258,20 @@ def _work(layer: direct.Layer, images: int) -> float:
 @lru_cache(maxsize=512)
 def _weight_tables(
     layer: direct.Layer, e: Epilogue, dtype: np.dtype
-) -> tuple[Sparse, np.ndarray, np.ndarray]:
-    """Sizes, where in a part's window each pooled pixel's own begins, and what an argmax adds to that."""
-    s = _sizes(layer, e, dtype, 1, e.out_h)
-    row_bytes = s.window_w * s.channels * dtype.itemsize
-    extent = (s.kernel_h - 1) * s.dilation_h + 1
-    most = (_WINDOW_BYTES // row_bytes - extent) // (s.pool_h * s.stride_h) + 1
-    rows = -(-e.out_h // -(-e.out_h // max(most, 1)))
-    s = _sizes(layer, e, dtype, rows, e.out_h)
+) -> tuple[Sparse, np.ndarray, lists.Geometry]:
+    """Sizes, where in a part's window that of a pooled pixel begins, and where in that each of its pixels."""
+    s = _sizes(layer, e, dtype, 1, e.out_h, 0)
     pitch = s.window_w * s.channels
-    places = np.full(DEAD + 1, -1, np.int32)
-    pixels = np.add.outer(
-        np.arange(s.pool_h) * s.stride_h * pitch, np.arange(s.pool_w) * s.stride_w * s.channels
-    )
-    places[: pixels.size] = pixels.ravel()
-    bases = np.add.outer(
-        np.arange(rows, dtype=np.int32) * (s.pool_h * s.stride_h * pitch),
-        np.arange(s.pooled_w, dtype=np.int32) * (s.pool_w * s.stride_w * s.channels),
-    )
-    return s, bases.ravel(), places
+    extent = (s.kernel_h - 1) * s.dilation_h + 1
+    # A window, or its part for one row of the kernel, should stay in the first-level cache.
+    most = (3 * simd.cache_bytes(1) // 4 // (pitch * dtype.itemsize) - extent) // (s.pool_h * s.stride_h) + 1
+    rows = -(-e.out_h // -(-e.out_h // max(most, 1)))
+    s = _sizes(layer, e, dtype, rows, e.out_h, rows * e.out_w)
+    line, pixel = s.stride_h * pitch, s.stride_w * s.channels
+    bases = np.zeros(s.room, np.int32)
+    first = np.add.outer(np.arange(rows) * (s.pool_h * line), np.arange(e.out_w) * (s.pool_w * pixel))
+    bases[: first.size] = first.ravel()
+    return s, bases, lists.geometry(s.pool_h, s.pool_w, line, pixel)
 
 
 def add_weight_gradient(
@@ -316,19 +285,19 @@ def add_weight_gradient(
 ) -> None:
     """Add the gradients of weight and bias to `dweight` and `dbias`."""
     images, dtype = x.shape[0], x.dtype
-    s, bases, places = _weight_tables(layer, e, dtype)
+    s, bases, pooled = _weight_tables(layer, e, dtype)
     pieces = min(images * s.blocks, _PIECES)
     parts = part_count(pieces, _work(layer, images))
     partial = scratch("partial", pieces * s.kernel_h * s.filters * s.padded_run, dtype).reshape(pieces, -1)
     biases = scratch("biases", pieces * s.filters, dtype).reshape(pieces, -1)
     window_rows = (s.rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
     windows = _parts("windows", parts, window_rows * s.window_w * s.channels + s.padded_run, dtype)
-    entries = s.filters * bases.size + 1
+    entries = s.filters * s.room
     values = _parts("values", parts, entries, dtype)
     offsets = _parts("offsets", parts, entries, np.dtype(np.int32))
-    counts = _parts("counts", parts, s.filters, np.dtype(np.uintp))
+    counts = _parts("counts", parts, s.filters, np.dtype(np.intp))
     flat = (dout.reshape(-1), argmax.reshape(-1), x.reshape(-1))
-    _weight(parts, *flat, s, bases, places, partial, biases, windows, values, offsets, counts)
+    _weight(parts, *flat, s, bases, pooled, partial, biases, windows, values, offsets, counts)
     parts = part_count(s.kernel_h * s.filters, partial.nbytes)
     _reduce_weight(parts, partial, biases, s, dweight.reshape(-1), dbias)
 
@@ -343,24 +312,22 @@ def input_gradient(
 ) -> None:
     """Overwrite `dx` with the gradient of the input."""
     images, dtype = dx.shape[0], dx.dtype
-    s = _sizes(layer, e, dtype, layer.image[0], layer.image[0])
+    s = _sizes(layer, e, dtype, layer.image[0], layer.image[0], layer.filters)
     pitch = s.window_w * s.channels
     rows = min(s.image_h, max(_INPUT_BYTES // (pitch * dtype.itemsize), s.kernel_h))
     if images < _PIECES:
         rows = min(rows, max(-(-s.image_h * images // _PIECES), 2))
     s = s._replace(rows=rows, blocks=-(-s.image_h // rows))
-    slots = np.full(DEAD + 1, s.pool_h * s.pool_w, np.uintp)
-    slots[: s.pool_h * s.pool_w] = np.arange(s.pool_h * s.pool_w)
     runs = scratch("weights", s.kernel_h * s.filters * s.padded_run, dtype)
     _runs_of_weights(part_count(s.kernel_h * s.filters, runs.nbytes), weight.reshape(-1), s, runs)
     parts = part_count(images * s.blocks, _work(layer, images))
     windows = _parts("windows", parts, rows * pitch + s.padded_run, dtype)
-    lists = _CHUNK * (s.pool_h * s.pool_w + 1)
-    values = _parts("values", parts, lists * s.filters, dtype)
-    offsets = _parts("offsets", parts, lists * s.filters, np.dtype(np.int32))
-    counts = _parts("counts", parts, lists, np.dtype(np.uintp))
+    pixels = _CHUNK * s.pool_h * s.pool_w
+    values = _parts("values", parts, pixels * s.room, dtype)
+    offsets = _parts("offsets", parts, pixels * s.room, np.dtype(np.int32))
+    counts = _parts("counts", parts, pixels, np.dtype(np.intp))
     flat = (dout.reshape(-1), argmax.reshape(-1), runs)
-    _input(parts, *flat, s, slots, dx.reshape(-1), windows, values, offsets, counts)
+    _input(parts, *flat, s, dx.reshape(-1), windows, values, offsets, counts)
 
 
 def _parts(use: str, parts: int, size: int, dtype: np.dtype) -> np.ndarray:

@@ -10,6 +10,7 @@ from numba.extending import intrinsic
 from .. import checks
 from ..jit import keep_out_of_line
 from ..threads import NotRecordedError, between_jobs, parallel, part_count, recording, span
+from .loops import transposed
 from .simd import lanes
 from .tile import Emitter
 from .vectors import lanes_of, pointer
@@ -21,20 +22,6 @@ _MANY = 10
 # The next matrix is fetched while one of so many elements is copied; of larger ones, so many squares ahead.
 _NEAR = 4096
 _AHEAD = 4
-
-
-def _transposed(emit, rows):
-    """The rows of the transposed square: a perfect shuffle of all rows for each halving of their number."""
-    many = emit.lanes
-    order = [lane // 2 + many * (lane % 2) for lane in range(2 * many)]
-    i32 = ir.IntType(32)
-    halves = [
-        ir.Constant(ir.VectorType(i32, many), order[half * many : (half + 1) * many]) for half in (0, 1)
-    ]
-    for _ in range(many.bit_length() - 1):
-        pairs = zip(rows[: many // 2], rows[many // 2 :], strict=True)
-        rows = [emit.builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
-    return rows
 
 
 @intrinsic(prefer_literal=True)
@@ -73,7 +60,7 @@ def _square(typing_context, whole, x, x0, stride, y, y0, pitch, rows, columns, a
                 emit.prefetch(emit.at(place(source, stride, i), to_read), to_write=False)
                 emit.prefetch(emit.at(place(target, pitch, i), to_write), to_write=True)
         square = [emit.load(*vector(source, stride, i, rows, columns)) for i in numbers]
-        for j, column in enumerate(_transposed(emit, square)):
+        for j, column in enumerate(transposed(emit, square)):
             emit.store(column, *vector(target, pitch, j, columns, rows))
         return context.get_dummy_value()
 

@@ -403,6 +403,51 @@ def select(typing_context, mask, a, b):
 
 
 @intrinsic
+def steps(typing_context, size, mask):
+    """0, `size`, twice `size` and so on, in as many lanes as `mask` has; `size` is an int32."""
+    vector = Vector(size, mask.lanes)
+
+    def codegen(context, builder, signature, values):
+        numbers = ir.Constant(context.get_value_type(vector), list(range(vector.lanes)))
+        return builder.mul(numbers, _splat(builder, values[0], vector.lanes))
+
+    return vector(size, mask), codegen
+
+
+def compressed(builder, shape, value, mask):
+    """What `compress` does, for other intrinsics."""
+    undefined = ir.Constant(value.type, ir.Undefined)
+    return _call(builder, f"llvm.experimental.vector.compress.{shape}", value.type, [value, mask, undefined])
+
+
+@intrinsic
+def compress(typing_context, a, mask):
+    """The lanes of `a` that are in `mask`, moved to the front; behind them is anything."""
+
+    def codegen(context, builder, signature, values):
+        return compressed(builder, a.shape, *values)
+
+    return a(a, mask), codegen
+
+
+def lanes_in(builder, mask):
+    """What `count` does, for other intrinsics."""
+    bits = ir.IntType(mask.type.count)
+    number = _call(builder, f"llvm.ctpop.i{mask.type.count}", bits, [builder.bitcast(mask, bits)])
+    return builder.zext(number, ir.IntType(64))
+
+
+@intrinsic
+def count(typing_context, mask):
+    """How many lanes are in `mask`."""
+
+    def codegen(context, builder, signature, values):
+        return lanes_in(builder, values[0])
+
+    return types.intp(mask), codegen
+
+
+@intrinsic
 def multiply_add(typing_context, a, b, c):
     """a * b + c, rounded once."""
 
