@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from guarded import GuardedScratch
 
 import fastcnn
 from fastcnn.kernels import threads
@@ -26,3 +27,9 @@ def switch():
     before = fastcnn.get_winograd()
     yield fastcnn.set_winograd
     fastcnn.set_winograd(before)
+
+
+@pytest.fixture
+def scratch(monkeypatch):
+    """Scratch memory of the CPU kernels that notices what is written outside of it."""
+    return GuardedScratch(monkeypatch)

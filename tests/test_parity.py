@@ -46,10 +46,11 @@ def test_signature_is_the_reference_s_and_what_is_more_is_keyword_only(operation
 
 
 @every_row
-def test_same_result_as_the_reference_and_unchanged_inputs(operation, dtype):
+def test_same_result_as_the_reference_and_unchanged_inputs(operation, dtype, scratch):
     for case, arguments in operation.calls(dtype):
         kept = {name: array.copy() for name, array in arrays(arguments).items()}
         actual = run(cpu, operation, arguments)
+        scratch.check(case)
         for name, array in arrays(arguments).items():
             assert_same_bits([array], [kept[name]], f"{case}: {name}")
         assert_close(operation, arguments, actual, run(reference, operation, arguments), case)

@@ -67,6 +67,8 @@ GROUPED = [
     pytest.param((2, 3, 290, 51), 54, 1, (3, 3), 1, 3, id="long rows"),
     pytest.param((2, 11, 14, 66), 96, 2, (3, 3), (2, 1), 2, id="dilated"),
     pytest.param((3, 13, 11, 66), 70, 2, (5, 5), 1, 2, id="5 x 5"),
+    pytest.param((3, 13, 11, 66), 70, (2, 1), (5, 3), 1, 2, id="5 x 3, filled up"),
+    pytest.param((3, 13, 11, 64), 128, (1, 2), (4, 5), 1, 4, id="4 x 5, filled up"),
 ]
 
 

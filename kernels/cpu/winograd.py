@@ -478,7 +478,7 @@ def _in_pieces(weight: np.ndarray, of: Filters, g: Tiling, transposed: bool) -> 
     """The filters as (r, r, cuts * C, F), or as (r, r, C, cuts * F) if the passes' roles are exchanged."""
     if of.kernel == (of.taps, of.taps):
         return weight
-    pieces = scratch("pieces", g.taps**2 * g.depth * g.filters, weight.dtype)
+    pieces = scratch("pieces", g.taps**2 * g.cuts * weight[0, 0].size, weight.dtype)
     parts = part_count(g.taps**2 * g.cuts, pieces.nbytes)
     _cut_filters(parts, weight.reshape(-1), *weight.shape, g, int(transposed), pieces)
     return pieces
