@@ -23,8 +23,8 @@ test-bounds: .venv/.installed-test
 
 # And every kernel's results with the vectors of processors that have none of 512 bits.
 test-widths: .venv/.installed-test
-	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py -k "same and float32"
-	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py -k "same and float32"
+	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py tests/test_any_convolution.py tests/test_lists.py -k "(same or every_pass or by_) and float32"
+	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py tests/test_any_convolution.py tests/test_lists.py -k "(same or every_pass or by_) and float32"
 
 # The CUDA kernels without a GPU: their results on Numba's simulator, and what the compiler makes of each.
 test-cuda: .venv/.installed-cuda

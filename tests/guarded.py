@@ -1,5 +1,8 @@
-"""Scratch memory that shows what a kernel does to memory that is not its own."""
+"""Memory that shows what a kernel does to memory that is not its own."""
 
+import ctypes
+import mmap
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,3 +45,18 @@ class GuardedScratch:
             for side, guard in (("before", raw[:first]), ("behind", raw[first + bytes_ :])):
                 assert (guard == _BITS).all(), f"{what}: overwritten {side} {bytes_} bytes of scratch"
         self._buffers.clear()
+
+
+def before_a_gap(array):
+    """A copy of an array that ends where no memory is: to read on is a segmentation fault."""
+    if sys.platform == "win32":
+        return array.copy()
+    size = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    gap = ctypes.c_void_p(memory.ctypes.data + size)
+    nothing_allowed = 0
+    if ctypes.CDLL(None).mprotect(gap, ctypes.c_size_t(mmap.PAGESIZE), nothing_allowed):
+        raise OSError("mprotect")
+    copy = memory[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

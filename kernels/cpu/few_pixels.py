@@ -152,7 +152,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
     keep_out_of_line()
     blocks, row, crow, col = tables
     lanes, packed = lanes_of(x), packs[part]
-    if g.transposed == 0 and g.filters < lanes:
+    if g.transposed == 0 and g.filters < g.panel and g.filters != lanes:
         # Whole vectors would be read beyond the last weight; there is but one panel, and one part.
         copy(weight, 0, packed, 0, weight.size)
         weight = packed

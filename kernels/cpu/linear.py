@@ -181,25 +181,28 @@ def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
 def _multiply_few(part, parts, x, rows, weight, starts, bias, y, columns):
     """y = bias + x W for few rows of x: each is a sum of weighted rows of W, read where they lie."""
     keep_out_of_line()
-    depth = starts.size
+    depth, lanes = starts.size, lanes_of(x)
+    # Whole vectors of the last rows would end behind the matrix.
+    beyond = (columns + lanes - 1) // lanes * lanes - columns
+    whole = max(depth - (beyond + columns - 1) // columns, 0)
     lo, hi = span(part, parts, (columns + _CHUNK - 1) // _CHUNK)
     for chunk in range(lo, hi):
         first = chunk * _CHUNK
         many = min(columns - first, _CHUNK)
         for m in range(rows):
             copy(bias, first, y, m * columns + first, many)
-        # Whole vectors of the last row would end behind the matrix.
-        for k0 in range(0, depth - 1, _FEW_ROWS_DEPTH):
-            count = min(depth - 1 - k0, _FEW_ROWS_DEPTH)
+        for k0 in range(0, whole, _FEW_ROWS_DEPTH):
+            count = min(whole - k0, _FEW_ROWS_DEPTH)
             for m in range(rows):
                 factors = x[m * depth : (m + 1) * depth]
                 add_runs(factors, starts, k0, count, weight, first, y, m * columns + first, many)
-        last = weight[(depth - 1) * columns + first : (depth - 1) * columns + first + many]
-        for m in range(rows):
-            factor = x[(m + 1) * depth - 1]
-            result = y[m * columns + first : m * columns + first + many]
-            for j in range(many):
-                result[j] += factor * last[j]
+        for k in range(whole, depth):
+            row = weight[k * columns + first : k * columns + first + many]
+            for m in range(rows):
+                factor = x[m * depth + k]
+                result = y[m * columns + first : m * columns + first + many]
+                for j in range(many):
+                    result[j] += factor * row[j]
 
 
 @parallel
