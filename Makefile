@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CUDA_TESTS := $(filter-out tests/test_cuda_ptx.py tests/test_cuda_driver.py tests/test_cuda_absent.py, $(wildcard tests/test_cuda_*.py))
 SOURCES := pyproject.toml .ci/constraints.txt
 
+WIDTH_TESTS := tests/test_parity.py tests/test_direct_convolution.py tests/test_any_convolution.py \
+	tests/test_lists.py -k "(same or every_pass or by_) and float32"
+
 .PHONY: train test test-bounds test-widths test-cuda test-gpu lint bench clean
 
 train: .venv/.installed
@@ -23,8 +26,8 @@ test-bounds: .venv/.installed-test
 
 # And every kernel's results with the vectors of processors that have none of 512 bits.
 test-widths: .venv/.installed-test
-	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py tests/test_any_convolution.py tests/test_lists.py -k "(same or every_pass or by_) and float32"
-	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest tests/test_parity.py tests/test_direct_convolution.py tests/test_any_convolution.py tests/test_lists.py -k "(same or every_pass or by_) and float32"
+	FASTCNN_VECTOR_BITS=256 $(BIN)/python -m pytest $(WIDTH_TESTS)
+	FASTCNN_VECTOR_BITS=128 $(BIN)/python -m pytest $(WIDTH_TESTS)
 
 # The CUDA kernels without a GPU: their results on Numba's simulator, and what the compiler makes of each.
 test-cuda: .venv/.installed-cuda
