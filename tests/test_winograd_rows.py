@@ -139,6 +139,35 @@ def test_ties_and_nan_are_pooled_as_in_the_reference():
 
 
 @every_case
+def test_gradient_to_the_input_of_a_layer_of_few_filters(case, team):
+    mirrored, dout, weight, _, _ = arguments(case)
+    layer = mirrored.exchanged
+    if layer is None:
+        pytest.skip("more padding than a convolution takes back")
+    weight = np.ascontiguousarray(weight.transpose(0, 1, 3, 2))
+    padding = layer.rows.padding, layer.columns.padding
+    shape = (len(dout), *layer.image, layer.channels)
+    expected = reference.conv2d_backward_input(*exact(dout, weight), shape, padding=padding)
+    results = []
+    for count in (1, 2):
+        team(count)
+        dx = np.full(shape, np.nan, np.float32)
+        winograd_rows.backward_input(layer, dout, weight, dx)
+        assert error(dx, expected) < BOUND
+        results.append(dx.tobytes())
+    assert results[0] == results[1]
+
+
+def test_gradient_to_the_input_is_taken_here_for_few_filters():
+    for filters, suits in ((1, True), (15, True), (40, False)):
+        layer = direct.layer((8, 32, 32, 4 * LANES), (3, 3), 4 * LANES, filters, 1, 1, 1, 1)
+        assert winograd_rows.suits_input(layer, 8, np.dtype(np.float32)) == suits
+        assert not winograd_rows.suits_input(layer, 8, np.dtype(np.float64))
+    strided = direct.layer((8, 32, 32, 4 * LANES), (3, 3), 4 * LANES, 3, 2, 1, 1, 1)
+    assert not winograd_rows.suits_input(strided, 8, np.dtype(np.float32))
+
+
+@every_case
 def test_gradient_to_the_weights_is_added(case, team):
     layer, x, weight, _, padding = arguments(case)
     dout = np.random.default_rng(6).standard_normal((len(x), *layer.out_image, layer.filters), np.float32)

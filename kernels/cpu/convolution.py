@@ -107,7 +107,11 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
         return few_channels.backward_input
     if winograd.suits(layer, images, dtype):
         return winograd.backward_input
-    return few_pixels.backward_input if few_pixels.suits_input(layer, images) else direct.backward_input
+    if few_pixels.suits_input(layer, images):
+        return few_pixels.backward_input
+    if winograd_rows.suits_input(layer, images, dtype):
+        return winograd_rows.backward_input
+    return direct.backward_input
 
 
 @lru_cache(maxsize=1024)

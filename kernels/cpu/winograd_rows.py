@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 from . import simd, winograd
 from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
 from .elementwise import passes_caches
@@ -290,3 +290,16 @@ def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE)
     if not fits(layer, dtype) or (e.pool_h, e.pool_w) not in FINISHES:
         return False
     return _pays(layer, min(images, _TASKS), dtype, e)
+
+
+def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the gradient to the input may be done here: to many channels from that of few filters."""
+    return layer.exchanged is not None and suits(layer.exchanged, images, dtype)
+
+
+def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
+    """Overwrite `dx` with the gradient to the input: `dout` convolved with the filters' mirror images."""
+    kernel_h, kernel_w, channels, filters = weight.shape
+    mirrored = scratch("mirrored", (kernel_h, kernel_w, filters, channels), weight.dtype)
+    between_jobs(np.copyto, mirrored, weight[::-1, ::-1].transpose(0, 1, 3, 2))
+    forward(layer.exchanged, dout, mirrored, None, dx)
