@@ -293,8 +293,11 @@ def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE)
 
 
 def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
-    """Whether the gradient to the input may be done here: to many channels from that of few filters."""
-    return layer.exchanged is not None and suits(layer.exchanged, images, dtype)
+    """Whether the gradient to the input may be done here: to many channels from that of few filters.
+
+    Of one filter alone there are so few products that writing the result takes longer, either way.
+    """
+    return layer.filters > 1 and layer.exchanged is not None and suits(layer.exchanged, images, dtype)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
