@@ -302,7 +302,9 @@ def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input: `dout` convolved with the filters' mirror images."""
+    of = layer.exchanged
+    assert of is not None, "see `suits_input`"
     kernel_h, kernel_w, channels, filters = weight.shape
     mirrored = scratch("mirrored", (kernel_h, kernel_w, filters, channels), weight.dtype)
     between_jobs(np.copyto, mirrored, weight[::-1, ::-1].transpose(0, 1, 3, 2))
-    forward(layer.exchanged, dout, mirrored, None, dx)
+    forward(of, dout, mirrored, None, dx)
