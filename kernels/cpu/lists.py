@@ -18,6 +18,7 @@ from ..jit import kernel
 from .loops import transposed
 from .tile import Emitter
 from .vectors import (
+    Vector,
     all_lanes,
     compress,
     compressed,
@@ -27,43 +28,18 @@ from .vectors import (
     lanes_of,
     like,
     load,
+    load_vector,
     pointer,
+    splat_vector,
     steps,
     store,
 )
 
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 # A byte is divided by another one so: multiplied with 2^16 divided by that, rounded up, and shifted.
 _SHIFT = 16
 # From more pixels of a window on, most lists of pixels get none of a vector's gradients.
 _MANY_PIXELS = 16
-
-
-class _Integers:
-    """Vectors of int32, as many lanes as a vector of floats has."""
-
-    def __init__(self, emit):
-        self.emit, self.builder = emit, emit.builder
-        self.kind = ir.VectorType(_I32, emit.lanes)
-
-    def spread(self, number):
-        """`number` in each lane."""
-        undefined = ir.Constant(self.kind, ir.Undefined)
-        first = self.builder.insert_element(undefined, number, _I32(0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(self.kind, None))
-
-    def load_bytes(self, place, mask):
-        """Bytes as int32; those outside of `mask`, if there is one, are zero and not read."""
-        many = self.emit.lanes
-        kind = ir.VectorType(_I8, many)
-        place = self.builder.bitcast(place, kind.as_pointer())
-        if mask is None:
-            values = self.builder.load(place)
-            values.align = 1
-        else:
-            arguments = [place, _I32(1), mask, ir.Constant(kind, None)]
-            values = self.emit.call(f"llvm.masked.load.v{many}i8.p0", kind, arguments)
-        return self.builder.zext(values, self.kind)
 
 
 class Geometry(NamedTuple):
@@ -101,23 +77,28 @@ def _sort_square(typing_context, inside, sources, bounds, windows, lists):
         )
         values, offsets, capacity, lengths, sums, f = lists_of
         emit = Emitter(context, builder, sources[0].dtype)
-        whole = _Integers(emit)
+        integers, codes_of_a_vector = ir.VectorType(_I32, emit.lanes), Vector(types.uint8, emit.lanes)
+
+        def spread(number):
+            return splat_vector(builder, number, emit.lanes)
+
         area, *factors = (builder.trunc(number, _I32) for number in window)
-        fraction, of_column, of_row = map(whole.spread, factors)
+        fraction, of_column, of_row = map(spread, factors)
         gradients, codes, bases = emit.at(gradients, at), emit.at(codes, at), emit.at(bases, q)
-        none, nothing, some = whole.spread(_I32(-1)), ir.Constant(emit.vector, None), emit.mask(columns, 0)
-        mask = None if inside.literal_value else some
+        none, nothing, some = spread(_I32(-1)), ir.Constant(emit.vector, None), emit.mask(columns, 0)
+        mask = emit.everywhere(ir.IntType(1)(1)) if inside.literal_value else some
         sums = emit.at(sums, f)
         total, pixels, places = emit.load(sums, some), [], []
         for number in map(_I64, range(emit.lanes)):
             counts = builder.icmp_signed("<", number, rows)
             # Where there is no such pixel, the first is read instead.
             there = builder.mul(step, builder.select(counts, number, _I64(0)))
-            code = whole.load_bytes(emit.at(codes, there), mask)
-            row = builder.lshr(builder.mul(code, fraction), whole.spread(_I32(_SHIFT)))
+            code = load_vector(context, builder, codes_of_a_vector, codes, there, mask)
+            code = builder.zext(code, integers)
+            row = builder.lshr(builder.mul(code, fraction), spread(_I32(_SHIFT)))
             place = builder.add(builder.mul(code, of_column), builder.mul(row, of_row))
-            place = builder.add(place, whole.spread(builder.load(emit.at(bases, number))))
-            alive = builder.icmp_signed("<", code, whole.spread(builder.select(counts, area, _I32(0))))
+            place = builder.add(place, spread(builder.load(emit.at(bases, number))))
+            alive = builder.icmp_signed("<", code, spread(builder.select(counts, area, _I32(0))))
             places.append(builder.select(alive, place, none))
             pixels.append(emit.load(emit.at(gradients, there), mask))
             total = builder.fadd(total, builder.select(alive, pixels[-1], nothing), flags=("nsz",))
@@ -125,12 +106,12 @@ def _sort_square(typing_context, inside, sources, bounds, windows, lists):
         squares = zip(transposed(emit, places), transposed(emit, pixels), strict=True)
         for number, (place, gradient) in enumerate(squares):
             with builder.if_then(builder.icmp_signed("<", _I64(number), columns)):
-                alive = builder.icmp_signed(">=", place, ir.Constant(whole.kind, None))
+                alive = builder.icmp_signed(">=", place, ir.Constant(integers, None))
                 filter_ = builder.add(f, _I64(number))
                 length = emit.at(lengths, filter_)
                 entries = builder.load(length)
                 end = builder.add(builder.mul(capacity, filter_), entries)
-                offset = builder.bitcast(emit.at(offsets, end), whole.kind.as_pointer())
+                offset = builder.bitcast(emit.at(offsets, end), integers.as_pointer())
                 builder.store(compressed(builder, f"v{emit.lanes}i32", place, alive), offset).align = 4
                 emit.store(compressed(builder, emit.suffix, gradient, alive), emit.at(values, end))
                 builder.store(builder.add(entries, lanes_in(builder, alive)), length)

@@ -67,7 +67,8 @@ def _call(builder, name, returned, values):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
 
 
-def _splat(builder, scalar, lanes):
+def splat_vector(builder, scalar, lanes):
+    """What `splat` does, for other intrinsics."""
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), None))
@@ -228,7 +229,7 @@ def _first_lanes(typing_context, pointer, count, registers):
         numbers = ir.Constant(ir.VectorType(_I32, mask.lanes), list(range(mask.lanes)))
         most = ir.Constant(values[1].type, mask.lanes)
         count = builder.select(builder.icmp_signed("<", values[1], most), values[1], most)
-        limit = _splat(builder, builder.trunc(count, _I32), mask.lanes)
+        limit = splat_vector(builder, builder.trunc(count, _I32), mask.lanes)
         return builder.icmp_signed("<", numbers, limit)
 
     return mask(pointer, types.intp), codegen
@@ -310,7 +311,7 @@ def splat(typing_context, scalar, mask):
     vector = Vector(scalar, mask.lanes)
 
     def codegen(context, builder, signature, values):
-        return _splat(builder, values[0], vector.lanes)
+        return splat_vector(builder, values[0], vector.lanes)
 
     return vector(scalar, mask), codegen
 
@@ -321,7 +322,7 @@ def like(typing_context, vector, scalar):
 
     def codegen(context, builder, signature, values):
         value = context.cast(builder, values[1], scalar, vector.element)
-        return _splat(builder, value, vector.lanes)
+        return splat_vector(builder, value, vector.lanes)
 
     return vector(vector, scalar), codegen
 
@@ -409,7 +410,7 @@ def steps(typing_context, size, mask):
 
     def codegen(context, builder, signature, values):
         numbers = ir.Constant(context.get_value_type(vector), list(range(vector.lanes)))
-        return builder.mul(numbers, _splat(builder, values[0], vector.lanes))
+        return builder.mul(numbers, splat_vector(builder, values[0], vector.lanes))
 
     return vector(size, mask), codegen
 
