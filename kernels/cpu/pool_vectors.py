@@ -243,11 +243,20 @@ def scatter_narrow(part, parts, dout, argmax, dx, apart, places, distances, g):
 
 
 @kernel
-def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, target, mask):
-    """One vector of channels of one pixel, of one register or of several: the sum of its windows."""
+def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, target, mask, ahead):
+    """One vector of channels of one pixel, of one register or of several: the sum of its windows.
+
+    `ahead` says whether the caches are told to fetch what is read and written later.
+    """
     keep_in_line()
     zero = like(splat(dout[0], mask), 0)
     total = zero
+    if ahead:
+        prefetch_vector(dx, target + AHEAD, mask)
+        if r0 < r1 and c0 < c1:
+            last = source + rows[2 * r1 - 2] + columns[2 * c1 - 2] + AHEAD
+            prefetch_vector(dout, last, mask)
+            prefetch(argmax, last)
     for r in range(r0, r1):
         for c in range(c0, c1):
             place = source + rows[2 * r] + columns[2 * c]
@@ -258,7 +267,7 @@ def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, targ
 
 
 @parallel
-def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channels):
+def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channels, ahead):
     """dx, overwritten: at each pixel the sum of dout over the windows that chose it.
 
     `rows` and `columns` are each where the windows of a row or column of pixels begin, and of each window its
@@ -267,7 +276,7 @@ def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channe
     keep_out_of_line()
     row_starts, row_windows = rows
     column_starts, column_windows = columns
-    gradient, where, to = pointer(dout), pointer(argmax), pointer(dx)
+    gradient, at, to = pointer(dout), pointer(argmax), pointer(dx)
     of_row, of_column = pointer(row_windows), pointer(column_windows)
     lanes = lanes_of(to)
     width = LONG * lanes
@@ -285,12 +294,12 @@ def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channe
         for w in range(line):
             c0, c1 = column_starts[w], column_starts[w + 1]
             for c in range(0, whole, width):
-                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, s + c, to, t + c, many)
+                _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, s + c, to, t + c, many, ahead)
             u, v = s + whole, t + whole
             if left > 0 and is_short:
-                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, u, to, v, some)
+                _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, u, to, v, some, ahead)
             elif left > 0:
-                _gather_vector(gradient, where, of_row, r0, r1, of_column, c0, c1, u, to, v, few)
+                _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, u, to, v, few, ahead)
             t += channels
 
 
