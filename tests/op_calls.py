@@ -256,6 +256,8 @@ MAX_POOLS = {
     "kernel as large as the image": ((3, 4, 5, 15), (4, 5), None, 0, 1, False),
     "a window of padding": ((1, 2, 5, 3), (2, 1), 1, (1, 0), (3, 1), False),
     "more than 256 taps": ((1, 18, 17, 2), 17, 1, 0, 1, False),
+    "beside each other": ((2, 9, 14, 5), 3, 1, 1, 1, False),
+    "beside each other, dilated": ((2, 9, 13, 17), 3, (2, 1), 1, 2, True),
     "no images": ((0, 4, 4, 3), 2, None, 0, 1, False),
     "large": ((3, 32, 34, 16), 2, None, 0, 1, False),
 }
@@ -292,6 +294,9 @@ AVERAGE_POOLS = {
     "divisor": ((1, 5, 4, 15), (2, 3), 1, 1, False, True, 5),
     "negative divisor": ((1, 5, 4, 3), 2, 1, 0, False, False, -2),
     "kernel as large as the image": ((3, 4, 5, 3), (4, 5), None, 0, False, True, None),
+    "beside each other": ((2, 9, 14, 5), 3, 1, 1, False, True, None),
+    "beside each other, padding does not count": ((2, 7, 13, 17), (2, 3), (2, 1), 1, True, False, None),
+    "beside each other, with a divisor": ((2, 7, 13, 3), (3, 2), (3, 1), 0, False, True, 5),
     "many channels": ((2, 11, 8, 525), 6, 5, 1, False, True, None),
     "no images": ((0, 4, 4, 3), 2, None, 0, False, True, None),
     "large": ((3, 32, 34, 16), 2, None, 0, False, True, None),

@@ -1,8 +1,7 @@
 """The loops of pooling, by vectors of channels: the largest of a window's pixels, their sum, and back.
 
-Windows are the product of two tables, one for each axis of the image, with a row for each output: first
-pixel, last pixel + 1, and a number. A window's pixels are kept as a list, which its neighbours share unless
-they lie at an edge of the image.
+Windows are the product of two tables, one for each axis of the image; see `pool_tables`. The pixels of a
+window are kept as a list, which all windows of its kind share.
 """
 
 from __future__ import annotations
@@ -72,9 +71,8 @@ class Lattice(NamedTuple):
 
 
 @kernel
-def _list_taps(taps, tall, wide, first, g):
-    """Offsets of a window's pixels from its first, and their numbers from `first` on; then -1."""
-    entry = 0
+def _list_taps(taps, entry, tall, wide, first, g):
+    """From `entry` on: offsets of a window's pixels from its first, and their numbers from `first` on; -1."""
     for a in range(0, tall, g.dilation_h):
         number = first + a // g.dilation_h * g.kernel_w
         for b in range(0, wide, g.dilation_w):
@@ -86,13 +84,45 @@ def _list_taps(taps, tall, wide, first, g):
     taps[entry + 1] = -1
 
 
+class Sections(NamedTuple):
+    """Where in `pool_tables.joined` each of its parts begins, how many there are, and how long lists are."""
+
+    out_w: int
+    out_h: int
+    runs: int
+    row_kinds: int
+    column_kinds: int
+    windows_at: int
+    runs_at: int
+    row_kinds_at: int
+    column_kinds_at: int
+    list: int
+
+
 @kernel
-def _largest(x, y, argmax, kind, taps, source, target, mask):
-    """One vector of channels of one window."""
+def _read(tables, taps, g):
+    """The sections of `tables`; and the lists of all kinds of windows, one after another, in `taps`."""
+    out_w, out_h, runs, row_kinds, column_kinds = tables[0], tables[1], tables[2], tables[3], tables[4]
+    runs_at = 5 + 3 * out_h
+    row_kinds_at = runs_at + 4 * runs
+    column_kinds_at = row_kinds_at + 2 * row_kinds
+    length = taps.size // (row_kinds * column_kinds)
+    entry = 0
+    for i in range(row_kinds_at, column_kinds_at, 2):
+        for j in range(column_kinds_at, tables.size, 2):
+            first = tables[i + 1] * g.kernel_w + tables[j + 1]
+            _list_taps(taps, entry, tables[i], tables[j], first, g)
+            entry += length
+    begins = 5, runs_at, row_kinds_at, column_kinds_at
+    return Sections(out_w, out_h, runs, row_kinds, column_kinds, *begins, length)
+
+
+@kernel
+def _largest(x, y, argmax, kind, taps, entry, source, target, mask):
+    """One vector of channels of one window, whose list begins at `entry`."""
     keep_in_line()
     best = like(zeros(x), -np.inf)
-    where = like(splat(kind, mask), max(taps[1], 0))
-    entry = 0
+    where = like(splat(kind, mask), max(taps[entry + 1], 0))
     while taps[entry + 1] >= 0:
         prefetch(x, source + taps[entry] + AHEAD)
         value = load(x, source + taps[entry], mask)
@@ -105,38 +135,50 @@ def _largest(x, y, argmax, kind, taps, source, target, mask):
 
 
 @parallel
-def max_forward(part, parts, x, y, argmax, rows, columns, lists, g):
-    """y and argmax, overwritten; the tables' third columns are the first tap in the image."""
+def max_forward(part, parts, x, y, argmax, tables, lists, g):
+    """y and argmax, overwritten; `tables` are `pool_tables.joined`."""
     keep_out_of_line()
+    of = _read(tables, lists[part], g)
     lanes = lanes_of(x)
     kind, channels = argmax.dtype.type(0), g.channels
-    whole = channels // lanes * lanes
-    taps, values, to, where = pointer(lists[part]), pointer(x), pointer(y), pointer(argmax)
-    everything, some = all_lanes(values), first_lanes(values, channels - whole)
-    out_h, out_w = rows.shape[0], columns.shape[0]
-    line, pixel = g.dilation_h * g.width * channels, g.dilation_w * channels
-    shape, nine = (-1, -1, -1), False
-    lo, hi = span(part, parts, y.size // (out_w * channels))
+    table, taps, values, to, where = (
+        pointer(tables),
+        pointer(lists[part]),
+        pointer(x),
+        pointer(y),
+        pointer(argmax),
+    )
+    line, down, right = of.out_w * channels, g.dilation_h * g.width * channels, g.dilation_w * channels
+    three_tall, three_wide = 2 * g.dilation_h + 1, 2 * g.dilation_w + 1
+    everything = all_lanes(values)
+    size = whole = 0
+    some = everything
+    lo, hi = span(part, parts, y.size // line)
     for row in range(lo, hi):
-        n = row // out_h
-        i = row - n * out_h
-        t = row * out_w * channels
-        for j in range(out_w):
-            tall, wide = rows[i, 1] - rows[i, 0], columns[j, 1] - columns[j, 0]
-            first = rows[i, 2] * g.kernel_w + columns[j, 2]
-            if shape != (tall, wide, first):
-                shape = (tall, wide, first)
-                _list_taps(lists[part], tall, wide, first, g)
-                down, right = -(-tall // g.dilation_h), -(-wide // g.dilation_w)
-                nine = first == 0 and down == right == g.kernel_w == 3
-            s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
+        n = row // of.out_h
+        window = of.windows_at + 3 * (row - n * of.out_h)
+        above, tall, t = n * g.height + table[window], table[window + 2], row * line
+        wide, entry, nine = -1, 0, False
+        for run in range(of.runs_at, of.runs_at + 4 * of.runs, 4):
+            if wide != table[run + 2]:
+                wide = table[run + 2]
+                entry = (tall * of.column_kinds + wide) * of.list
+                nine = g.kernel_w == 3 and taps[entry + 1] == 0
+                nine = nine and table[of.row_kinds_at + 2 * tall] == three_tall
+                nine = nine and table[of.column_kinds_at + 2 * wide] == three_wide
+            if size != table[run + 3] * channels:
+                size = table[run + 3] * channels
+                whole = size // lanes * lanes
+                some = first_lanes(values, size - whole)
+            s = (above * g.width + table[run]) * channels
             for c in range(0, whole, lanes):
-                if not nine or largest_of_nine(values, to, where, s + c, line, pixel, t + c, everything):
-                    _largest(values, to, where, kind, taps, s + c, t + c, everything)
-            u, v = s + whole, t + whole
-            if whole < channels and (not nine or largest_of_nine(values, to, where, u, line, pixel, v, some)):
-                _largest(values, to, where, kind, taps, u, v, some)
-            t += channels
+                if not nine or largest_of_nine(values, to, where, s + c, down, right, t + c, everything):
+                    _largest(values, to, where, kind, taps, entry, s + c, t + c, everything)
+            if whole < size:
+                u, v = s + whole, t + whole
+                if not nine or largest_of_nine(values, to, where, u, down, right, v, some):
+                    _largest(values, to, where, kind, taps, entry, u, v, some)
+            t += size
 
 
 @kernel
@@ -190,7 +232,7 @@ def scatter(part, parts, dout, argmax, factor, dx, apart, lists, g):
     keeps, everything = argmax.size > 0, all_lanes(gradient)
     some = first_lanes(gradient, channels - whole)
     spreads = not keeps and channels >= LONG * lanes
-    _list_taps(lists[part], apart.kernel_h, g.kernel_w, 0, g)
+    _list_taps(lists[part], 0, apart.kernel_h, g.kernel_w, 0, g)
     tiled = apart.stride_h == apart.kernel_h and apart.out_w * g.kernel_w == g.width
     lo, hi = span(part, parts, dout.size // (apart.out_w * channels))
     for row in range(lo, hi):
@@ -267,40 +309,43 @@ def _gather_vector(dout, argmax, rows, r0, r1, columns, c0, c1, source, dx, targ
 
 
 @parallel
-def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, channels, ahead):
+def max_backward(part, parts, dout, argmax, dx, image_out, rows, columns, height, line, ahead):
     """dx, overwritten: at each pixel the sum of dout over the windows that chose it.
 
-    `rows` and `columns` are each where the windows of a row or column of pixels begin, and of each window its
-    offset in an image's dout and the number of its tap.
+    The tables are `pool_tables.Around`, windows' numbers being offsets in an image's dout. An image has
+    `height` rows of `line` elements.
     """
     keep_out_of_line()
-    row_starts, row_windows = rows
-    column_starts, column_windows = columns
     gradient, at, to = pointer(dout), pointer(argmax), pointer(dx)
-    of_row, of_column = pointer(row_windows), pointer(column_windows)
+    of_row, of_column = pointer(rows.windows), pointer(columns.windows)
+    runs, starts = pointer(columns.runs), pointer(columns.starts)
     lanes = lanes_of(to)
     width = LONG * lanes
-    whole = channels // width * width
-    # What is left takes one vector more, a short one if it fits.
-    is_short, left = channels - whole <= lanes, channels - whole
-    many, few, some = all_long_lanes(to), first_long_lanes(to, left), first_lanes(to, left)
-    height, line = row_starts.size - 1, column_starts.size - 1
-    lo, hi = span(part, parts, dx.size // (line * channels))
+    channels = line // (len(columns.starts) - 1)
+    many = all_long_lanes(to)
+    size = whole = 0
+    few, some = many, all_lanes(to)
+    lo, hi = span(part, parts, dx.size // line)
     for row in range(lo, hi):
         n = row // height
         h = row - n * height
-        r0, r1 = row_starts[h], row_starts[h + 1]
-        s, t = n * image_out, row * line * channels
-        for w in range(line):
-            c0, c1 = column_starts[w], column_starts[w + 1]
+        r0, r1 = rows.starts[h], rows.starts[h + 1]
+        s, t = n * image_out, row * line
+        for run in range(0, columns.runs.size, 2):
+            if size != runs[run + 1] * channels:
+                size = runs[run + 1] * channels
+                whole = size // width * width
+                few, some = first_long_lanes(to, size - whole), first_lanes(to, size - whole)
+            c0, c1 = starts[runs[run]], starts[runs[run] + 1]
             for c in range(0, whole, width):
                 _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, s + c, to, t + c, many, ahead)
-            u, v = s + whole, t + whole
-            if left > 0 and is_short:
+            u, v, left = s + whole, t + whole, size - whole
+            # What is left takes one vector more, a short one if it fits.
+            if 0 < left <= lanes:
                 _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, u, to, v, some, ahead)
             elif left > 0:
                 _gather_vector(gradient, at, of_row, r0, r1, of_column, c0, c1, u, to, v, few, ahead)
-            t += channels
+            t += size
 
 
 @kernel
@@ -361,11 +406,10 @@ def max_backward_narrow(part, parts, dout, argmax, dx, places, g, at):
 
 
 @kernel
-def _mean_vector(x, y, zero, factor, taps, source, target, mask):
+def _mean_vector(x, y, zero, factor, taps, entry, source, target, mask):
     """One vector of channels of one window, of one register or of several."""
     keep_in_line()
     total = splat(zero, mask)
-    entry = 0
     while taps[entry + 1] >= 0:
         place = source + taps[entry]
         prefetch_vector(x, place + AHEAD, mask)
@@ -385,14 +429,14 @@ def _add_vector(x, y, is_first, factor, source, target, mask):
 
 
 @kernel
-def _mean_by_pixels(x, y, factor, taps, source, target, channels):
+def _mean_by_pixels(x, y, factor, taps, entry, source, target, channels):
     """All channels of one window, pixel by pixel: memory is read from end to end, and sums wait in y."""
     many, width = all_long_lanes(x), LONG * lanes_of(x)
     whole = channels // width * width
     some = first_long_lanes(x, channels - whole)
-    entry = 0
+    first = entry
     while taps[entry + 1] >= 0:
-        pixel, is_first = source + taps[entry], entry == 0
+        pixel, is_first = source + taps[entry], entry == first
         scale = factor if taps[entry + 3] < 0 else 1.0
         for c in range(0, whole, width):
             _add_vector(x, y, is_first, scale, pixel + c, target + c, many)
@@ -402,36 +446,42 @@ def _mean_by_pixels(x, y, factor, taps, source, target, channels):
 
 
 @parallel
-def mean_forward(part, parts, x, y, rows, columns, lists, g):
-    """y, overwritten; the tables' third columns are the factors of a window's divisor."""
+def mean_forward(part, parts, x, y, tables, lists, g):
+    """y, overwritten; `tables` are `pool_tables.joined`."""
     keep_out_of_line()
-    taps, values, to = pointer(lists[part]), pointer(x), pointer(y)
+    of = _read(tables, lists[part], g)
+    table, taps, values, to = pointer(tables), pointer(lists[part]), pointer(x), pointer(y)
     channels, zero, lanes = g.channels, x.dtype.type(0), lanes_of(values)
-    width = LONG * lanes
-    long, whole = channels // width * width, channels // lanes * lanes
-    many, everything, some = all_long_lanes(values), all_lanes(values), first_lanes(values, channels - whole)
-    out_h, out_w = rows.shape[0], columns.shape[0]
-    shape = (-1, -1)
-    lo, hi = span(part, parts, y.size // (out_w * channels))
+    width, line = LONG * lanes, of.out_w * channels
+    many, everything = all_long_lanes(values), all_lanes(values)
+    slides = of.runs < of.out_w
+    entry, factor, by_pixels = 0, 0.0, False
+    lo, hi = span(part, parts, y.size // line)
     for row in range(lo, hi):
-        n = row // out_h
-        i = row - n * out_h
-        t = row * out_w * channels
-        for j in range(out_w):
-            tall, wide = rows[i, 1] - rows[i, 0], columns[j, 1] - columns[j, 0]
-            factor = 1 / (rows[i, 2] * columns[j, 2])
-            if shape != (tall, wide):
-                shape = (tall, wide)
-                _list_taps(lists[part], tall, wide, 0, g)
-            s = ((n * g.height + rows[i, 0]) * g.width + columns[j, 0]) * channels
-            if channels >= _MANY_CHANNELS and tall * wide >= _MANY_PIXELS:
-                _mean_by_pixels(values, to, factor, taps, s, t, channels)
-                t += channels
+        n = row // of.out_h
+        window = of.windows_at + 3 * (row - n * of.out_h)
+        above, tall, t = n * g.height + table[window], table[window + 2], row * line
+        wide = divisor = -1
+        for run in range(of.runs_at, of.runs_at + 4 * of.runs, 4):
+            if wide != table[run + 2] or divisor != table[run + 1]:
+                divisor, wide = table[run + 1], table[run + 2]
+                factor = 1 / (table[window + 1] * divisor)
+                entry = (tall * of.column_kinds + wide) * of.list
+                pixels = table[of.row_kinds_at + 2 * tall] * table[of.column_kinds_at + 2 * wide]
+                by_pixels = channels >= _MANY_CHANNELS and pixels >= _MANY_PIXELS
+            size = table[run + 3] * channels if slides else channels
+            long, whole = size // width * width, size // lanes * lanes
+            some = first_lanes(values, size - whole)
+            s = (above * g.width + table[run]) * channels
+            if by_pixels:
+                for c in range(0, size, channels):
+                    _mean_by_pixels(values, to, factor, taps, entry, s + c, t + c, channels)
+                t += size
                 continue
             for c in range(0, long, width):
-                _mean_vector(values, to, zero, factor, taps, s + c, t + c, many)
+                _mean_vector(values, to, zero, factor, taps, entry, s + c, t + c, many)
             for c in range(long, whole, lanes):
-                _mean_vector(values, to, zero, factor, taps, s + c, t + c, everything)
-            if whole < channels:
-                _mean_vector(values, to, zero, factor, taps, s + whole, t + whole, some)
-            t += channels
+                _mean_vector(values, to, zero, factor, taps, entry, s + c, t + c, everything)
+            if whole < size:
+                _mean_vector(values, to, zero, factor, taps, entry, s + whole, t + whole, some)
+            t += size

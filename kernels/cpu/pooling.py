@@ -26,11 +26,11 @@ from ..windows import (
     pool_padding,
     pool_settings,
     pooled_windows,
-    tap_table,
     windows,
 )
-from . import pool_pairs, pool_vectors, simd
+from . import pool_pairs, pool_tables, pool_vectors, simd
 from .pieces import fill
+from .pool_tables import Side
 from .workspace import NOWHERE, scratch
 
 # In its place, every pixel of a window counts.
@@ -42,9 +42,22 @@ _NARROW = 33
 _NARROW_APART = 6
 
 
-def _lists(parts: int, taps: int) -> np.ndarray:
-    """Room for each part's list of taps."""
-    return scratch("taps", (parts, 2 * (taps + 1)), _INT64)
+class _Tables(NamedTuple):
+    """The windows of a pooling as kernels read them."""
+
+    joined: np.ndarray
+    taps: pool_vectors.Taps
+    list_size: int  # of all kinds of windows together
+
+    @staticmethod
+    def of(rows: Side, columns: Side, taps: pool_vectors.Taps) -> _Tables:
+        """Those of two axes."""
+        kinds = len(rows.kinds) * len(columns.kinds)
+        return _Tables(pool_tables.joined(rows, columns), taps, 2 * (rows.most * columns.most + 1) * kinds)
+
+    def lists(self, parts: int) -> np.ndarray:
+        """Room for each part's lists of taps."""
+        return scratch("taps", (parts, self.list_size), _INT64)
 
 
 class _Largest(NamedTuple):
@@ -52,10 +65,7 @@ class _Largest(NamedTuple):
 
     image: tuple[int, int, int]  # of the result
     dtype: np.dtype  # of argmax
-    rows: np.ndarray
-    columns: np.ndarray
-    taps: pool_vectors.Taps
-    most: int  # taps of a window
+    tables: _Tables
 
 
 # Planning takes Python as long as the kernels take for a small image.
@@ -68,10 +78,11 @@ def _plan_largest(
     return _Largest(
         (g.out_h, g.out_w, g.channels),
         argmax_dtype(g),
-        tap_table(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h),
-        tap_table(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w),
-        _taps(g),
-        g.kernel_h * g.kernel_w,
+        _Tables.of(
+            pool_tables.largest(g.height, g.out_h, g.kernel_h, g.stride_h, g.top, g.dilation_h),
+            pool_tables.largest(g.width, g.out_w, g.kernel_w, g.stride_w, g.left, g.dilation_w),
+            _taps(g),
+        ),
     )
 
 
@@ -125,32 +136,13 @@ def max_pool2d_forward(
     argmax = checks.output("out_argmax", out_argmax, shape, plan.dtype)
     if y.size:
         parts = part_count(shape[0] * shape[1], x.size)
-        lists = _lists(parts, plan.most)
-        flat = x.ravel(), y.ravel(), argmax.ravel()
-        pool_vectors.max_forward(parts, *flat, plan.rows, plan.columns, lists, plan.taps)
+        flat, tables = (x.ravel(), y.ravel(), argmax.ravel()), plan.tables
+        pool_vectors.max_forward(parts, *flat, tables.joined, tables.lists(parts), tables.taps)
     return y, argmax
 
 
 def _taps(g: Windows) -> pool_vectors.Taps:
     return pool_vectors.Taps(g.height, g.width, g.channels, g.kernel_w, g.dilation_h, g.dilation_w)
-
-
-@lru_cache(maxsize=512)
-def _around(
-    size: int, outputs: int, kernel: int, stride: int, before: int, dilation: int, scales: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The windows around each pixel of an axis: where each pixel's begin, and of each its number and its tap.
-
-    Numbers and taps are multiplied by `scales`.
-    """
-    starts, entries = [0], []
-    for pixel in range(size):
-        for tap in range(kernel):
-            window, beside = divmod(pixel + before - tap * dilation, stride)
-            if beside == 0 and 0 <= window < outputs:
-                entries.append((window * scales[0], tap * scales[1]))
-        starts.append(len(entries))
-    return np.array(starts), np.array(entries, np.int64).reshape(-1)
 
 
 def max_pool2d_backward(
@@ -206,7 +198,7 @@ def max_pool2d_backward(
         _scatter(dout, argmax, 1.0, dx, apart)
     elif pool_pairs.suits(g, dx.dtype):
         pool_pairs.max_backward(dout, argmax, dx, g, _are_far(dout, argmax, dx))
-    elif g.channels < _NARROW:
+    elif g.channels * (g.width if g.stride_w == 1 else 1) < _NARROW:
         _scatter_narrow(dout, argmax, dx, g)
     else:
         line = g.out_w * g.channels
@@ -218,9 +210,10 @@ def max_pool2d_backward(
             argmax.reshape(-1),
             dx.reshape(-1),
             g.out_h * line,
-            _around(*rows, (line, g.kernel_w)),
-            _around(*columns, (g.channels, 1)),
-            g.channels,
+            pool_tables.around(*rows, (line, g.kernel_w)),
+            pool_tables.around(*columns, (g.channels, 1)),
+            g.height,
+            g.width * g.channels,
             _are_far(dout, argmax, dx),
         )
     return dx
@@ -269,7 +262,7 @@ def _are_apart(g: Windows) -> bool:
 def _scatter(dout: np.ndarray, argmax: np.ndarray, factor: float, dx: np.ndarray, g: _Apart) -> None:
     """Overwrite dx with the gradient."""
     parts = part_count(dx.shape[0] * g.windows.out_h, dx.size)
-    lists = _lists(parts, g.windows.kernel_h * g.taps.kernel_w)
+    lists = scratch("taps", (parts, 2 * (g.windows.kernel_h * g.taps.kernel_w + 1)), _INT64)
     pool_vectors.scatter(parts, dout.ravel(), argmax.ravel(), factor, dx.ravel(), g.windows, lists, g.taps)
 
 
@@ -326,25 +319,29 @@ class _Mean(NamedTuple):
     """What calls of an average pooling that differ in numbers only have in common."""
 
     image: tuple[int, int, int]  # of the result
-    rows: np.ndarray
-    columns: np.ndarray
-    taps: pool_vectors.Taps
-    most: int  # taps of a window
+    axes: tuple[Axis, Axis]
+    tables: _Tables
     apart: _Apart | None
     factor: float  # of one divisor for all, where windows are apart
+    back: _Tables | None  # of the pooling of dout that is the gradient
 
     @staticmethod
     def of(image: tuple[int, ...], rows: Axis, columns: Axis) -> _Mean:
         """The windows of two tables."""
         height, width, channels = image
         out = len(rows.table), len(columns.table), channels
-        apart = None
+        apart = back = None
         if rows.step and columns.step:
             step = rows.step, columns.step
             apart = _Apart.of(Windows(height, width, channels, *out[:2], *step, *step, 0, 0, 1, 1))
-        taps = pool_vectors.Taps(height, width, channels, columns.longest, 1, 1)
         factor = 1 / (rows.divisor * columns.divisor) if apart else 0.0
-        return _Mean(out, rows.table, columns.table, taps, rows.longest * columns.longest, apart, factor)
+        sides = pool_tables.mean(rows), pool_tables.mean(columns)
+        tables = _Tables.of(*sides, pool_vectors.Taps(height, width, channels, sides[1].most, 1, 1))
+        if apart is None and sides[1].slides:
+            above, beside = pool_tables.mirrored(rows, height), pool_tables.mirrored(columns, width)
+            if above is not None and beside is not None:
+                back = _Tables.of(above, beside, pool_vectors.Taps(*out, beside.most, 1, 1))
+        return _Mean(out, (rows, columns), tables, apart, factor, back)
 
 
 @lru_cache(maxsize=512)
@@ -369,21 +366,27 @@ def _plan_adaptive(image: tuple[int, ...], oh: int, ow: int) -> _Mean:
 def _run_mean(x: np.ndarray, plan: _Mean, y: np.ndarray) -> np.ndarray:
     if y.size:
         parts = part_count(len(x) * plan.image[0], x.size)
-        lists = _lists(parts, plan.most)
-        pool_vectors.mean_forward(parts, x.ravel(), y.ravel(), plan.rows, plan.columns, lists, plan.taps)
+        _run_windows(parts, x, y, plan.tables)
     return y
+
+
+def _run_windows(parts: int, x: np.ndarray, y: np.ndarray, tables: _Tables) -> None:
+    lists = tables.lists(parts)
+    pool_vectors.mean_forward(parts, x.ravel(), y.ravel(), tables.joined, lists, tables.taps)
 
 
 def _run_mean_backward(dout: np.ndarray, plan: _Mean, dx: np.ndarray) -> np.ndarray:
     n, height, width, channels = dx.shape
     if dx.size and plan.apart is not None:
         _scatter(dout, NOWHERE, plan.factor, dx, plan.apart)
+    elif dx.size and plan.back is not None:
+        _run_windows(part_count(n * height, dx.size), dout, dx, plan.back)
     elif dx.size:
         out_h, out_w, _ = plan.image
         gradients = dout.reshape(n * out_h, out_w * channels)
         lines = dx.reshape(n * height, width * channels)
         parts = part_count(len(lines), dx.size)
-        _mean_backward(parts, gradients, lines, plan.rows, plan.columns, height, channels)
+        _mean_backward(parts, gradients, lines, *(axis.table for axis in plan.axes), height, channels)
     return dx
 
 
