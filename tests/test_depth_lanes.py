@@ -24,6 +24,10 @@ CASES = {
     "dilated rows": ((1, 15, 16, 24), 2, (3, 3), {"padding": 2, "dilation": (2, 1)}),
     "dilated columns": ((2, 12, 20, 19), 1, (3, 3), {"padding": 3, "dilation": (1, 3)}),
     "more padding than kernel": ((1, 4, 5, 20), 3, (2, 2), {"padding": 3}),
+    "five results": ((2, 9, 11, 33), 5, (3, 3), {"padding": 1}),
+    "six results, strided": ((2, 13, 12, 20), 6, (3, 3), {"stride": 2, "padding": 1}),
+    "seven results": ((1, 8, 9, 40), 7, (1, 1), {}),
+    "eight results, dilated": ((2, 10, 11, 17), 8, (3, 2), {"padding": 2, "dilation": 2}),
     "blocks of rows": ((2, 70, 33, 16), 3, (3, 3), {"padding": 1}),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
@@ -81,7 +85,10 @@ def test_backward_input(case, dtype):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("pool", [1, 2, (3, 2)])
-@pytest.mark.parametrize("case", ["whole vectors", "one element more", "strided", "blocks of rows"])
+@pytest.mark.parametrize(
+    "case",
+    ["whole vectors", "one element more", "strided", "blocks of rows", "five results", "seven results"],
+)
 def test_pooled_forward(case, pool, relu):
     x, weight, bias = arguments(case, np.float32)
     expected, where = reference.conv2d_pool_forward(*exact(x, weight, bias), pool, relu, **CASES[case][3])
@@ -141,6 +148,20 @@ wide = pytest.mark.skipif(simd.VECTOR_BITS < 256, reason="few results leave few 
     ],
 )
 def test_where_it_is_used(x_shape, filters, kernel, used):
+    assert (way_of(x_shape, filters, kernel, {}) is depth_lanes.forward) == used
+
+
+@pytest.mark.skipif(simd.VECTOR_BITS < 512, reason="eight results leave no lanes empty")
+@pytest.mark.parametrize(
+    ("x_shape", "filters", "kernel", "used"),
+    [
+        pytest.param((1, 32, 32, 128), 8, (5, 5), True, id="one image"),
+        pytest.param((64, 14, 14, 64), 8, (3, 3), True, id="many channels"),
+        pytest.param((64, 14, 14, 32), 8, (3, 3), False, id="images in lanes, and Winograd"),
+        pytest.param((64, 14, 14, 64), 8, (5, 5), False, id="the same with large filters"),
+    ],
+)
+def test_where_eight_results_use_it(x_shape, filters, kernel, used):
     assert (way_of(x_shape, filters, kernel, {}) is depth_lanes.forward) == used
 
 

@@ -54,7 +54,10 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
         return depthwise.forward
     if narrow_groups.suits_forward(layer, dtype):
         return narrow_groups.forward
-    if depth_lanes.suits_forward(layer, images, dtype):
+    if depth_lanes.suits_forward(layer, images, dtype) and not (
+        depth_lanes.yields(layer, layer.channels, layer.filters, dtype)
+        and winograd_lanes.suits_forward(layer, images, dtype, e)
+    ):
         return depth_lanes.forward
     if few_pixels.suits_forward(layer, images, dtype):
         return few_pixels.forward
@@ -97,7 +100,10 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
         return depthwise.backward_input
     if narrow_groups.suits_input(layer, dtype):
         return narrow_groups.backward_input
-    if depth_lanes.suits_input(layer, images, dtype):
+    if depth_lanes.suits_input(layer, images, dtype) and not (
+        depth_lanes.yields(layer, layer.filters, layer.channels, dtype)
+        and winograd_lanes.suits_input(layer, images, dtype)
+    ):
         return depth_lanes.backward_input
     if winograd_lanes.suits_input(layer, images, dtype):
         return winograd_lanes.backward_input

@@ -1,4 +1,4 @@
-"""Convolutions of at most four results: what is summed lies in the lanes of vectors, not the results.
+"""Convolutions of at most eight results: what is summed lies in the lanes of vectors, not the results.
 
 A window's row of taps is one run of kernel columns * channels in memory, where columns are neighbours. Of a
 few pixels, each result is summed in a vector of its own; the lanes of as many of those as a vector has are
@@ -32,7 +32,12 @@ from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 _I64 = ir.IntType(64)
 # With more results a vector of sums has few pixels, and vectors of filters are less empty.
-_MOST_RESULTS = 4
+_MOST_RESULTS = 8
+# Up to so many, and with filters as small and vectors of channels as many as these, Winograd's algorithm by
+# vectors of images is no faster.
+_FEW_RESULTS = 4
+_SMALL_FILTER = 9
+_MANY_VECTORS = 4
 # Pixels of a block, whose window should stay in the second-level cache.
 _BLOCK_PIXELS = 512
 # With fewer multiply-adds a call of another way, which needs no weights packed beforehand, is over sooner.
@@ -132,8 +137,16 @@ def _fill_block(results, count, operands, start, y, y0, fetch):
             total = _sums(2, p, count - 1, operands)
         elif results == 3:
             total = _sums(3, p, count - 1, operands)
-        else:
+        elif results == 4:
             total = _sums(4, p, count - 1, operands)
+        elif results == 5:
+            total = _sums(5, p, count - 1, operands)
+        elif results == 6:
+            total = _sums(6, p, count - 1, operands)
+        elif results == 7:
+            total = _sums(7, p, count - 1, operands)
+        else:
+            total = _sums(8, p, count - 1, operands)
         many = min(count - p, together)
         store(total + first, y, y0 + p * results, first_lanes(y, many * results))
 
@@ -301,6 +314,14 @@ def _is_narrow(layer: Layer, images: int, depth: int, results: int, dtype: np.dt
         return False
     # Vectors of images do as well if channels fill none.
     return depth >= lanes or images < lanes
+
+
+def yields(layer: Layer, depth: int, results: int, dtype: np.dtype) -> bool:
+    """Whether Winograd's algorithm by vectors of images is faster, where it goes."""
+    if results <= _FEW_RESULTS:
+        return False
+    area = layer.rows.kernel * layer.columns.kernel
+    return area > _SMALL_FILTER or depth < _MANY_VECTORS * simd.lanes(dtype)
 
 
 @lru_cache(maxsize=512)
