@@ -1,4 +1,4 @@
-"""Winograd's algorithm for few filters: exact to the documented bound, at every edge, where it is wanted."""
+"""Winograd's algorithm for few filters, or channels: exact to the documented bound, where it is wanted."""
 
 import numpy as np
 import pytest
@@ -26,6 +26,9 @@ CASES = {
     "padding beyond the filter": ((16, 5, 4, 2), 3, (3, 3), 5),
     "several bands": ((2, 60, 70, 6), 4, (7, 7), 3),
     "few channels and filters": ((33, 16, 20, 3), 3, (5, 5), 0),
+    "filters that fill vectors": ((33, 13, 12, 7), 32, (5, 5), 2),
+    "more filters than two vectors": ((20, 9, 10, 11), 37, (3, 3), 1),
+    "more filters than a vector, cut": ((17, 11, 10, 5), 24, (7, 7), ASYMMETRIC),
     "as many filters as lanes, and more": ((16, 9, 9, 3), 19, (5, 5), 1),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -205,3 +208,24 @@ def test_used_where_images_fill_vectors_in_float32_alone():
     assert not winograd_lanes_weights.suits(layer, 64, np.dtype(np.float64))
     thirds = pooled_convolution._epilogue(layer, 3, True, True)
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32), thirds)
+
+
+@pytest.mark.skipif(simd.VECTOR_BITS < 512, reason="what is many depends on the vectors")
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel", "forward", "weights"),
+    [
+        pytest.param(6, 16, 5, True, True, id="5 x 5"),
+        pytest.param(3, 64, 5, True, False, id="many filters"),
+        pytest.param(10, 20, 3, True, False, id="3 x 3, most of a vector of channels"),
+        pytest.param(8, 20, 3, False, False, id="3 x 3, half a vector of channels"),
+        pytest.param(10, 32, 7, True, False, id="cut"),
+        pytest.param(16, 16, 5, False, False, id="channels that fill vectors"),
+    ],
+)
+def test_used_for_filters_that_fill_vectors_if_channels_do_not(channels, filters, kernel, forward, weights):
+    layer = direct.layer((64, 24, 24, channels), kernel, None, filters, 1, kernel // 2, 1, 1)
+    turned = direct.layer((64, 24, 24, filters), kernel, None, channels, 1, kernel // 2, 1, 1)
+    dtype = np.dtype(np.float32)
+    assert winograd_lanes.suits_forward(layer, 64, dtype) == forward
+    assert winograd_lanes.suits_input(turned, 64, dtype) == forward
+    assert winograd_lanes_weights.suits(layer, 64, dtype) == weights

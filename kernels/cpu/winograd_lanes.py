@@ -1,4 +1,4 @@
-"""Winograd's algorithm for few filters: the images of a batch lie in the lanes of vectors.
+"""Winograd's algorithm for few filters, or channels: the images of a batch lie in the lanes of vectors.
 
 The output is cut into tiles of 4x4 pixels. For a tile, channel and filter, 3x3 taps take 6x6 products, 4x4
 take 7x7 and 5x5 take 8x8; larger filters, of up to 8x8, are cut into four of 4x4, whose inputs are the tile's
@@ -462,15 +462,31 @@ def _adjoint(layer: Layer) -> Layer:
     return direct.layer(shape, kernel, None, layer.channels, 1, padding, 1, 1)
 
 
-def _is_allowed(filters: int, images: int, dtype: np.dtype) -> bool:
-    return filters < simd.lanes(dtype) <= images and winograd.get_winograd() and dtype == np.float32
+def fills_vectors(images: int, dtype: np.dtype) -> bool:
+    """Whether images fill a vector of what may be computed here."""
+    return images >= simd.lanes(dtype) and dtype == np.float32 and winograd.get_winograd()
+
+
+def _is_narrow(layer: Layer, depth: int, results: int, dtype: np.dtype) -> bool:
+    """Whether a correlation from `depth` channels to `results` has no better way than by vectors of images.
+
+    Either results don't fill a vector, or channels don't, without which `winograd` does nothing. Then
+    `winograd_rows` is as fast where filters are 3x3 and channels no more than half of a vector.
+    """
+    lanes = simd.lanes(dtype)
+    side = max(layer.rows.kernel, layer.columns.kernel)
+    return results < lanes or (depth < lanes and (side > 3 or 2 * depth > lanes))
 
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
     """Whether the forward pass may be done here, and is faster than with all multiplications."""
-    return _is_allowed(layer.filters, images, dtype) and _forward_pays(layer, images, dtype, e)
+    if not (fills_vectors(images, dtype) and _is_narrow(layer, layer.channels, layer.filters, dtype)):
+        return False
+    return _forward_pays(layer, images, dtype, e)
 
 
 def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient to the input may be computed here, and is sooner than elsewhere."""
-    return _is_allowed(layer.channels, images, dtype) and _input_pays(layer, images, dtype)
+    if not (fills_vectors(images, dtype) and _is_narrow(layer, layer.filters, layer.channels, dtype)):
+        return False
+    return _input_pays(layer, images, dtype)

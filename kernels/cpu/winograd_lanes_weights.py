@@ -19,7 +19,7 @@ import numpy as np
 
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
-from . import image_lanes, simd, winograd, winograd_lanes
+from . import image_lanes, simd, winograd_lanes
 from .direct import Layer
 from .epilogue import NO_EPILOGUE
 from .image_lanes import fill_window
@@ -42,6 +42,8 @@ _PRODUCT_CYCLES = 1.5
 _TRANSFORM_CYCLES = 9.0
 # And of adding a sum in registers to the one in memory.
 _SUM_CYCLES = 5.0
+# Rows and columns of filters that are not cut.
+_MOST_WHOLE_TAPS = 5
 
 
 class Sums(NamedTuple):
@@ -243,7 +245,20 @@ def _pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return _cycles(layer, images, dtype) < image_lanes.weight_cycles(layer, images, dtype)
 
 
+def _is_narrow(layer: Layer, dtype: np.dtype) -> bool:
+    """Whether filters don't fill a vector; or channels don't, and filters little more than one.
+
+    The latter only if these are larger than 3x3 and not cut: else there are faster ways.
+    """
+    lanes = simd.lanes(dtype)
+    if layer.filters < lanes:
+        return True
+    side = max(layer.rows.kernel, layer.columns.kernel)
+    return layer.channels < lanes and 4 * layer.filters <= 5 * lanes and 3 < side <= _MOST_WHOLE_TAPS
+
+
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether the gradient may be computed here, and is sooner than with all multiplications."""
-    narrow = layer.filters < simd.lanes(dtype) <= images
-    return narrow and winograd.get_winograd() and dtype == np.float32 and _pays(layer, images, dtype)
+    if not (winograd_lanes.fills_vectors(images, dtype) and _is_narrow(layer, dtype)):
+        return False
+    return _pays(layer, images, dtype)
