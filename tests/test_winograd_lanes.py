@@ -170,9 +170,10 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     dweight, dx = np.zeros_like(weight), np.empty_like(x)
     winograd_lanes_weights.add_weight_gradient(layer, y, x, dweight)
     winograd_lanes.backward_input(layer, y, weight, dx)
+    pays = winograd_lanes_weights.suits(layer, len(x), x.dtype)
     for enabled in (True, False):
         switch(enabled)
-        assert np.array_equal(cpu.conv2d_backward_weight(y, x, 5), dweight) is enabled
+        assert np.array_equal(cpu.conv2d_backward_weight(y, x, 5), dweight) is (enabled and pays)
         assert np.array_equal(cpu.conv2d_backward_input(y, weight, x.shape), dx) is enabled
         assert np.array_equal(cpu.conv2d_forward(x, weight, bias), y) is enabled
         assert np.array_equal(cpu.conv2d_pool_forward(x, weight, bias, 2)[0], pooled) is enabled
@@ -204,8 +205,9 @@ def test_used_where_images_fill_vectors_in_float32_alone():
     layer = direct.layer((64, 20, 20, 3), 5, 3, 3, 1, 0, 1, 1)
     assert winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32))
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float64))
-    assert winograd_lanes_weights.suits(layer, 64, np.dtype(np.float32))
-    assert not winograd_lanes_weights.suits(layer, 64, np.dtype(np.float64))
+    many = direct.layer((64, 28, 28, 16), 5, 16, 7, 1, 2, 1, 1)
+    assert winograd_lanes_weights.suits(many, 64, np.dtype(np.float32))
+    assert not winograd_lanes_weights.suits(many, 64, np.dtype(np.float64))
     thirds = pooled_convolution._epilogue(layer, 3, True, True)
     assert not winograd_lanes.suits_forward(layer, 64, np.dtype(np.float32), thirds)
 

@@ -518,8 +518,11 @@ def _direct_weight_cycles(layer: Layer, dtype: np.dtype) -> float:
 
 
 def weight_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
-    """What the gradient to the weights of all images costs, here or by `Layer.add_weight_gradient`."""
-    return images * min(_weight_cycles(layer, images, dtype), _direct_weight_cycles(layer, dtype))
+    """What the weights' gradient of all images costs, here, if filters are few, or by `direct_weights`."""
+    cycles = _direct_weight_cycles(layer, dtype)
+    if _is_narrow(layer, layer.filters, images, dtype):
+        cycles = min(cycles, _weight_cycles(layer, images, dtype))
+    return images * cycles
 
 
 @lru_cache(maxsize=512)

@@ -42,6 +42,8 @@ _PRODUCT_CYCLES = 1.5
 _TRANSFORM_CYCLES = 9.0
 # And of adding a sum in registers to the one in memory.
 _SUM_CYCLES = 5.0
+# How much longer it all takes beside `image_lanes` where vectors are multiplied at full width.
+_FULL_WIDTH_CYCLES = 1.53
 # Rows and columns of filters that are not cut.
 _MOST_WHOLE_TAPS = 5
 
@@ -242,7 +244,10 @@ def _cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
 def _pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
     if not winograd_lanes.fits(layer):
         return False
-    return _cycles(layer, images, dtype) < image_lanes.weight_cycles(layer, images, dtype)
+    cycles, few = _cycles(layer, images, dtype), layer.filters < simd.lanes(dtype)
+    if few and simd.FULL_WIDTH:
+        cycles *= _FULL_WIDTH_CYCLES
+    return cycles < image_lanes.weight_cycles(layer, images, dtype)
 
 
 def _is_narrow(layer: Layer, dtype: np.dtype) -> bool:
