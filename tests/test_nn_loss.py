@@ -93,6 +93,13 @@ def test_all_ignored():
     assert not loss_fn.backward().any()
 
 
+def test_no_label_is_ignored_among_probabilities():
+    x = draw(3, 4)
+    with pytest.raises(ValueError, match=r"ignore_index: 2 .*\(3, 4\)"):
+        nn.CrossEntropyLoss(ignore_index=2)(x, np.full((3, 4), 0.25))
+    assert np.isfinite(nn.CrossEntropyLoss(ignore_index=-1)(x, np.full((3, 4), 0.25)))
+
+
 def test_scaled_gradient():
     loss_fn, x, y = nn.CrossEntropyLoss(), draw(3, 4), np.array([0, 3, 1])
     loss_fn(x, y)

@@ -28,7 +28,7 @@ class CrossEntropyLoss(Module):
     weight : (C,) float array, optional
         A factor for each class.
     ignore_index : int
-        A label that counts for nothing.
+        A label that counts for nothing; from 0 on it can't be set with probabilities as targets.
     reduction : 'mean', 'sum' or 'none'
         'mean' divides by the sum of the targets' weights; with probabilities as targets by their number.
     label_smoothing : float
@@ -78,7 +78,8 @@ class CrossEntropyLoss(Module):
         Raises
         ------
         TypeError, ValueError
-            If dtypes or shapes don't fit, a label is no class, or there is nothing to average.
+            If dtypes or shapes don't fit, a label is no class, there is nothing to average, or a label is to
+            be ignored among probabilities.
         """
         x = floats("input", input)
         if x.ndim == 0:
@@ -93,6 +94,11 @@ class CrossEntropyLoss(Module):
             raise ValueError(
                 f"target: shape {labels.shape} is neither {of_labels}, for class indices, nor {x.shape}, for "
                 "probabilities"
+            )
+        if not indices and self.ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index: {self.ignore_index} is for class indices, but target has input's shape "
+                f"{x.shape}, as probabilities have"
             )
         rows = _rows(x)
         if self.reduction == "mean" and len(rows) == 0:
