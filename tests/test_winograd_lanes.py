@@ -167,16 +167,26 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     e = pooled_convolution._epilogue(layer, 2, True, False)
     pooled = np.empty((len(x), e.out_h, e.out_w, e.filters), np.float32)
     winograd_lanes.forward(layer, x, weight, bias, pooled, e)
-    dweight, dx = np.zeros_like(weight), np.empty_like(x)
-    winograd_lanes_weights.add_weight_gradient(layer, y, x, dweight)
+    dx = np.empty_like(x)
     winograd_lanes.backward_input(layer, y, weight, dx)
-    pays = winograd_lanes_weights.suits(layer, len(x), x.dtype)
     for enabled in (True, False):
         switch(enabled)
-        assert np.array_equal(cpu.conv2d_backward_weight(y, x, 5), dweight) is (enabled and pays)
         assert np.array_equal(cpu.conv2d_backward_input(y, weight, x.shape), dx) is enabled
         assert np.array_equal(cpu.conv2d_forward(x, weight, bias), y) is enabled
         assert np.array_equal(cpu.conv2d_pool_forward(x, weight, bias, 2)[0], pooled) is enabled
+
+
+@pytest.mark.skipif(simd.VECTOR_BITS < 256, reason="vectors of four images are filled as well by filters")
+def test_the_weights_gradient_uses_it_only_when_switched_on(switch):
+    """Of a layer where it is the fastest whether vectors are multiplied at full width or not."""
+    layer = direct.layer((32, 48, 48, 7), 5, None, 7, 1, 2, 1, 1)
+    rng = np.random.default_rng(6)
+    x, dout = (rng.standard_normal((32, 48, 48, 7)).astype(np.float32) for _ in range(2))
+    dweight = np.zeros((5, 5, 7, 7), np.float32)
+    winograd_lanes_weights.add_weight_gradient(layer, dout, x, dweight)
+    for enabled in (True, False):
+        switch(enabled)
+        assert np.array_equal(cpu.conv2d_backward_weight(dout, x, 5, 1, 2), dweight) is enabled
 
 
 UNFIT = {

@@ -90,7 +90,6 @@ class Sections(NamedTuple):
     out_w: int
     out_h: int
     runs: int
-    row_kinds: int
     column_kinds: int
     windows_at: int
     runs_at: int
@@ -114,7 +113,7 @@ def _read(tables, taps, g):
             _list_taps(taps, entry, tables[i], tables[j], first, g)
             entry += length
     begins = 5, runs_at, row_kinds_at, column_kinds_at
-    return Sections(out_w, out_h, runs, row_kinds, column_kinds, *begins, length)
+    return Sections(out_w, out_h, runs, column_kinds, *begins, length)
 
 
 @kernel
