@@ -109,7 +109,7 @@ BLOCKS = {
     "groups": lambda: [*wide(8, 12, 3, groups=4), nn.Conv2d(12, 24, 3, groups=2), nn.MaxPool2d(2)],
     "norms": lambda: [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2)],
     "slopes": lambda: [nn.Conv2d(8, 10, 3), nn.PReLU(10), nn.MaxPool2d(2), nn.PReLU(10), nn.PReLU()],
-    "pools": lambda: [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(2)],
+    **{name: played_steps.BLOCKS[name] for name in ("pools", "adaptive pools", "softmax", "lists")},
     "rows": lambda: [nn.Flatten(2), nn.Linear(180, 40), nn.Linear(40, 3, bias=False), nn.ReLU()],
 }
 

@@ -56,16 +56,21 @@ _MOST_COPIED = 1 << 17, 1 << 18
 # batches and of an epoch's last, twice.
 _MOST = 8
 
+_NORMS = batchnorm.BatchNorm1d, batchnorm.BatchNorm2d
 _LAYERS = (
+    *_NORMS,
     activation.Identity,
     activation.LeakyReLU,
+    activation.LogSoftmax,
     activation.PReLU,
     activation.ReLU,
-    batchnorm.BatchNorm2d,
+    activation.Softmax,
     conv.Conv2d,
     dropout.Dropout,
     linear.Flatten,
     linear.Linear,
+    linear.Unflatten,
+    pooling.AdaptiveAvgPool2d,
     pooling.AvgPool2d,
     pooling.MaxPool2d,
 )
@@ -80,7 +85,7 @@ def _is_playable(module: Module, batches: bool) -> bool:
         return False
     if isinstance(module, conv.Conv2d):
         return module.padding_mode == "zeros"
-    if isinstance(module, batchnorm.BatchNorm2d):
+    if isinstance(module, _NORMS):
         # Without a momentum each batch counts less than the one before it.
         if batches:
             return module.momentum is not None

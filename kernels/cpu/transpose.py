@@ -1,6 +1,12 @@
-"""Copies between (N, H, W, C) and (N, C, H, W): transposed matrices, a square of vectors at a time."""
+"""Copies between (N, H, W, C) and (N, C, H, W): transposed matrices, a square of vectors at a time.
+
+Few channels, as images have them, would leave most of a square empty: their pixels are taken a vector of each
+channel at a time.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 from llvmlite import ir
@@ -17,8 +23,10 @@ from .vectors import lanes_of, pointer
 
 # Below so many elements NumPy's copy is done before a kernel has begun.
 _FEW = 4096
-# With fewer channels, vectors are too empty; but 3, which most images have, are another matter.
-_MANY = 10
+# Pixels of so many channels are whole vectors, of which each one of the result takes its lanes.
+_FEW_CHANNELS = range(2, 10)
+# Pixels of one task of theirs.
+_STRIP = 4096
 # The next matrix is fetched while one of so many elements is copied; of larger ones, so many squares ahead.
 _NEAR = 4096
 _AHEAD = 4
@@ -82,54 +90,61 @@ def _picked(emit, vectors, picks):
     return result
 
 
-@intrinsic(prefer_literal=True)
-def _three(typing_context, to_first, x, x0, stride, y, y0, pitch):
-    """As many pixels of 3 channels as a vector has lanes, from (..., 3) to (3, ...) or back."""
-    if not isinstance(to_first, types.IntegerLiteral):
-        return None
-    signature = types.void(to_first, x, x0, stride, y, y0, pitch)
+@intrinsic
+def _pixels(typing_context, channels, to_first, x, x0, stride, y, y0, pitch):
+    """As many pixels of few channels as a vector has lanes, from (..., C) to (C, ...) if `to_first`, or back.
+
+    Vectors are `stride` apart in x and `pitch` in y.
+    """
+    signature = types.void(channels, to_first, x, x0, stride, y, y0, pitch)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, x.dtype)
-        _, source, x0, stride, target, y0, pitch = arguments
+        channels, to_first, source, x0, stride, target, y0, pitch = arguments
         source, target = emit.at(source, x0), emit.at(target, y0)
-        many = emit.lanes
-        picks = [divmod(k, 3)[1] * many + divmod(k, 3)[0] for k in range(3 * many)]
-        if to_first.literal_value:
-            picks = [3 * (k % many) + k // many for k in range(3 * many)]
-        numbers = [ir.Constant(ir.IntType(64), number) for number in range(3)]
-        vectors = [emit.load(emit.at(source, builder.mul(stride, number))) for number in numbers]
-        for number in numbers:
-            chosen = picks[number.constant * many : (number.constant + 1) * many]
-            place = emit.at(target, builder.mul(pitch, number))
-            emit.store(_picked(emit, vectors, chosen), place)
+        i64, many = ir.IntType(64), emit.lanes
+        done = builder.append_basic_block("done")
+        one_of = builder.switch(builder.add(builder.add(channels, channels), to_first), done)
+        for each, is_last in itertools.product(_FEW_CHANNELS, (False, True)):
+            one_of.add_case(ir.Constant(i64, 2 * each + is_last), builder.append_basic_block("case"))
+            builder.position_at_end(one_of.cases[-1][1])
+            shape = (many, each) if is_last else (each, many)
+            picks = np.arange(each * many).reshape(shape).T.reshape(each, many).tolist()
+            numbers = [ir.Constant(i64, k) for k in range(each)]
+            vectors = [emit.load(emit.at(source, builder.mul(stride, k))) for k in numbers]
+            for k, chosen in zip(numbers, picks, strict=True):
+                emit.store(_picked(emit, vectors, chosen), emit.at(target, builder.mul(pitch, k)))
+            builder.branch(done)
+        builder.position_at_end(done)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @parallel
-def _transpose_three(part, parts, x, y, pixels, to_first):
-    """Images of 3 channels, from channels-last to channels-first if `to_first`, or back."""
+def _transpose_few(part, parts, x, y, pixels, channels, to_first):
+    """Images of few channels, from channels-last to channels-first if `to_first`, or back."""
     keep_out_of_line()
     lanes = lanes_of(x)
     source, target = pointer(x), pointer(y)
-    whole = pixels // lanes * lanes
-    lo, hi = span(part, parts, x.size // (3 * pixels))
-    for n in range(lo, hi):
-        first = 3 * n * pixels
-        if to_first:
-            for p in range(0, whole, lanes):
-                _three(1, source, first + 3 * p, lanes, target, first + p, pixels)
-        else:
-            for p in range(0, whole, lanes):
-                _three(0, source, first + p, pixels, target, first + 3 * p, lanes)
-        for p in range(whole, pixels):
-            for c in range(3):
+    strips = (pixels + _STRIP - 1) // _STRIP
+    lo, hi = span(part, parts, x.size // (channels * pixels) * strips)
+    for task in range(lo, hi):
+        n = task // strips
+        first, begin = n * channels * pixels, (task - n * strips) * _STRIP
+        end = min(begin + _STRIP, pixels)
+        whole = begin + (end - begin) // lanes * lanes
+        for p in range(begin, whole, lanes):
+            if to_first:
+                _pixels(channels, 1, source, first + channels * p, lanes, target, first + p, pixels)
+            else:
+                _pixels(channels, 0, source, first + p, pixels, target, first + channels * p, lanes)
+        for p in range(whole, end):
+            for c in range(channels):
                 if to_first:
-                    y[first + c * pixels + p] = x[first + 3 * p + c]
+                    y[first + c * pixels + p] = x[first + channels * p + c]
                 else:
-                    y[first + 3 * p + c] = x[first + c * pixels + p]
+                    y[first + channels * p + c] = x[first + c * pixels + p]
 
 
 @parallel
@@ -163,10 +178,10 @@ def _transpose_all(x: np.ndarray, out: np.ndarray, height: int, width: int) -> N
     """Copy matrices of `height` x `width`, of which one is the channels, to `out`."""
     x = checks.contiguous(x).reshape(-1)
     matrices = x.size // (height * width)
-    if min(height, width) == 3:
-        _transpose_three(
-            part_count(matrices, x.size), x, out.reshape(-1), max(height, width), int(width == 3)
-        )
+    channels, pixels = min(height, width), max(height, width)
+    if channels in _FEW_CHANNELS:
+        parts = part_count(matrices * -(-pixels // _STRIP), x.size)
+        _transpose_few(parts, x, out.reshape(-1), pixels, channels, int(width == channels))
     else:
         strips = matrices * -(-width // lanes(x.dtype))
         _transpose(part_count(strips, x.size), x, out.reshape(-1), height, width)
@@ -180,11 +195,11 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
     under_way = recording()
     # Otherwise the copy would be NumPy's, which a recording without calls does not see.
     jobs_only = under_way is not None and not under_way.calls
-    few, many = (1, 1) if jobs_only else (_FEW, _MANY)
+    few = 1 if jobs_only else _FEW
     if array.size >= few and array.ndim > 2 and array.dtype in checks.FLOATS and array.flags.aligned:
         last, first = np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1)
         for stored, channels in ((last, array.shape[1]), (first, array.shape[-1])):
-            if stored.flags.c_contiguous and (channels == 3 or channels >= many):
+            if stored.flags.c_contiguous and (channels > 1 or jobs_only):
                 shape = stored[0].size // stored.shape[-1], stored.shape[-1]
                 if stored is first:
                     shape = channels, stored[0].size // channels
