@@ -24,6 +24,7 @@ CASES = {
     "kernel larger than the image": ((2, 2, 3, 32), 16, (5, 7), 1, (3, 3), 1, 1),
     "more padding than kernel": ((1, 3, 4, 40), 16, (2, 3), 1, ((4, 5), (6, 3)), 1, 1),
     "one row, far in the padding": ((1, 1, 3, 40), 16, (2, 2), 1, 3, 1, 1),
+    "as high as the image": ((2, 13, 19, 32), 16, (13, 3), 1, (0, 1), 1, 1),
     "groups": ((2, 9, 10, 96), 48, (3, 3), 1, 1, 1, 3),
     "groups in units": ((2, 8, 9, 384), 160, (3, 3), 1, 1, 1, 2),
     "slices of groups": ((2, 8, 9, 256), 160, (5, 5), 1, 2, 1, 2),
@@ -71,13 +72,14 @@ def assert_close(actual, expected):
 
 @every_case
 @dtypes
-def test_same_as_the_reference(case, dtype):
+def test_same_as_the_reference(case, dtype, scratch):
     of = Problem(case, dtype)
     assert_close(of.forward(of.x, of.weight), of.y)
     dx = reference.conv2d_backward_input(of.dout, of.weight, of.x.shape, **of.windows)
     assert_close(of.input_gradient(of.dout, of.weight), dx)
     dweight = reference.conv2d_backward_weight(of.dout, of.x, of.kernel, **of.windows)
     assert_close(of.weight_gradient(of.dout, of.x), dweight)
+    scratch.check(case)
 
 
 @every_case

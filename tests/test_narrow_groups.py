@@ -24,6 +24,13 @@ CASES = {
     "read in place": ((2, 13, 9, 24), 24, (3, 3), 1, 0, 1, 6),
     "1 x 1": ((2, 7, 9, 32), 32, (1, 1), 1, 0, 1, 8),
     "blocks of rows": ((2, 60, 33, 16), 16, (3, 3), 1, 1, 1, 4),
+    "three filters of one channel": ((1, 8, 9, 22), 66, (3, 3), 1, 1, 1, 22),
+    "eight filters of one channel, strided": ((2, 9, 8, 5), 40, (5, 3), 2, 1, 1, 5),
+    "more channels than filters": ((2, 7, 9, 36), 18, (3, 3), 1, 1, 1, 9),
+    "three channels, a filter each": ((1, 7, 9, 33), 11, (3, 2), 1, 1, 1, 11),
+    "as high as the images": ((2, 22, 19, 8), 16, (22, 1), 1, 0, 1, 8),
+    "higher than the images": ((3, 4, 21, 16), 32, (9, 3), 1, (4, 1), 1, 16),
+    "far apart": ((1, 5, 17, 16), 32, (4, 3), 1, (7, 3), (5, 3), 16),
 }
 BOUNDS = {np.float32: 1e-6, np.float64: 1e-15}
 
@@ -64,7 +71,7 @@ def fitting(lanes):
 
 
 @fitting(narrow_groups._forward_lanes)
-def test_forward(case, dtype):
+def test_forward(case, dtype, scratch):
     layer, (x, weight, bias, dout), settings = arguments(case, dtype)
     y = np.full_like(dout, np.nan)
     narrow_groups.forward(layer, x, weight, bias, y)
@@ -72,15 +79,17 @@ def test_forward(case, dtype):
     assert error(y, expected) < BOUNDS[dtype]
     narrow_groups.forward(layer, x, weight, None, y)
     assert error(y, expected - bias) < BOUNDS[dtype]
+    scratch.check(case)
 
 
 @fitting(narrow_groups._input_lanes)
-def test_backward_input(case, dtype):
+def test_backward_input(case, dtype, scratch):
     layer, (x, weight, _, dout), settings = arguments(case, dtype)
     dx = np.full_like(x, np.nan)
     narrow_groups.backward_input(layer, dout, weight, dx)
     expected = reference.conv2d_backward_input(*exact(dout, weight), x.shape, *settings)
     assert error(dx, expected) < BOUNDS[dtype]
+    scratch.check(case)
 
 
 @fitting(narrow_groups._forward_lanes)
@@ -94,7 +103,10 @@ def test_weight_gradient(case, dtype):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("pool", [1, 2, (3, 2)])
-@pytest.mark.parametrize("case", ["groups fill vectors", "a last vector of one group", "blocks of rows"])
+@pytest.mark.parametrize(
+    "case",
+    ["groups fill vectors", "a last vector of one group", "blocks of rows", "more channels than filters"],
+)
 def test_pooled(case, pool, relu):
     """Forward, and both gradients, as one operation."""
     _, (x, weight, bias, _), settings = arguments(case)

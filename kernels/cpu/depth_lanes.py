@@ -162,7 +162,7 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, e, taps, w
         n = task // b.blocks
         first = (task - n * b.blocks) * b.rows
         rows = min(b.rows, b.height - first)
-        source, x0 = read_block(x, n, first, b, window)
+        source, x0 = read_block(x, n, first, b, False, window)
         ahead = max(following(n, first, b), 0)
         end = min(ahead + b.rows * b.step * b.image_w * b.channels, x.size)
         operands = (*tables, pointer(source), x0, pointer(weights))

@@ -31,15 +31,18 @@ CYCLES = 1.15
 
 
 @kernel
-def fill_window(x, n, b, h0, rows, window):
-    """Copy a block's input rows, from `h0` on, to `window`, with zeros where the image ends."""
+def fill_window(x, n, b, h0, rows, margin, window):
+    """Copy a block's input rows, from `h0` on, to `window`, with zeros where the image ends.
+
+    Rows of the padding that are more than `margin` from the image are left as they were.
+    """
     row = b.window_w * b.channels
     left = min(max(-b.origin_w, 0), b.window_w)
     first = max(b.origin_w, 0)
     copied = max(min(b.image_w - first, b.window_w - left), 0)
     begin = left * b.channels
     end = (left + copied) * b.channels
-    for r in range(rows):
+    for r in range(max(0, -margin - h0), min(rows, b.image_h + margin - h0)):
         h = h0 + r
         if h < 0 or h >= b.image_h:
             clear(window, r * row, row)
@@ -59,13 +62,17 @@ def share(values, first, size, part, parts):
 
 
 @kernel
-def read_block(x, n, first, b, window):
-    """Where the input of the block from grid row `first` on lies: in the image, or copied to `window`."""
+def read_block(x, n, first, b, skips, window):
+    """Where the input of the block from grid row `first` on lies: in the image, or copied to `window`.
+
+    Where it `skips` rows of taps that no row of the block needs, most of the padding is not even cleared.
+    """
     h0 = b.origin_h + first * b.step
     if b.in_place:
         return x, ((n * b.image_h + h0) * b.image_w + b.origin_w) * b.channels
     missing = max(first + b.rows - b.height, 0)
-    fill_window(x, n, b, h0, b.window_h - missing * b.step, window)
+    margin = (b.rows - 1) * b.step if skips else b.window_h
+    fill_window(x, n, b, h0, b.window_h - missing * b.step, margin, window)
     return window, 0
 
 
@@ -121,7 +128,7 @@ def _correlate(
         first = (block - n * b.blocks) * b.rows
         is_last = first + b.rows >= b.height
         r0, r1 = (b.tail, of.pixels.size) if is_last else (0, b.tail)
-        a, a0 = read_block(x, n, first, b, window)
+        a, a0 = read_block(x, n, first, b, of.tiles.size > 0, window)
         ranges = _tap_ranges(of, first, r0, r1, all_ranges[part])
         ahead = following(n, first, b)
         fresh = b.rows * b.step * b.image_w * b.channels

@@ -82,7 +82,7 @@ def _read_inputs(x, n, first, of, c0, window):
         return x, ((n * b.image_h + h0) * b.image_w + b.origin_w) * of.channels + c0
     rows = b.window_h - max(first + b.rows - b.height, 0) * b.step
     if b.channels == of.channels:
-        fill_window(x, n, b, h0, rows, window)
+        fill_window(x, n, b, h0, rows, rows, window)
     else:
         _fill_slice(x, n, of, c0, h0, rows, window)
     return window, 0

@@ -50,6 +50,7 @@ class Lanes(NamedTuple):
     indices: np.ndarray  # (vectors, inner, lanes): of the source, to be multiplied for each lane
     inner: int  # channels of a group that are summed
     results: int  # of a pixel
+    each: int  # results of a vector
 
 
 class _Permuter(Emitter):
@@ -175,7 +176,6 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, by, window
     keep_out_of_line()
     lanes, vectors = lanes_of(x), by.first.size
     b, window, z = of.blocks, windows[part], zs[part]
-    count = of.taps.size // by.inner
     # The work is every block of every image for every vector, so that one small image keeps all threads busy.
     lo, hi = span(part, parts, images * b.blocks * vectors)
     source, x0, last = x, 0, -1
@@ -186,17 +186,23 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, by, window
         rows = min(b.rows, b.height - first)
         r0, r1 = (b.tail, of.pixels.size) if first + b.rows >= b.height else (0, b.tail)
         if block != last:
-            source, x0 = read_block(x, n, first, b, window)
+            source, x0 = read_block(x, n, first, b, True, window)
             last = block
-        columns = min(by.results - v * lanes, lanes)
-        inputs = pointer(source), x0 + by.first[v], pointer(of.pixels), pointer(of.taps), count, by.inner
-        factors = pointer(by.indices[v]), pointer(weights), v * lanes, by.results, pointer(start[v])
+        # Rows of taps that none of the block's rows needs are left out.
+        top, bottom = of.reach[first], of.reach[first + rows - 1]
+        t0, t1 = min(top[0], bottom[0]) * b.line, max(top[1], bottom[1]) * b.line
+        columns = min(by.results - v * by.each, by.each)
+        steps = pointer(of.taps[t0:]), (t1 - t0) // by.inner, by.inner
+        inputs = pointer(source), x0 + by.first[v], pointer(of.pixels), *steps
+        place = t0 * by.results + v * by.each
+        begin = pointer(start[v * by.each :])
+        factors = pointer(by.indices[v]), pointer(weights), place, by.results, begin
         if e.pool_h > 0:
-            place = (n * e.out_h + first // e.pool_h) * e.out_w * e.filters + v * lanes
+            place = (n * e.out_h + first // e.pool_h) * e.out_w * e.filters + v * by.each
             _fill_tiles(r0, r1, inputs + factors + (pointer(z), 0, pointer(of.spread)), columns, by.sizes[v])
             finish_panel(z, lanes, rows // e.pool_h, e, taps, y, place, argmax, columns)
         else:
-            place = n * (y.size // images) + b.out_first + first * b.out_row + v * lanes
+            place = n * (y.size // images) + b.out_first + first * b.out_row + v * by.each
             outputs = pointer(y), place, pointer(of.spread)
             _fill_tiles(r0, r1, inputs + factors + outputs, columns, by.sizes[v])
 
@@ -222,7 +228,6 @@ def _weight(part, parts, x, images, dout, partial, of, by, windows):
     """For each piece of the batch, the gradient of the weights, (kH * kW, C / groups, F)."""
     keep_out_of_line()
     pieces, size = partial.shape
-    lanes = by.indices.shape[2]
     b, window = of.blocks, windows[part]
     count = of.taps.size // by.inner
     lo, hi = span(part, parts, pieces)
@@ -234,7 +239,7 @@ def _weight(part, parts, x, images, dout, partial, of, by, windows):
             n = block // b.blocks
             first = (block - n * b.blocks) * b.rows
             rows = min(b.rows, b.height - first)
-            source, x0 = read_block(x, n, first, b, window)
+            source, x0 = read_block(x, n, first, b, False, window)
             d0 = n * (dout.size // images) + b.out_first + first * b.out_row
             r0 = b.tail if first + b.rows >= b.height else 0
             for v in range(by.first.size):
@@ -246,9 +251,9 @@ def _weight(part, parts, x, images, dout, partial, of, by, windows):
                     count,
                     by.inner,
                 )
-                gradients = pointer(by.indices[v]), pointer(dout), d0 + v * lanes, pointer(of.spread)
-                operands = inputs + gradients + (pointer(sums), v * lanes, by.results)
-                columns = min(by.results - v * lanes, lanes)
+                gradients = pointer(by.indices[v]), pointer(dout), d0 + v * by.each, pointer(of.spread)
+                operands = inputs + gradients + (pointer(sums), v * by.each, by.results)
+                columns = min(by.results - v * by.each, by.each)
                 _add_block(operands, count, by.inner, r0, r0 + rows * b.width, columns, by.sizes[v])
 
 
@@ -277,15 +282,20 @@ def _pack(part, parts, weight, positions, bias, packed, start):
 def _lanes(results: int, group: int, inner: int, dtype: np.dtype) -> Lanes | None:
     """What the vectors of `results` in groups of `group` see; None if it doesn't fit a vector."""
     lanes = simd.lanes(dtype)
-    each = np.arange(-(-results // lanes) * lanes).reshape(-1, lanes)
-    groups = np.minimum(each, results - 1) // group
-    first = groups[:, 0] * inner
-    sizes = (groups[:, -1] + 1) * inner - first
-    if sizes.max() > lanes:
+    if inner > lanes:
         return None
-    indices = (groups * inner - first[:, None])[:, None] + np.arange(inner)[:, None]
-    kind = np.dtype(f"i{dtype.itemsize}")
-    return Lanes(first, sizes, np.ascontiguousarray(indices.astype(kind)), inner, results)
+    # Full vectors of results; or, where they see more than a vector, those of as many groups as fill one.
+    for each in (lanes, min(lanes // inner * group, lanes)):
+        begin = np.arange(0, results, each)[:, np.newaxis]
+        last = np.minimum(begin + each, results) - 1
+        groups = np.minimum(begin + np.arange(lanes), last) // group
+        first = groups[:, 0] * inner
+        sizes = (groups[:, -1] + 1) * inner - first
+        if sizes.max() <= lanes:
+            indices = (groups * inner - first[:, np.newaxis])[:, np.newaxis] + np.arange(inner)[:, np.newaxis]
+            indices = np.ascontiguousarray(indices.astype(f"i{dtype.itemsize}"))
+            return Lanes(first, sizes, indices, inner, results, each)
+    return None
 
 
 def _run(
@@ -324,11 +334,11 @@ def _prepared(
     weight: np.ndarray, positions: np.ndarray, bias: np.ndarray | None, packed: np.ndarray, by: Lanes
 ) -> np.ndarray:
     """What sums start with; the weights are packed too."""
-    start = scratch("start", (len(by.first), by.indices.shape[2]), weight.dtype)
+    start = scratch("start", by.results + by.indices.shape[2], weight.dtype)
     flat = weight.reshape(-1, *weight.shape[2:])
     biases = NOTHING[weight.dtype] if bias is None else bias
     rows = max(packed.shape[0] * packed.shape[1], 1)
-    _pack(part_count(rows, packed.nbytes), flat, positions, biases, packed, start.reshape(-1))
+    _pack(part_count(rows, packed.nbytes), flat, positions, biases, packed, start)
     return start
 
 

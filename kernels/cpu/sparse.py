@@ -80,7 +80,8 @@ def _weight(
             first = (task - n * s.blocks) * s.rows
             rows = min(s.rows, s.pooled_h - first)
             window_rows = (rows * s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1
-            fill_window(x, n, s, first * s.pool_h * s.stride_h + s.origin_h, window_rows, window)
+            h0 = first * s.pool_h * s.stride_h + s.origin_h
+            fill_window(x, n, s, h0, window_rows, window_rows, window)
             p0 = (n * s.pooled_h + first) * s.pooled_w * s.filters
             sort_by_filter(
                 dout,
