@@ -172,5 +172,5 @@ def test_where_eight_results_use_it(x_shape, filters, kernel, used):
 )
 def test_where_the_gradient_to_the_input_uses_it(channels, filters, how, used):
     layer = layer_of((64, 32, 32, channels), filters, (3, 3), how)
-    way = convolution._input_way(layer, 64, np.dtype(np.float32), fastcnn.get_winograd())
+    way = convolution.input_way(layer, 64, np.dtype(np.float32), fastcnn.get_winograd())
     assert (way is depth_lanes.backward_input) == used

@@ -207,7 +207,7 @@ def test_gradients_are_used_for_few_pixels_only():
         return ways(x_shape, filters, (kernel, kernel), np.float32, find, padding=kernel // 2)
 
     for find, used in (
-        (convolution._input_way, few_pixels.backward_input),
+        (convolution.input_way, few_pixels.backward_input),
         (convolution._weight_way, few_pixels.add_weight_gradient),
     ):
         assert way(find, (1, 4, 4, 20), 20) is used
@@ -228,7 +228,7 @@ def test_pooled_forward_uses_it_too():
 
 @pytest.fixture
 def none_are_few(monkeypatch):
-    ways = convolution.forward_way, convolution._input_way, convolution._weight_way
+    ways = convolution.forward_way, convolution.input_way, convolution._weight_way
     for name in ("suits_forward", "suits_input", "suits_weight"):
         monkeypatch.setattr(few_pixels, name, lambda *arguments: False)
     for way in ways:

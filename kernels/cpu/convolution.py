@@ -95,7 +95,8 @@ def _finished_apart(
 
 
 @lru_cache(maxsize=1024)
-def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+def input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) -> Way:
+    """What computes the gradient to the input; it takes the layer, dout, weight and dx."""
     if depthwise.fits(layer):
         return depthwise.backward_input
     if narrow_groups.suits_input(layer, dtype):
@@ -105,6 +106,8 @@ def _input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool)
         and winograd_lanes.suits_input(layer, images, dtype)
     ):
         return depth_lanes.backward_input
+    if few_pixels.suits_input_first(layer, images, dtype):
+        return few_pixels.backward_input
     if winograd_lanes.suits_input(layer, images, dtype):
         return winograd_lanes.backward_input
     if image_lanes.suits_input(layer, images, dtype):
@@ -259,7 +262,7 @@ def conv2d_backward_input(
     checks.same_shape("dout", dout, (shape[0], *layer.out_image, filters))
     dx = checks.output("out", out, shape, dout.dtype)
     if dx.size:
-        way = _input_way(layer, shape[0], dout.dtype, winograd.get_winograd())
+        way = input_way(layer, shape[0], dout.dtype, winograd.get_winograd())
         way(layer, dout, weight, dx)
     return dx
 

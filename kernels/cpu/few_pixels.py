@@ -43,6 +43,9 @@ _MOST_PIXELS_BESIDE_WINOGRAD = 144
 _MOST_WEIGHTS_BESIDE_WINOGRAD = 1 << 10
 # And of more pixels those of small images whose padding is so much of what the filters see.
 _MOST_SEEN = 0.6
+# Of these, beside Winograd's algorithm, and beside vectors of images: so many filters a lane that is filled.
+_MOST_SEEN_BESIDE_OTHERS = 0.45
+_MOST_FILTERS_OF_IMAGES = 0.7
 # So few pixels of a tap are multiplied with weights as they lie: transposing these would take longer.
 _MOST_DOTS = 4
 # Channels of a block: enough to repay reading and writing the sums, and few enough that the next block fits
@@ -62,17 +65,34 @@ class Sizes(NamedTuple):
 
 
 def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
-    """Whether a layer has few enough pixels, beside Winograd's algorithm too."""
-    if layer.channels * layer.filters > _MOST_WEIGHTS_BESIDE_WINOGRAD and winograd.suits(
-        layer, images, dtype
-    ):
+    """Whether a layer has few enough pixels, beside Winograd's algorithm and vectors of images too."""
+    by_winograd = winograd.suits(layer, images, dtype)
+    if by_winograd and layer.channels * layer.filters > _MOST_WEIGHTS_BESIDE_WINOGRAD:
         return layer.groups == 1 and 0 < _pixels(layer, images) <= _MOST_PIXELS_BESIDE_WINOGRAD
-    return _suits(layer, images, layer.channels)
+    if not _suits(layer, images, layer.channels):
+        return False
+    lanes = simd.lanes(dtype)
+    full = images / (-(-images // lanes) * lanes)
+    if by_winograd or layer.filters < _MOST_FILTERS_OF_IMAGES * lanes * full:
+        return _pixels(layer, images) <= _MOST_PIXELS or _seen(layer) <= _MOST_SEEN_BESIDE_OTHERS
+    return True
 
 
 def suits_input(layer: Layer, images: int) -> bool:
     """Whether a layer has few enough pixels on the way back to its input."""
     return _suits(layer, images, layer.filters)
+
+
+def suits_input_first(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether the gradient to the input is sooner here than by vectors of images, too.
+
+    These do each phase of a strided layer by itself, and multiply with all of the padding.
+    """
+    if images < simd.lanes(dtype) or not suits_input(layer, images):
+        return False
+    if _pixels(layer, images) <= _MOST_PIXELS:
+        return layer.rows.stride * layer.columns.stride > 1
+    return _seen(layer) <= _MOST_SEEN_BESIDE_OTHERS
 
 
 def suits_weight(layer: Layer, images: int) -> bool:

@@ -22,15 +22,17 @@ from . import (
     direct_weights,
     few_pixels,
     narrow_groups,
+    simd,
     sparse,
     winograd,
     winograd_lanes,
     winograd_rows_weights,
 )
 from .columns import conv2d_backward_bias
-from .convolution import conv2d_backward_input, conv2d_backward_weight, forward_way
+from .convolution import conv2d_backward_input, conv2d_backward_weight, forward_way, input_way
 from .epilogue import Epilogue
 from .pooling import max_pool2d_backward
+from .winograd_tiling import filters_of, tiles_of
 from .workspace import NOWHERE, scratch
 
 # The largest offset in a window that a byte holds beside `epilogue.DEAD`.
@@ -39,6 +41,8 @@ _MOST_PIXELS = 255
 # of the weights, whose sparse sums then leave the cache, and of the input.
 _WINOGRAD_WEIGHT = 1 << 14
 _WINOGRAD_INPUT = 1 << 13
+# And with fewer, of the input, where its products are so much less: with three windows in four alive.
+_DENSE_SHARE = 0.72 if simd.FULL_WIDTH else 0.0
 # And from which on those of few pixels do, for the weights: each filter's sums are written for few products.
 _FEW_PIXELS_WEIGHT = 1 << 12
 
@@ -82,13 +86,22 @@ def _ways(layer: direct.Layer, e: Epilogue, images: int, dtype: np.dtype) -> tup
     size = layer.channels * layer.filters
     if winograd.suits(layer, images, dtype):
         weight = "sparse" if sparse_weight and size < _WINOGRAD_WEIGHT else "dense"
-        return weight, "sparse" if sparse_input and size < _WINOGRAD_INPUT else "dense"
-    if winograd_lanes.suits_input(layer, images, dtype):
-        # Its dense sums are over vectors of images, sparse ones over a pixel's few channels.
-        return "sparse" if sparse_weight else "direct", "dense"
-    if few_pixels.suits_weight(layer, images):
+        sparse_input = sparse_input and size < _WINOGRAD_INPUT and not _dense_is_less(layer, e, dtype)
+        return weight, "sparse" if sparse_input else "dense"
+    way = input_way(layer, images, dtype, winograd.get_winograd())
+    if few_pixels.suits_weight(layer, images) and way is not winograd_lanes.backward_input:
         return "sparse" if sparse_weight and size < _FEW_PIXELS_WEIGHT else "dense", "dense"
+    # The other ways are those of few channels, which leave lanes of sparse sums empty.
+    sparse_input = sparse_input and way is direct.backward_input
     return "sparse" if sparse_weight else "direct", "sparse" if sparse_input else "dense"
+
+
+def _dense_is_less(layer: direct.Layer, e: Epilogue, dtype: np.dtype) -> bool:
+    """Whether Winograd's gradient of the whole input is less work than that of what has one."""
+    of = filters_of(layer)
+    _, rows, columns = tiles_of(layer.image, of.dilation)
+    dense = rows * columns * of.products * layer.filters * -(-layer.channels // simd.lanes(dtype))
+    return dense < _DENSE_SHARE * e.out_h * e.out_w * sparse.input_work(layer, e, dtype)
 
 
 def _unpooled(dout: np.ndarray, argmax: np.ndarray, layer: direct.Layer, pool_size: Any) -> np.ndarray:

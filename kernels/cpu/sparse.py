@@ -341,15 +341,25 @@ def pays(layer: direct.Layer, e: Epilogue, dtype: np.dtype) -> tuple[bool, bool]
     if area == 1 or layer.groups > 1 or layer.columns.dilation > 1:
         return False, False
     lanes = simd.lanes(dtype)
-    run = layer.columns.kernel * layer.channels
     runs = layer.filters * layer.rows.kernel
-    vectors = -(-run // lanes)
-    # In vector multiply-adds for one window: runs of the image cross cache lines, those of weights don't, but
-    # are summed for each pixel of the window by itself.
+    vectors = _run_vectors(layer, dtype)
+    # Runs of the image cross cache lines, those of weights don't.
     crossing = 1.0 if layer.channels % lanes == 0 else 1.6
-    sums = area * layer.rows.kernel
     taps = layer.rows.kernel * layer.columns.kernel
     dense = area * taps * layer.channels * -(-layer.filters // lanes)
     dense_input = area * taps * layer.filters * -(-layer.channels // lanes)
-    sparse_input = runs * (vectors + 2) + sums * (2 * vectors + _CYCLES_A_SUM)
-    return runs * (vectors * crossing + 2) < dense, sparse_input < dense_input
+    return runs * (vectors * crossing + 2) < dense, input_work(layer, e, dtype) < dense_input
+
+
+def input_work(layer: direct.Layer, e: Epilogue, dtype: np.dtype) -> float:
+    """Multiply-adds of vectors that take as long as one window's share in the gradient to the input.
+
+    Runs are summed for each pixel of the window by itself.
+    """
+    vectors = _run_vectors(layer, dtype)
+    sums = e.pool_h * e.pool_w * layer.rows.kernel
+    return layer.filters * layer.rows.kernel * (vectors + 2) + sums * (2 * vectors + _CYCLES_A_SUM)
+
+
+def _run_vectors(layer: direct.Layer, dtype: np.dtype) -> int:
+    return -(-layer.columns.kernel * layer.channels // simd.lanes(dtype))

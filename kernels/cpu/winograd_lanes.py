@@ -43,9 +43,21 @@ _SPECTRA_BYTES = 640 * 1024
 _TASKS = 16
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
-# Measured cycles of a product of vectors, and of an element of a vector of 7 or 8 that is transformed.
-_PRODUCT_CYCLES = 1.5
-_TRANSFORM_CYCLES = 6.0
+
+
+class _Cycles(NamedTuple):
+    """Measured, of a product of vectors and of an element that is transformed: of vectors, and of weights."""
+
+    product: float
+    window: float
+    result: float
+    weight: float
+
+
+# At full width those of `image_lanes`, in which these are given, are half as long.
+_CYCLES = _Cycles(1.0, 16.0, 5.0, 40.0) if simd.FULL_WIDTH else _Cycles(1.5, 6.0, 6.0, 10.0)
+# Operations of the transformation of a weight.
+_TRANSFORM = 6
 
 
 class Tiling(NamedTuple):
@@ -402,7 +414,7 @@ def _transform_weights(
 ) -> None:
     matrix = matrices(g.size)[2]
     side, padded = matrix.shape[1], start.size // 2
-    parts = part_count(g.cuts * g.cuts * g.channels, _TRANSFORM_CYCLES * weights.size)
+    parts = part_count(g.cuts * g.cuts * g.channels, _TRANSFORM * weights.size)
     values = scratch("values", (parts, side, side, padded), np.float64)
     rows = scratch("rows", (parts, side + 1, padded), np.float64)
     biases = NOTHING[weights.dtype] if bias is None else bias
@@ -426,10 +438,11 @@ def fits(layer: Layer) -> bool:
 def _cycles(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> float:
     g, taps = tiling(layer, images, dtype, e)
     elements = g.size * g.size
-    products = _PRODUCT_CYCLES * elements * taps.shape[1] * _padded_filters(g.filters)
+    products = taps.shape[1] * _padded_filters(g.filters)
     windows = g.channels * (1 + (g.cuts - 1) / g.rows)
-    tile = products + _TRANSFORM_CYCLES * elements * (windows + g.filters)
-    return g.tiles_h * g.tiles_w * tile * -(-images // simd.lanes(dtype))
+    tile = _CYCLES.product * products + _CYCLES.window * windows + _CYCLES.result * g.filters
+    tiles = g.tiles_h * g.tiles_w * -(-images // simd.lanes(dtype))
+    return elements * (tiles * tile + _CYCLES.weight * taps.shape[1] * g.filters)
 
 
 @lru_cache(maxsize=512)
