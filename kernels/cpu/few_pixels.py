@@ -43,7 +43,8 @@ _MOST_PIXELS_BESIDE_WINOGRAD = 144
 _MOST_WEIGHTS_BESIDE_WINOGRAD = 1 << 10
 # And of more pixels those of small images whose padding is so much of what the filters see.
 _MOST_SEEN = 0.6
-# Of these, beside Winograd's algorithm, and beside vectors of images: so many filters a lane that is filled.
+# Of these, with fewer than twice so few channels, beside Winograd's algorithm, and beside vectors of images,
+# with so many filters a lane that is filled.
 _MOST_SEEN_BESIDE_OTHERS = 0.45
 _MOST_FILTERS_OF_IMAGES = 0.7
 # So few pixels of a tap are multiplied with weights as they lie: transposing these would take longer.
@@ -106,7 +107,8 @@ def _suits(layer: Layer, images: int, channels: int) -> bool:
     pixels = _pixels(layer, images)
     if layer.groups > 1 or not pixels:
         return False
-    return pixels <= most or (_pixels(layer, 1) <= most == _MOST_PIXELS and _seen(layer) <= _MOST_SEEN)
+    most_seen = _MOST_SEEN if channels >= 2 * _FEW_CHANNELS else _MOST_SEEN_BESIDE_OTHERS
+    return pixels <= most or (_pixels(layer, 1) <= most == _MOST_PIXELS and _seen(layer) <= most_seen)
 
 
 def _pixels(layer: Layer, images: int) -> int:
