@@ -180,13 +180,16 @@ MODELS = {
     "resnet9": Model("resnet9", 64, 3, 32, 32, 10),
 }
 
-# Networks of other kinds of layers, built by `peers.networks`: depthwise separable, grouped, and the two that
-# everybody begins with.
+# Networks of other kinds of layers, built by `peers.networks`: depthwise separable, grouped, the two that
+# everybody begins with, and those of signals, of games, and of telephones.
 BLOCKS = {
     "separable": Model("separable", 64, 3, 32, 32, 10),
     "grouped": Model("grouped", 64, 3, 32, 32, 10),
     "lenet5": Model("lenet5", 64, 1, 28, 28, 10),
     "resnet20": Model("resnet20", 128, 3, 32, 32, 10),
+    "eegnet": Model("eegnet", 64, 1, 22, 256, 4),
+    "dqn": Model("dqn", 32, 4, 84, 84, 6),
+    "mobilenetv2": Model("mobilenetv2", 64, 3, 32, 32, 10),
 }
 
 # The networks whose training steps and inference are summed up by a geometric mean.
@@ -249,5 +252,5 @@ def scaled_down(workload: Workload) -> Workload:
     elif isinstance(shape, Flat):
         shape = Flat(1000)
     else:
-        shape = shape._replace(n=min(shape.n, 2), h=min(shape.h, 20), w=min(shape.w, 20))
+        shape = shape._replace(n=min(shape.n, 2), h=min(shape.h, 36), w=min(shape.w, 36))
     return workload._replace(shape=shape)

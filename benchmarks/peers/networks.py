@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -60,32 +60,95 @@ def _resnet20() -> list[nn.Module]:
     return [_residual(after, after // before, before) for before, after in pairwise(widths)]
 
 
-def _body(shape: Model) -> list[nn.Module]:
-    """What lies between images and the first linear layer."""
-    if shape.model == "lenet5":
-        first = nn.Conv2d(shape.c, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
-        return [*first, nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
-    if shape.model == "resnet20":
-        stem = nn.Conv2d(shape.c, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-        return [*stem, *_resnet20(), nn.AvgPool2d((shape.h // 4, shape.w // 4))]
-    stem = nn.Conv2d(shape.c, 32, 3, padding=1), nn.ReLU()
-    if shape.model == "separable":
-        return [
-            *stem,
-            *_separable(64, 1, 32),
-            *_separable(128, 2, 64),
-            *_separable(128, 1, 128),
-            nn.AvgPool2d(4),
-        ]
-    return [*stem, *_grouped(32, 64), *_grouped(64, 128)]
+def _inverted(filters: int, stride: int, channels: int) -> nn.Module:
+    """A block of MobileNetV2, six times as wide inside: Sandler et al. (2018), table 1."""
+    inside = 6 * channels
+    body = nn.Sequential(
+        nn.Conv2d(channels, inside, 1, bias=False),
+        nn.BatchNorm2d(inside),
+        nn.ReLU(),
+        nn.Conv2d(inside, inside, 3, stride=stride, padding=1, groups=inside, bias=False),
+        nn.BatchNorm2d(inside),
+        nn.ReLU(),
+        nn.Conv2d(inside, filters, 1, bias=False),
+        nn.BatchNorm2d(filters),
+    )
+    return nn.Residual(body) if stride == 1 and filters == channels else body
+
+
+def _stem(shape: Model) -> list[nn.Module]:
+    return [nn.Conv2d(shape.c, 32, 3, padding=1), nn.ReLU()]
+
+
+def _separable_body(shape: Model) -> list[nn.Module]:
+    blocks = *_separable(64, 1, 32), *_separable(128, 2, 64), *_separable(128, 1, 128)
+    return [*_stem(shape), *blocks, nn.AvgPool2d(4)]
+
+
+def _grouped_body(shape: Model) -> list[nn.Module]:
+    return [*_stem(shape), *_grouped(32, 64), *_grouped(64, 128)]
+
+
+def _lenet5_body(shape: Model) -> list[nn.Module]:
+    """That of LeCun et al. (1998) with ReLU and maxima, as it is written today."""
+    first = nn.Conv2d(shape.c, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
+    return [*first, nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def _resnet20_body(shape: Model) -> list[nn.Module]:
+    stem = nn.Conv2d(shape.c, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    return [*stem, *_resnet20(), nn.AvgPool2d((shape.h // 4, shape.w // 4))]
+
+
+def _eegnet_body(shape: Model) -> list[nn.Module]:
+    """EEGNet-8,2 over electrodes x samples: Lawhern et al. (2018), table 2, with ReLU for ELU."""
+    return [
+        nn.Conv2d(shape.c, 8, (1, 64), padding=(0, 32), bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, (shape.h, 1), groups=8, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d((1, 4)),
+        nn.Dropout(0.25),
+        nn.Conv2d(16, 16, (1, 16), padding=(0, 8), groups=16, bias=False),
+        nn.Conv2d(16, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d((1, 8)),
+        nn.Dropout(0.25),
+    ]
+
+
+def _dqn_body(shape: Model) -> list[nn.Module]:
+    """Of frames of a game: Mnih et al., "Human-level control" (2015), methods."""
+    layers = nn.Conv2d(shape.c, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3)
+    return [step for layer in layers for step in (layer, nn.ReLU())]
+
+
+def _mobilenetv2_body(shape: Model) -> list[nn.Module]:
+    blocks = _inverted(24, 1, 16), _inverted(24, 1, 24), _inverted(32, 2, 24), _inverted(32, 1, 32)
+    stem = nn.Conv2d(shape.c, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    return [*stem, *blocks, nn.AdaptiveAvgPool2d(1)]
+
+
+# What lies between images and the first linear layer of the networks of `shapes.BLOCKS`, and the outputs of
+# the linear layers before the last.
+_BLOCKS: dict[str, tuple[Callable[[Model], list[nn.Module]], tuple[int, ...]]] = {
+    "separable": (_separable_body, ()),
+    "grouped": (_grouped_body, ()),
+    "lenet5": (_lenet5_body, (120, 84)),
+    "resnet20": (_resnet20_body, ()),
+    "eegnet": (_eegnet_body, ()),
+    "dqn": (_dqn_body, (512,)),
+    "mobilenetv2": (_mobilenetv2_body, ()),
+}
 
 
 def _blocks(shape: Model) -> nn.Sequential:
-    """The networks of `shapes.BLOCKS`."""
-    layers = [*_body(shape), nn.Flatten()]
+    body, hidden = _BLOCKS[shape.model]
+    layers = [*body(shape), nn.Flatten()]
     features = nn.Sequential(*layers).output_shape((shape.c, shape.h, shape.w))[0]
-    # LeNet-5 is that of LeCun et al. (1998) with ReLU and maxima, as it is written today.
-    for outputs in (120, 84) if shape.model == "lenet5" else ():
+    for outputs in hidden:
         layers += [nn.Linear(features, outputs), nn.ReLU()]
         features = outputs
     return nn.Sequential(*layers, nn.Linear(features, shape.classes))

@@ -173,6 +173,8 @@ _LAYERS: dict[str, Any] = {
     "PReLU": lambda layer, x: ("PRelu", x, layer.weight.data),
     "MaxPool2d": lambda layer, x: ("MaxPool", x),
     "AvgPool2d": lambda layer, x: ("AveragePool", x),
+    # To one pixel, as the networks have it.
+    "AdaptiveAvgPool2d": lambda layer, x: ("GlobalAveragePool", x),
     "Flatten": lambda layer, x: ("Flatten", x),
 }
 

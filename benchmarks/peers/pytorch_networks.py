@@ -44,6 +44,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "BatchNorm2d": ("num_features", "eps", "momentum"),
     "MaxPool2d": _POOL,
     "AvgPool2d": _POOL,
+    "AdaptiveAvgPool2d": ("output_size",),
     "ReLU": (),
     "LeakyReLU": ("negative_slope",),
     "PReLU": ("num_parameters",),

@@ -82,6 +82,10 @@ def _avg_pool(layer: Any, x: np.ndarray, training: bool) -> np.ndarray:
     return reference.avg_pool2d_forward(x, layer.kernel_size, layer.stride, layer.padding)
 
 
+def _adaptive_avg_pool(layer: Any, x: np.ndarray, training: bool) -> np.ndarray:
+    return reference.adaptive_avg_pool2d_forward(x, layer.output_size)
+
+
 def _flatten(layer: Any, x: np.ndarray, training: bool) -> np.ndarray:
     # PyTorch's order: channels first.
     return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
@@ -96,6 +100,7 @@ _LAYERS: dict[str, Any] = {
     "PReLU": _prelu,
     "MaxPool2d": _max_pool,
     "AvgPool2d": _avg_pool,
+    "AdaptiveAvgPool2d": _adaptive_avg_pool,
     "Dropout": lambda layer, x, training: x,
     "Flatten": _flatten,
 }

@@ -76,6 +76,10 @@ class _Pass:
     def _avgpool2d(self, layer: Any, name: str, x: Any) -> Any:
         return average_pool(x, layer.kernel_size, layer.stride, layer.padding)
 
+    def _adaptiveavgpool2d(self, layer: Any, name: str, x: Any) -> Any:
+        # To one pixel, as the networks have it: the comparison of the results would notice another.
+        return x.mean((1, 2), keepdims=True)
+
     def _flatten(self, layer: Any, name: str, x: Any) -> Any:
         # PyTorch's order: channels first.
         return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
