@@ -28,6 +28,8 @@ from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 MULTIPLY_ADDS_PER_BYTE = 10
 # Measured cycles of a product of vectors, with what the tile needs beside.
 CYCLES = 1.15
+# How much longer a panel of one vector takes than is reckoned: its every product loads something.
+_LONE = 1.45 if simd.FULL_WIDTH else 1.0
 
 
 @kernel
@@ -419,6 +421,12 @@ def _checked_layer(image, kernel_size, weight_channels, filters, stride, padding
 
 
 _known_layer = lru_cache(maxsize=512)(_checked_layer)
+
+
+def lone(results: int, dtype: np.dtype) -> float:
+    """How much longer `Layer.run` takes for so many filters, or channels, than products in whole panels."""
+    vectors = -(-results // simd.lanes(dtype))
+    return (vectors - 1 + _LONE) / vectors if vectors % simd.TILE_VECTORS == 1 else 1.0
 
 
 @lru_cache(maxsize=512)

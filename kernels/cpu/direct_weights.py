@@ -26,7 +26,7 @@ from .direct import (
 )
 from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
 from .geometry import Gradient
-from .tile import add_ranges
+from .tile import TALL_ROWS, add_ranges
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Units times pieces of the batch are between these two, whatever the number of threads.
@@ -123,15 +123,21 @@ def _pixel_ranges(of, first, rows, ranges):
 
 @kernel
 def _fetched_next(x, dout, of, n, first, rows, inputs, p, panels):
-    """What is fetched beside panel p: the next block's inputs at every other panel, else its gradients."""
+    """What is fetched beside panel p: the next block's inputs at the first panels, else its gradients.
+
+    A lone tile of few taps has time for neither but what there is most of, where others can wait for nothing.
+    """
     b = of.blocks
-    if p % 2 == 0:
+    fresh = min(rows * b.step * b.image_w * of.channels, inputs)
+    size = rows * b.width * dout.shape[1]
+    turns = (panels * fresh + size // 2) // (fresh + size)
+    if of.taps.size > TALL_ROWS and panels > 1 and fresh > 0:
+        turns = min(max(turns, 1), panels - 1)
+    if p < turns:
         following = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
-        fresh = min(rows * b.step * b.image_w * of.channels, inputs)
-        return share(x, following, fresh, p // 2, (panels + 1) // 2)
-    size = b.width * dout.shape[1]
-    following = (n * b.height + first + rows) * size
-    return share(dout.reshape(dout.size), following, rows * size, p // 2, panels // 2)
+        return share(x, following, fresh, p, turns)
+    following = (n * b.height + first + rows) * b.width * dout.shape[1]
+    return share(dout.reshape(dout.size), following, size, p - turns, panels - turns)
 
 
 @kernel

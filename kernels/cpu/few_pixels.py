@@ -31,7 +31,7 @@ from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .image_tiles import gather_images
 from .simd import TILE_ROWS
 from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
-from .vectors import first_lanes, lanes_of, load, pointer, prefetch, store
+from .vectors import first_lanes, lanes_of, load, pointer, store
 from .winograd_tiling import panel_filters
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
@@ -186,7 +186,6 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
                 copy(bias, filter0, z, p * g.panel, many)
             else:
                 clear(z, p * g.panel, many)
-    values = pointer(weight)
     for i in range(len(blocks)):
         w0, channel, depth, r0, r1, pixels, first = blocks[i]
         following = blocks[min(i + 1, len(blocks) - 1), 0]
@@ -200,10 +199,8 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
             if g.transposed > 0:
                 _pack_transposed(weight, w0, g, filter0, many, depth, packed)
                 source, b0, ldb, ahead = packed, 0, g.panel, weight.size
-            # Each tile fetches a vector of the next block's rows: a lone one leaves the others.
-            for k in range(depth if r1 - r0 <= TALL_ROWS and g.transposed == 0 else 0):
-                for f in range(lanes, many, lanes):
-                    prefetch(values, ahead + k * g.filters + f)
+            # Tiles fetch the next block's rows: a lone one all of a row, else each a line of them.
+            fetched = lanes // TILE_ROWS, g.filters, r1 - r0 <= TALL_ROWS
             add_tiles(
                 x,
                 channel,
@@ -221,8 +218,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
                 crow,
                 many,
                 weight[ahead:],
-                lanes // TILE_ROWS,
-                g.filters,
+                fetched,
             )
     for panel in range(lo, hi):
         _write(z, g, panel, y, e, taps, argmax)

@@ -17,7 +17,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
 from . import few_channels, simd
-from .direct import CYCLES, Layer
+from .direct import CYCLES, Layer, lone
 from .epilogue import NO_EPILOGUE, Epilogue, pool_vector
 from .geometry import Axis
 from .image_tiles import (
@@ -48,9 +48,6 @@ _SHIFT_BYTES = 512
 _TILE_CYCLES = 1.08
 _WEIGHT_CYCLES = 1.2
 _TRANSPOSE_CYCLES = 0.6
-# How much longer the direct way takes for a panel of one vector, whose every product loads something, than is
-# reckoned. Beside vectors of images it doesn't count: these wait for their windows as long.
-_LONE = 1.45 if simd.FULL_WIDTH else 1.0
 # Multiply-adds that take about as long as moving one byte: the unit of part_count.
 _MULTIPLY_ADDS_PER_BYTE = 10
 
@@ -469,16 +466,10 @@ def _is_narrow(layer: Layer, filters: int, images: int, dtype: np.dtype) -> bool
     return layer.groups == 1 and filters < lanes and images >= lanes
 
 
-def _lone(results: int, dtype: np.dtype) -> float:
-    """How much longer `Layer.run` takes for so many results than it says: see `_LONE`."""
-    count = -(-results // simd.lanes(dtype))
-    return (count - 1 + _LONE) / count if count % simd.TILE_VECTORS == 1 else 1.0
-
-
 def forward_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
     """What the forward pass of all images costs, here or by `Layer.run`."""
     cycles = _correlation_cycles(_forward_tables(layer, images, VECTORS, dtype), images, dtype)
-    return images * min(cycles, layer.forward_cycles(dtype) * _lone(layer.filters, dtype))
+    return images * min(cycles, layer.forward_cycles(dtype) * lone(layer.filters, dtype))
 
 
 @lru_cache(maxsize=512)
@@ -490,9 +481,9 @@ def suits_forward(layer: Layer, images: int, dtype: np.dtype) -> bool:
     return cycles < layer.forward_cycles(dtype)
 
 
-def _other_input_cycles(layer: Layer, dtype: np.dtype, lone: float = 1.0) -> float:
+def _other_input_cycles(layer: Layer, dtype: np.dtype, longer: float = 1.0) -> float:
     few = few_channels.cycles(layer, dtype) if few_channels.suits(layer, dtype) else np.inf
-    return min(layer.input_cycles(dtype) * lone, few)
+    return min(layer.input_cycles(dtype) * longer, few)
 
 
 def _input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
@@ -501,7 +492,7 @@ def _input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
 
 def input_cycles(layer: Layer, images: int, dtype: np.dtype) -> float:
     """What the gradient to the input of all images costs, here, by `Layer.run` or by `few_channels`."""
-    others = _other_input_cycles(layer, dtype, _lone(layer.channels, dtype))
+    others = _other_input_cycles(layer, dtype, lone(layer.channels, dtype))
     return images * min(_input_cycles(layer, images, dtype), others)
 
 

@@ -32,6 +32,7 @@ TILE_ROWS = simd.TILE_ROWS
 TALL_ROWS = 9 if TILE_ROWS == 8 else TILE_ROWS
 TILE_VECTORS = simd.TILE_VECTORS
 VECTOR_BITS = simd.VECTOR_BITS
+_LINE_BYTES = 64  # of a cache
 
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
@@ -116,12 +117,13 @@ class Emitter:
         return self.builder.icmp_signed("<", first, limit)
 
 
-def _products(emit, a_rows, col, terms, b, ldb, start, vectors, ahead, step):
+def _products(emit, a_rows, col, terms, b, ldb, start, vectors, ahead, step, lines):
     """The sums over k of all rows and vectors, begun at `start`; `terms` are first, length, pitch and runs.
 
-    At each k the cache is told to fetch what lies `step` elements further on from `ahead`.
+    At each k the cache is told to fetch so many `lines` of what lies `step` elements further on from `ahead`.
     """
     builder = emit.builder
+    places = [ir.Constant(_I64, line * _LINE_BYTES // emit.bytes) for line in range(lines)]
     first, length, pitch, runs = terms
     zero = ir.Constant(_I64, 0)
 
@@ -133,7 +135,8 @@ def _products(emit, a_rows, col, terms, b, ldb, start, vectors, ahead, step):
             row_of_b, fetch, *sums = values
             offset = builder.load(emit.at(run_col, k))
             panel = [emit.load(emit.at(row_of_b, ir.Constant(_I64, v * emit.lanes))) for v in range(vectors)]
-            emit.prefetch(fetch, to_write=False)
+            for place in places:
+                emit.prefetch(emit.at(fetch, place), to_write=False)
             new = []
             for m, a_row in enumerate(a_rows):
                 element = emit.broadcast(builder.load(emit.at(a_row, offset)))
@@ -166,17 +169,18 @@ def _write(emit, sums, places, masks, adds):
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead0, step):
+def _tile(typing_context, rows, vectors, ragged, add, streams, operands, r0, ahead, ahead0, step):
     """One tile of `rows` x `vectors` vectors of C, from entry `r0` of the tables on; see above.
 
     The literals: `ragged` stores only the first `columns` columns; `add` adds the sum to C, else C is
     overwritten by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Meanwhile a cache fetches
-    `step` elements of `ahead` for each k, from `ahead0` on. Nothing is checked.
+    `step` elements of `ahead` for each k, from `ahead0` on: a line, or `streams` as much as the vectors of a
+    row of `b` take. Nothing is checked.
     """
-    literals = (rows, vectors, ragged, add)
+    literals = (rows, vectors, ragged, add, streams)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
-    tile_rows, tile_vectors, is_ragged, adds = (literal.literal_value for literal in literals)
+    tile_rows, tile_vectors, is_ragged, adds, many = (literal.literal_value for literal in literals)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, ahead.dtype)
@@ -186,11 +190,11 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
 
         values = [
             data(kind, value) if isinstance(kind, types.Array) else value
-            for kind, value in zip(operands.types, cgutils.unpack_tuple(builder, arguments[4]), strict=True)
+            for kind, value in zip(operands.types, cgutils.unpack_tuple(builder, arguments[5]), strict=True)
         ]
         a, a0, row, col, terms, b, b0, ldb, start, s0, c, c0, crow, columns = values
         terms = cgutils.unpack_tuple(builder, terms)
-        r0, ahead0, step = arguments[5], arguments[7], arguments[8]
+        r0, ahead0, step = arguments[6], arguments[8], arguments[9]
         a_base, c_base = emit.at(a, a0), emit.at(c, c0)
         numbers = [ir.Constant(_I64, m) for m in range(tile_rows)]
         a_rows = [emit.at(a_base, builder.load(emit.at(row, r0, m))) for m in numbers]
@@ -206,8 +210,10 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
                 emit.prefetch(place, to_write=True)
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
-        to_fetch = emit.at(data(ahead, arguments[6]), ahead0)
-        sums = _products(emit, a_rows, col, terms, emit.at(b, b0), ldb, begin, tile_vectors, to_fetch, step)
+        to_fetch = emit.at(data(ahead, arguments[7]), ahead0)
+        lines = max(tile_vectors * emit.lanes * emit.bytes // _LINE_BYTES, 1) if many else 1
+        place = emit.at(b, b0)
+        sums = _products(emit, a_rows, col, terms, place, ldb, begin, tile_vectors, to_fetch, step, lines)
         # Only the last vector of a ragged panel is cut: the panel functions below see to it.
         masks = [None] * (tile_vectors - 1) + [emit.mask(columns, tile_vectors - 1) if is_ragged else None]
         _write(emit, sums, places, masks, adds)
@@ -217,10 +223,10 @@ def _tile(typing_context, rows, vectors, ragged, add, operands, r0, ahead, ahead
 
 
 @kernel
-def _fetched(ahead, rows, tile_rows, depth):
-    """Elements of `ahead` for each row of C, and how many of them for each k of a tile: at most a line."""
+def _fetched(ahead, rows, tile_rows, depth, most):
+    """Elements of `ahead` for each row of C, and for each k of a tile: of so many lines at most."""
     share = ahead.size // max(rows, 1)
-    return share, min(-(-share * tile_rows // max(depth, 1)), 64 // ahead.itemsize)
+    return share, min(-(-share * tile_rows // max(depth, 1)), most * _LINE_BYTES // ahead.itemsize)
 
 
 @kernel
@@ -241,16 +247,16 @@ def overwrite_ranges(
     """
     keep_out_of_line()
     lanes = lanes_of(a)
-    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth)
+    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth, 1)
     for r in range(r0, r1, TILE_ROWS):
         terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
         operands = a, a0, row, col, terms, b, b0, ldb, start, s0, c, c0, crow, columns
         if columns == TILE_VECTORS * lanes:
-            _tile(TILE_ROWS, 2, 0, 0, operands, r, ahead, (r - r0) * share, step)
+            _tile(TILE_ROWS, 2, 0, 0, 0, operands, r, ahead, (r - r0) * share, step)
         elif columns > lanes:
-            _tile(TILE_ROWS, 2, 1, 0, operands, r, ahead, (r - r0) * share, step)
+            _tile(TILE_ROWS, 2, 1, 0, 0, operands, r, ahead, (r - r0) * share, step)
         else:
-            _tile(TILE_ROWS, 1, 1, 0, operands, r, ahead, (r - r0) * share, step)
+            _tile(TILE_ROWS, 1, 1, 0, 0, operands, r, ahead, (r - r0) * share, step)
 
 
 @kernel
@@ -265,35 +271,44 @@ def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0
 def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead):
     """`add_panel`, each tile over its range of k alone; see `overwrite_ranges`."""
     rows = TALL_ROWS if (r1 - r0) % TILE_ROWS != 0 else TILE_ROWS
-    share, step = _fetched(ahead, r1 - r0, rows, depth)
-    add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, share, step)
+    share, step = _fetched(ahead, r1 - r0, rows, depth, TILE_VECTORS)
+    fetched = share, step, step * ahead.itemsize > _LINE_BYTES
+    add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched)
 
 
 @kernel
-def add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, share, step):
-    """`add_ranges`, while a cache fetches what lies `share` a row of C, and `step` a k, behind `ahead[0]`."""
+def add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched):
+    """`add_ranges`, while a cache fetches what lies `share` a row of C, and `step` a k, behind `ahead[0]`.
+
+    `fetched` is these two, and whether that is a stream of as many lines as the panel's rows have.
+    """
     keep_out_of_line()
     lanes = lanes_of(a)
+    share, step, streams = fetched
     if (r1 - r0) % TILE_ROWS != 0:
         for r in range(r0, r1, TALL_ROWS):
             terms = _terms(ranges, (r - r0) // TALL_ROWS, depth)
             operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
-            if columns == TILE_VECTORS * lanes:
-                _tile(TALL_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
+            if columns == TILE_VECTORS * lanes and streams:
+                _tile(TALL_ROWS, 2, 0, 1, 1, operands, r, ahead, (r - r0) * share, step)
+            elif columns == TILE_VECTORS * lanes:
+                _tile(TALL_ROWS, 2, 0, 1, 0, operands, r, ahead, (r - r0) * share, step)
             elif columns > lanes:
-                _tile(TALL_ROWS, 2, 1, 1, operands, r, ahead, (r - r0) * share, step)
+                _tile(TALL_ROWS, 2, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
             else:
-                _tile(TALL_ROWS, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
+                _tile(TALL_ROWS, 1, 1, 1, 0, operands, r, ahead, (r - r0) * share, step)
         return
     for r in range(r0, r1, TILE_ROWS):
         terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
         operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
-        if columns == TILE_VECTORS * lanes:
-            _tile(TILE_ROWS, 2, 0, 1, operands, r, ahead, (r - r0) * share, step)
+        if columns == TILE_VECTORS * lanes and streams:
+            _tile(TILE_ROWS, 2, 0, 1, 1, operands, r, ahead, (r - r0) * share, step)
+        elif columns == TILE_VECTORS * lanes:
+            _tile(TILE_ROWS, 2, 0, 1, 0, operands, r, ahead, (r - r0) * share, step)
         elif columns > lanes:
-            _tile(TILE_ROWS, 2, 1, 1, operands, r, ahead, (r - r0) * share, step)
+            _tile(TILE_ROWS, 2, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
         else:
-            _tile(TILE_ROWS, 1, 1, 1, operands, r, ahead, (r - r0) * share, step)
+            _tile(TILE_ROWS, 1, 1, 1, 0, operands, r, ahead, (r - r0) * share, step)
 
 
 @kernel

@@ -23,7 +23,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, parallel, part_count, span
 from . import simd, winograd
-from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer, lone
 from .elementwise import passes_caches
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TILES, tile_products
@@ -46,11 +46,19 @@ _MOST_ROWS = 16
 _TASKS = 4
 # Tiles that are done with one vector of filters before the next.
 _CHUNK = 64
-# Measured cycles: of a vector of the image that is transformed, of what begins and ends the sums of a tile,
-# and of what begins and ends those of a pixel the direct way.
-_TRANSFORM_CYCLES = 35.0
-_TILE_CYCLES = 9.0
-_PIXEL_CYCLES = 3.0
+
+
+class _Cycles(NamedTuple):
+    """Measured, a product of the direct way being 1."""
+
+    transform: float  # of a vector of the image
+    product: float
+    tile: float  # what begins and ends its sums
+    pixel: float  # the same, the direct way
+    finish: float  # of a pixel that is not stored as it is, the direct way: the block is read again
+
+
+_CYCLES = _Cycles(25.0, 1.5, 30.0, 6.0, 14.0) if simd.FULL_WIDTH else _Cycles(35.0, 1.0, 9.0, 3.0, 0.0)
 
 
 class Grid(NamedTuple):
@@ -269,10 +277,10 @@ def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     g, of = plan(layer, images, dtype, e)
     lanes = simd.lanes(dtype)
     vectors = -(-layer.filters // lanes)
-    transforms = g.window_h * g.plane / lanes * _TRANSFORM_CYCLES
-    tiles = of.sources.size * vectors * (SIZE * of.taps.size + _TILE_CYCLES)
-    direct = g.rows * width * vectors * (_TAPS * of.taps.size + _PIXEL_CYCLES)
-    return transforms + tiles < direct
+    transforms = g.window_h * g.plane / lanes * _CYCLES.transform
+    tiles = of.sources.size * vectors * (SIZE * of.taps.size * _CYCLES.product + _CYCLES.tile)
+    pixel = _TAPS * of.taps.size + _CYCLES.pixel + (_CYCLES.finish if e.pool_h else 0)
+    return transforms + tiles < g.rows * width * vectors * pixel * lone(layer.filters, dtype)
 
 
 def fits(layer: Layer, dtype: np.dtype) -> bool:

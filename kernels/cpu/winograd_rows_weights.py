@@ -12,6 +12,7 @@ read.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd, winograd_rows
-from .direct import MULTIPLY_ADDS_PER_BYTE, Layer
+from .direct import MULTIPLY_ADDS_PER_BYTE, Layer, lone
 from .epilogue import NO_EPILOGUE, Epilogue
 from .row_tiles import POOLED, RELU, SIZE, STORED, TAPS, add_gradients
 from .vectors import all_lanes, lanes_of, load, pointer, store
@@ -36,12 +37,20 @@ _CHUNK = 64
 # So many tiles ahead dout is fetched: with a quarter of that memory is waited for.
 _AHEAD = 64
 # Behind pooling by 2 x 2, sums over the largest pixels alone take no longer with more channels.
-_MOST_POOLED_CHANNELS = 3
-# Measured cycles: of a vector of the image that is transformed, of a tile of dout for each few taps, and of a
-# tile of dout that is copied.
-_TRANSFORM_CYCLES = 25.0
-_TILE_CYCLES = 5.0
-_COPY_CYCLES = 30.0
+_MOST_POOLED_CHANNELS = 4 if simd.FULL_WIDTH else 3
+
+
+class _Cycles(NamedTuple):
+    """Measured, a product of the direct way being 1."""
+
+    transform: float  # of a vector of the image
+    product: float
+    tile: float  # of a tile of dout for each few taps
+    copy: float  # of a tile of dout that is copied
+    unpool: float  # of a pixel that has a gradient or none, for each of a window's rows: the direct way
+
+
+_CYCLES = _Cycles(20.0, 1.1, 20.0, 60.0, 10.0) if simd.FULL_WIDTH else _Cycles(25.0, 1.0, 5.0, 30.0, 0.0)
 
 
 class Tables(NamedTuple):
@@ -229,25 +238,26 @@ def add_weight_gradient(
 
 
 @lru_cache(maxsize=512)
-def _pays(layer: Layer, images: int, dtype: np.dtype) -> bool:
+def _pays(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     """Whether rows of tiles take less time than the direct way."""
-    g, of = _plan(layer, images, dtype, NO_EPILOGUE)
+    g, of = _plan(layer, images, dtype, e)
     lanes = simd.lanes(dtype)
     vectors = -(-layer.filters // lanes)
-    transforms = g.window_h / g.rows * g.plane / lanes * _TRANSFORM_CYCLES
-    tile = of.taps.size // TAPS * (TAPS * SIZE + _TILE_CYCLES)
-    ends = tile + _COPY_CYCLES if g.width % TILE else 0
-    direct = vectors * layer.multiply_adds / (g.height * layer.filters)
-    return transforms + vectors * (g.width // TILE * tile + ends) < direct
+    transforms = g.window_h / g.rows * g.plane / lanes * _CYCLES.transform
+    tile = of.taps.size // TAPS * (TAPS * SIZE * _CYCLES.product + _CYCLES.tile)
+    ends = tile + _CYCLES.copy if g.width % TILE else 0
+    pixel = layer.multiply_adds / math.prod(layer.out_image) / layer.filters * lone(layer.filters, dtype)
+    pixel += _CYCLES.unpool * e.pool_h
+    return transforms + vectors * (g.width // TILE * tile + ends) < vectors * g.width * pixel
 
 
-def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
+def suits(layer: Layer, images: int, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> bool:
     """Whether the gradient may be computed here, and is sooner than the direct way."""
-    return winograd_rows.fits(layer, dtype) and _pays(layer, min(images, _PIECES), dtype)
+    return winograd_rows.fits(layer, dtype) and _pays(layer, min(images, _PIECES), dtype, e)
 
 
 def suits_pooled(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     """Whether that behind `e` may be computed here, and is sooner than from the largest pixels alone."""
     if (e.pool_h, e.pool_w) not in winograd_rows.FINISHES or e.out_w * e.pool_w < TILE:
         return False
-    return (e.pool_h == 1 or layer.channels <= _MOST_POOLED_CHANNELS) and suits(layer, images, dtype)
+    return (e.pool_h == 1 or layer.channels <= _MOST_POOLED_CHANNELS) and suits(layer, images, dtype, e)
