@@ -22,11 +22,10 @@ from .direct import (
     column_of_pixels,
     fill_window,
     set_rectangle,
-    share,
 )
 from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
 from .geometry import Gradient
-from .tile import TALL_ROWS, add_ranges
+from .tile import add_ranges, tile_rows
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Units times pieces of the batch are between these two, whatever the number of threads.
@@ -122,22 +121,23 @@ def _pixel_ranges(of, first, rows, ranges):
 
 
 @kernel
-def _fetched_next(x, dout, of, n, first, rows, inputs, p, panels):
-    """What is fetched beside panel p: the next block's inputs at the first panels, else its gradients.
+def _turns(fresh, size, panels, tiles):
+    """How many of the panels' tiles fetch the next block's inputs; the others fetch its gradients.
 
-    A lone tile of few taps has time for neither but what there is most of, where others can wait for nothing.
+    Both get their share, and of tiles a panel's one, at least, is left for its gradients: a lone tile of few
+    taps has time for nothing else.
     """
-    b = of.blocks
-    fresh = min(rows * b.step * b.image_w * of.channels, inputs)
-    size = rows * b.width * dout.shape[1]
-    turns = (panels * fresh + size // 2) // (fresh + size)
-    if of.taps.size > TALL_ROWS and panels > 1 and fresh > 0:
-        turns = min(max(turns, 1), panels - 1)
-    if p < turns:
-        following = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
-        return share(x, following, fresh, p, turns)
-    following = (n * b.height + first + rows) * b.width * dout.shape[1]
-    return share(dout.reshape(dout.size), following, size, p - turns, panels - turns)
+    turns = (panels * tiles * fresh + (fresh + size) // 2) // (fresh + size)
+    if tiles > 1 and fresh > 0:
+        return min(max(turns, 1), panels * (tiles - 1))
+    return turns
+
+
+@kernel
+def _fetched(values, first, size, turn, end, turns):
+    """Of `size` values from `first` on, those that a cache fetches from one turn of `turns` to another."""
+    first, turns = max(first, 0), max(turns, 1)
+    return values[first + size * turn // turns : first + size * end // turns]
 
 
 @kernel
@@ -145,14 +145,20 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
     """Add the products of image n's block from grid row `first` on to all of a unit's panels."""
     window, all_ranges, spare = memory
     panels, depth, width = partial.shape
-    sums, taps, col, b = partial.reshape(partial.size), of.taps, of.pixels, of.blocks
+    sums, gradients = partial.reshape(partial.size), dout.reshape(dout.size)
+    taps, col, b = of.taps, of.pixels, of.blocks
     rows = min(b.rows, b.height - first)
     pixels = rows * b.width
     a, a0 = _read_inputs(x, n, first, of, unit * cut.groups * cut.channels, window)
     ranges = _pixel_ranges(of, first, rows, all_ranges)
-    inputs = 0 if cut.units > 1 else x.size
+    high = tile_rows(taps.size)
+    tiles = taps.size // high
+    fresh = 0 if cut.units > 1 else min(rows * b.step * b.image_w * of.channels, x.size)
+    size = pixels * dout.shape[1]
+    next_x = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
+    next_dout = (n * b.height + first + rows) * b.width * dout.shape[1]
+    turns = _turns(fresh, size, panels, tiles)
     for p in range(panels):
-        ahead = _fetched_next(x, dout, of, n, first, rows, inputs, p, panels)
         group = p // (panels // cut.groups)
         column = (p - group * (panels // cut.groups)) * width
         many = min(columns - column, width)
@@ -161,9 +167,32 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
             dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, p * width
         )
         at, c0 = a0 + group * cut.channels, p * depth * width
-        add_ranges(
-            a, at, taps, col, 0, taps.size, pixels, ranges, source, b0, ldb, sums, c0, of.places, many, ahead
-        )
+        begin, end = p * tiles, (p + 1) * tiles
+        turn = min(max(turns, begin), end)
+        for t0, t1 in ((begin, turn), (turn, end)):
+            if t0 == t1:
+                continue
+            ahead = _fetched(x, next_x, fresh, t0, t1, turns)
+            if t0 >= turns:
+                ahead = _fetched(gradients, next_dout, size, t0 - turns, t1 - turns, panels * tiles - turns)
+            some = (t0 - begin) * high, (t1 - begin) * high, high
+            add_ranges(
+                a,
+                at,
+                taps,
+                col,
+                some,
+                pixels,
+                ranges[4 * (t0 - begin) :],
+                source,
+                b0,
+                ldb,
+                sums,
+                c0,
+                of.places,
+                many,
+                ahead,
+            )
 
 
 @parallel

@@ -30,7 +30,7 @@ from .dots import dots
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .image_tiles import gather_images
 from .simd import TILE_ROWS
-from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows
+from .tile import TALL_ROWS, add_ranges, add_rows, add_tiles, padded_rows, tile_rows
 from .vectors import first_lanes, lanes_of, load, pointer, store
 from .winograd_tiling import panel_filters
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
@@ -206,8 +206,7 @@ def _correlate(part, parts, x, weight, packs, bias, y, g, tables, z, e, taps, ar
                 channel,
                 row,
                 col[first:],
-                r0,
-                r1,
+                (r0, r1, tile_rows(r1 - r0)),
                 depth,
                 col[:0],
                 source,
@@ -358,8 +357,7 @@ def _add_products(part, parts, x, dout, dweight, g, tables, packs):
             taps[tap, 0],
             row,
             col,
-            0,
-            row.size,
+            (0, row.size, tile_rows(row.size)),
             g.pixels,
             ranges[tap],
             packed,
@@ -386,7 +384,7 @@ def _weight_plan(layer: Layer, images: int, width: int) -> tuple[Sizes, tuple[np
     order = (n * out_h + h) * out_w + w
     inputs = (n * height + h * rows.step) * line + w * columns.step
     row = padded_rows(np.arange(channels), add_rows(channels))
-    tiles = len(row) // (TILE_ROWS if len(row) % TILE_ROWS == 0 else TALL_ROWS)
+    tiles = len(row) // add_rows(channels)
     taps: list[tuple[int, int]] = []
     ranges: list[np.ndarray] = []
     for tap, ((i, _), (j, _)) in _axes(layer, layer.out_image):

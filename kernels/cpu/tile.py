@@ -268,24 +268,34 @@ def overwrite_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, start, s0, c, c0
 
 
 @kernel
-def add_ranges(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead):
-    """`add_panel`, each tile over its range of k alone; see `overwrite_ranges`."""
-    rows = TALL_ROWS if (r1 - r0) % TILE_ROWS != 0 else TILE_ROWS
-    share, step = _fetched(ahead, r1 - r0, rows, depth, TILE_VECTORS)
-    fetched = share, step, step * ahead.itemsize > _LINE_BYTES
-    add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched)
+def tile_rows(entries):
+    """The rows of the tiles of a table of so many entries: see `add_rows`."""
+    return TALL_ROWS if entries % TILE_ROWS != 0 else TILE_ROWS
 
 
 @kernel
-def add_tiles(a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched):
+def add_ranges(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead):
+    """`add_panel`, each tile over its range of k alone; see `overwrite_ranges`.
+
+    `rows` are the first and the end of the tables' rows, and how many a tile has.
+    """
+    r0, r1, high = rows
+    share, step = _fetched(ahead, r1 - r0, high, depth, TILE_VECTORS)
+    fetched = share, step, step * ahead.itemsize > _LINE_BYTES
+    add_tiles(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched)
+
+
+@kernel
+def add_tiles(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched):
     """`add_ranges`, while a cache fetches what lies `share` a row of C, and `step` a k, behind `ahead[0]`.
 
     `fetched` is these two, and whether that is a stream of as many lines as the panel's rows have.
     """
     keep_out_of_line()
     lanes = lanes_of(a)
+    r0, r1, high = rows
     share, step, streams = fetched
-    if (r1 - r0) % TILE_ROWS != 0:
+    if high != TILE_ROWS:
         for r in range(r0, r1, TALL_ROWS):
             terms = _terms(ranges, (r - r0) // TALL_ROWS, depth)
             operands = a, a0, row, col, terms, b, b0, ldb, b, 0, c, c0, crow, columns
@@ -317,7 +327,8 @@ def add_panel(a, a0, row, col, r0, r1, depth, b, b0, ldb, c, c0, crow, columns):
 
     There are a multiple of `TILE_ROWS` of them, or of `TALL_ROWS`.
     """
-    add_ranges(a, a0, row, col, r0, r1, depth, col[:0], b, b0, ldb, c, c0, crow, columns, b[:0])
+    rows = r0, r1, tile_rows(r1 - r0)
+    add_ranges(a, a0, row, col, rows, depth, col[:0], b, b0, ldb, c, c0, crow, columns, b[:0])
 
 
 def add_rows(entries: int) -> int:

@@ -21,7 +21,7 @@ from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
 from .square_tile import HAS_REGISTERS, add_square
-from .tile import add_ranges, add_rows, padded_rows
+from .tile import add_ranges, add_rows, padded_rows, tile_rows
 from .vectors import lanes_of, pointer, prefetch
 from .winograd import transform_input, windows
 from .winograd_tiling import (
@@ -121,8 +121,7 @@ def _add_products(v, w, g, element, panel, depth, tables, sums, ahead):
         element * g.input_step,
         channels,
         tiles,
-        0,
-        channels.size,
+        (0, channels.size, tile_rows(channels.size)),
         depth,
         channels[:0],
         w,
