@@ -30,6 +30,11 @@ CASES = {
     "slices of groups": ((2, 8, 9, 256), 160, (5, 5), 1, 2, 1, 2),
     "slices of channels": ((2, 8, 9, 192), 160, (3, 3), 1, 1, 1, 1),
     "slices of the image in place": ((3, 9, 9, 192), 160, (3, 3), 2, 0, 1, 1),
+    "tall tiles": ((2, 19, 17, 2), 72, (3, 3), 1, 1, 1, 1),
+    "a lone tall tile": ((3, 21, 20, 1), 72, (3, 3), 1, 1, 1, 1),
+    "points": ((3, 21, 26, 20), 80, (1, 1), 1, 0, 1, 1),
+    "points of more channels than filters": ((2, 31, 20, 40), 16, (1, 1), 1, 0, 1, 1),
+    "points apart": ((2, 33, 41, 24), 40, (1, 1), 2, 0, 1, 1),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -188,3 +193,27 @@ def test_images_of_no_channels_give_the_bias(dtype):
     np.testing.assert_array_equal(cpu.conv2d_pool_forward(x, weight, bias, 7)[0], expected[:, :1, :1])
     assert cpu.conv2d_backward_input(expected, weight, x.shape).shape == x.shape
     assert cpu.conv2d_backward_weight(expected, x, 3).shape == weight.shape
+
+
+@pytest.mark.parametrize("panels", [1, 2, 5])
+@pytest.mark.parametrize("tiles", [1, 2, 7])
+def test_inputs_and_gradients_share_what_tiles_fetch(panels, tiles):
+    for fresh, size in ((0, 10), (1, 1000), (1000, 1), (300, 300), (64, 16), (16, 64)):
+        turns = direct_weights._turns.py_func(fresh, size, panels, tiles)
+        assert 0 <= turns <= panels * tiles
+        if fresh == 0:
+            assert turns == 0
+        elif tiles > 1:
+            assert 1 <= turns <= panels * (tiles - 1)
+        else:
+            assert turns == round(panels * fresh / (fresh + size) + 1e-9)
+
+
+def test_all_that_is_fetched_is_shared_out():
+    values = np.arange(100.0)
+    parts = [direct_weights._fetched.py_func(values, 10, 57, t, t + 1, 4) for t in range(4)]
+    np.testing.assert_array_equal(np.concatenate(parts), values[10:67])
+    # What lies before the images, in the padding, is not there; nor is anything behind them.
+    np.testing.assert_array_equal(direct_weights._fetched.py_func(values, -5, 8, 0, 1, 1), values[:8])
+    np.testing.assert_array_equal(direct_weights._fetched.py_func(values, 95, 57, 0, 1, 1), values[95:])
+    assert direct_weights._fetched.py_func(values, 100, 57, 0, 0, 0).size == 0

@@ -285,9 +285,8 @@ def _plan(
         columns = columns._replace(outputs=e.out_w * e.pool_w)
         multiple = e.pool_h
     cut = _cut(layer, images * rows.outputs * columns.outputs, width, itemsize)
-    of = geometry.gradient(
-        rows, columns, layer.image, layer.channels, cut.channels, cut.groups, width, multiple
-    )
+    seen = cut.channels, cut.groups
+    of = geometry.gradient(rows, columns, layer.image, layer.channels, *seen, layer.filters, width, multiple)
     return of, cut._replace(pieces=min(cut.pieces, images * of.blocks.blocks)), window_taps(e, width)
 
 

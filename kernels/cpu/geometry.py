@@ -25,10 +25,10 @@ from .tile import TILE_ROWS, add_rows, padded_rows
 _WINDOW_BYTES = 256 * 1024
 _BLOCK_PIXELS = 512
 _GRADIENT_PIXELS = 1024
-# Of filters of one tap, whose windows don't overlap: both sides of a product stay near, and of few channels
-# so many that their calls don't weigh.
-_POINT_PIXELS = 128
-_POINT_BYTES = 32 * 1024
+# Of filters of one tap, whose windows don't overlap: both sides of a product stay near, but few channels take
+# so many that calls don't weigh.
+_FEWEST_POINTS = 128
+_POINT_BYTES = 160 * 1024
 _ITEMSIZE = 4  # of float32; float64 windows are twice as large and do as well in the second-level cache
 # In shorter sums of taps nothing is left out: looking what a tile needs takes as long.
 _SHORTEST_SUM = 64
@@ -228,6 +228,7 @@ def gradient(
     channels: int,
     group: int,
     groups: int,
+    filters: int,
     panel_width: int,
     multiple: int = 1,
 ) -> Gradient:
@@ -238,7 +239,7 @@ def gradient(
     height, width = image
     most = _GRADIENT_PIXELS
     if len(rows.taps) * len(columns.taps) == 1:
-        most = min(max(_POINT_BYTES // (group * groups * _ITEMSIZE), _POINT_PIXELS), most)
+        most = min(max(_POINT_BYTES // ((group * groups + filters) * _ITEMSIZE), _FEWEST_POINTS), most)
     b = blocks(rows, columns, image, channels, group * groups, multiple, most)
     # Where no padding is read, the image itself is the window.
     between = channels if b.in_place else b.channels
