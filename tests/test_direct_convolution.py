@@ -199,7 +199,7 @@ def test_images_of_no_channels_give_the_bias(dtype):
 @pytest.mark.parametrize("tiles", [1, 2, 7])
 def test_inputs_and_gradients_share_what_tiles_fetch(panels, tiles):
     for fresh, size in ((0, 10), (1, 1000), (1000, 1), (300, 300), (64, 16), (16, 64)):
-        turns = direct_weights._turns.py_func(fresh, size, panels, tiles)
+        turns = direct_weights._turns(fresh, size, panels, tiles)
         assert 0 <= turns <= panels * tiles
         if fresh == 0:
             assert turns == 0

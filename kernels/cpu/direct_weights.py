@@ -25,7 +25,7 @@ from .direct import (
 )
 from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
 from .geometry import Gradient
-from .tile import add_ranges, tile_rows
+from .tile import add_ranges, add_rows
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 # Units times pieces of the batch are between these two, whatever the number of threads.
@@ -49,6 +49,9 @@ class Cut(NamedTuple):
     groups: int  # in a unit
     channels: int  # of each of these
     pieces: int  # of the batch
+    high: int = 0  # taps of a tile
+    tiles: int = 0  # of a panel
+    turns: int = 0  # see `_turns`
 
 
 @kernel
@@ -121,19 +124,6 @@ def _pixel_ranges(of, first, rows, ranges):
 
 
 @kernel
-def _turns(fresh, size, panels, tiles):
-    """How many of the panels' tiles fetch the next block's inputs; the others fetch its gradients.
-
-    Both get their share, and of tiles a panel's one, at least, is left for its gradients: a lone tile of few
-    taps has time for nothing else.
-    """
-    turns = (panels * tiles * fresh + (fresh + size) // 2) // (fresh + size)
-    if tiles > 1 and fresh > 0:
-        return min(max(turns, 1), panels * (tiles - 1))
-    return turns
-
-
-@kernel
 def _fetched(values, first, size, turn, end, turns):
     """Of `size` values from `first` on, those that a cache fetches from one turn of `turns` to another."""
     first, turns = max(first, 0), max(turns, 1)
@@ -151,13 +141,11 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
     pixels = rows * b.width
     a, a0 = _read_inputs(x, n, first, of, unit * cut.groups * cut.channels, window)
     ranges = _pixel_ranges(of, first, rows, all_ranges)
-    high = tile_rows(taps.size)
-    tiles = taps.size // high
-    fresh = 0 if cut.units > 1 else min(rows * b.step * b.image_w * of.channels, x.size)
+    high, tiles, turns = cut.high, cut.tiles, cut.turns
+    fresh = min(rows * b.step * b.image_w * of.channels, x.size)
     size = pixels * dout.shape[1]
     next_x = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
     next_dout = (n * b.height + first + rows) * b.width * dout.shape[1]
-    turns = _turns(fresh, size, panels, tiles)
     for p in range(panels):
         group = p // (panels // cut.groups)
         column = (p - group * (panels // cut.groups)) * width
@@ -167,13 +155,13 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
             dout, argmax, n, first, rows, column, many, of, e, pool, spare, width, bias, p * width
         )
         at, c0 = a0 + group * cut.channels, p * depth * width
-        begin, end = p * tiles, (p + 1) * tiles
-        turn = min(max(turns, begin), end)
-        for t0, t1 in ((begin, turn), (turn, end)):
-            if t0 == t1:
-                continue
-            ahead = _fetched(x, next_x, fresh, t0, t1, turns)
-            if t0 >= turns:
+        begin, t1 = p * tiles, p * tiles
+        while t1 < begin + tiles:
+            t0, t1 = t1, begin + tiles
+            if t0 < turns:
+                t1 = min(t1, turns)
+                ahead = _fetched(x, next_x, fresh, t0, t1, turns)
+            else:
                 ahead = _fetched(gradients, next_dout, size, t0 - turns, t1 - turns, panels * tiles - turns)
             some = (t0 - begin) * high, (t1 - begin) * high, high
             add_ranges(
@@ -274,6 +262,18 @@ def _cut(layer: Layer, pixels: int, width: int, itemsize: int) -> Cut:
     return Cut(units, slices, groups, inner // slices, pieces)
 
 
+def _turns(fresh: int, size: int, panels: int, tiles: int) -> int:
+    """How many of the panels' tiles fetch the next block's inputs; the others fetch its gradients.
+
+    Both get their share, and of tiles a panel's one, at least, is left for its gradients: a lone tile of few
+    taps has time for nothing else.
+    """
+    turns = (panels * tiles * fresh + (fresh + size) // 2) // (fresh + size)
+    if tiles > 1 and fresh > 0:
+        return min(max(turns, 1), panels * (tiles - 1))
+    return turns
+
+
 @lru_cache(maxsize=512)
 def _plan(
     layer: Layer, e: Epilogue, images: int, width: int, itemsize: int
@@ -287,7 +287,16 @@ def _plan(
     cut = _cut(layer, images * rows.outputs * columns.outputs, width, itemsize)
     seen = cut.channels, cut.groups
     of = geometry.gradient(rows, columns, layer.image, layer.channels, *seen, layer.filters, width, multiple)
-    return of, cut._replace(pieces=min(cut.pieces, images * of.blocks.blocks)), window_taps(e, width)
+    b, high = of.blocks, add_rows(layer.rows.kernel * layer.columns.kernel * cut.channels)
+    tiles, panels = of.taps.size // high, cut.groups * -(-layer.filters // layer.groups // width)
+    fresh = b.step * b.image_w * layer.channels if cut.units == 1 else 0
+    cut = cut._replace(
+        pieces=min(cut.pieces, images * b.blocks),
+        high=high,
+        tiles=tiles,
+        turns=_turns(fresh, b.width * layer.filters, panels, tiles),
+    )
+    return of, cut, window_taps(e, width)
 
 
 def add_weight_gradient(
