@@ -28,7 +28,8 @@ from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 MULTIPLY_ADDS_PER_BYTE = 10
 # Measured cycles of a product of vectors, with what the tile needs beside.
 CYCLES = 1.15
-# How much longer a panel of one vector takes than is reckoned: its every product loads something.
+# How much longer a panel of one vector takes than is reckoned: its every product loads something. Only ways
+# that don't wait for loads themselves need to know.
 _LONE = 1.45 if simd.FULL_WIDTH else 1.0
 
 

@@ -143,9 +143,11 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
     ranges = _pixel_ranges(of, first, rows, all_ranges)
     high, tiles, turns = cut.high, cut.tiles, cut.turns
     fresh = min(rows * b.step * b.image_w * of.channels, x.size)
-    size = pixels * dout.shape[1]
     next_x = (n * b.image_h + b.origin_h + first * b.step + b.window_h) * b.image_w * of.channels
-    next_dout = (n * b.height + first + rows) * b.width * dout.shape[1]
+    # What is pooled has fewer rows and columns.
+    height, line, pooled = (e.out_h, e.out_w, e.pool_h) if e.pool_h > 0 else (b.height, b.width, 1)
+    size = rows // pooled * line * dout.shape[1]
+    next_dout = (n * height + (first + rows) // pooled) * line * dout.shape[1]
     for p in range(panels):
         group = p // (panels // cut.groups)
         column = (p - group * (panels // cut.groups)) * width
@@ -289,12 +291,14 @@ def _plan(
     of = geometry.gradient(rows, columns, layer.image, layer.channels, *seen, layer.filters, width, multiple)
     b, high = of.blocks, add_rows(layer.rows.kernel * layer.columns.kernel * cut.channels)
     tiles, panels = of.taps.size // high, cut.groups * -(-layer.filters // layer.groups // width)
-    fresh = b.step * b.image_w * layer.channels if cut.units == 1 else 0
+    # For each row of gradients.
+    fresh = multiple * b.step * b.image_w * layer.channels if cut.units == 1 else 0
+    line = e.out_w if e.pool_h else b.width
     cut = cut._replace(
         pieces=min(cut.pieces, images * b.blocks),
         high=high,
         tiles=tiles,
-        turns=_turns(fresh, b.width * layer.filters, panels, tiles),
+        turns=_turns(fresh, line * layer.filters, panels, tiles),
     )
     return of, cut, window_taps(e, width)
 
