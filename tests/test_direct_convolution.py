@@ -211,9 +211,9 @@ def test_inputs_and_gradients_share_what_tiles_fetch(panels, tiles):
 
 def test_all_that_is_fetched_is_shared_out():
     values = np.arange(100.0)
-    parts = [direct_weights._fetched.py_func(values, 10, 57, t, t + 1, 4) for t in range(4)]
+    parts = [direct.share.py_func(values, 10, 57, t, t + 1, 4) for t in range(4)]
     np.testing.assert_array_equal(np.concatenate(parts), values[10:67])
     # What lies before the images, in the padding, is not there; nor is anything behind them.
-    np.testing.assert_array_equal(direct_weights._fetched.py_func(values, -5, 8, 0, 1, 1), values[:8])
-    np.testing.assert_array_equal(direct_weights._fetched.py_func(values, 95, 57, 0, 1, 1), values[95:])
-    assert direct_weights._fetched.py_func(values, 100, 57, 0, 0, 0).size == 0
+    np.testing.assert_array_equal(direct.share.py_func(values, -5, 8, 0, 1, 1), values[:8])
+    np.testing.assert_array_equal(direct.share.py_func(values, 95, 57, 0, 1, 1), values[95:])
+    assert direct.share.py_func(values, 100, 57, 0, 0, 0).size == 0

@@ -57,11 +57,10 @@ def fill_window(x, n, b, h0, rows, margin, window):
 
 
 @kernel
-def share(values, first, size, part, parts):
-    """Of `size` values from `first` on, those that a cache fetches in one of `parts` equal times."""
-    lo, hi = span(part, parts, size)
-    first = max(first, 0)
-    return values[first + lo : first + hi]
+def share(values, first, size, begin, end, times):
+    """Of `size` values from `first` on, those that a cache fetches from one of equal times to another."""
+    first, times = max(first, 0), max(times, 1)
+    return values[first + size * begin // times : first + size * end // times]
 
 
 @kernel
@@ -165,7 +164,7 @@ def _correlate(
                 t0,
                 of.spread,
                 stored,
-                share(x, ahead, fresh, panel - panel0, panel1 - panel0),
+                share(x, ahead, fresh, panel - panel0, panel - panel0 + 1, panel1 - panel0),
             )
             finish_panel(z, width, pooled, e, pool, y, place, argmax, many)
 

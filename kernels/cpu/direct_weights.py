@@ -22,6 +22,7 @@ from .direct import (
     column_of_pixels,
     fill_window,
     set_rectangle,
+    share,
 )
 from .epilogue import NO_EPILOGUE, Epilogue, unpool_panel, window_taps
 from .geometry import Gradient
@@ -124,13 +125,6 @@ def _pixel_ranges(of, first, rows, ranges):
 
 
 @kernel
-def _fetched(values, first, size, turn, end, turns):
-    """Of `size` values from `first` on, those that a cache fetches from one turn of `turns` to another."""
-    first, turns = max(first, 0), max(turns, 1)
-    return values[first + size * turn // turns : first + size * end // turns]
-
-
-@kernel
 def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias, memory, e, pool):
     """Add the products of image n's block from grid row `first` on to all of a unit's panels."""
     window, all_ranges, spare = memory
@@ -162,9 +156,9 @@ def _add_block(x, dout, argmax, n, first, unit, of, cut, columns, partial, bias,
             t0, t1 = t1, begin + tiles
             if t0 < turns:
                 t1 = min(t1, turns)
-                ahead = _fetched(x, next_x, fresh, t0, t1, turns)
+                ahead = share(x, next_x, fresh, t0, t1, turns)
             else:
-                ahead = _fetched(gradients, next_dout, size, t0 - turns, t1 - turns, panels * tiles - turns)
+                ahead = share(gradients, next_dout, size, t0 - turns, t1 - turns, panels * tiles - turns)
             some = (t0 - begin) * high, (t1 - begin) * high, high
             add_ranges(
                 a,

@@ -33,6 +33,8 @@ TALL_ROWS = 9 if TILE_ROWS == 8 else TILE_ROWS
 TILE_VECTORS = simd.TILE_VECTORS
 VECTOR_BITS = simd.VECTOR_BITS
 _LINE_BYTES = 64  # of a cache
+# Those of a panel's row.
+_LINES = max(TILE_VECTORS * VECTOR_BITS // 8 // _LINE_BYTES, 1)
 
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
@@ -174,8 +176,8 @@ def _tile(typing_context, rows, vectors, ragged, add, streams, operands, r0, ahe
 
     The literals: `ragged` stores only the first `columns` columns; `add` adds the sum to C, else C is
     overwritten by start[s0 + n] + sum. `b` and `start` are read in whole vectors. Meanwhile a cache fetches
-    `step` elements of `ahead` for each k, from `ahead0` on: a line, or `streams` as much as the vectors of a
-    row of `b` take. Nothing is checked.
+    `step` elements of `ahead` for each k, from `ahead0` on: a line, or if it `streams` all of a panel's row.
+    Nothing is checked.
     """
     literals = (rows, vectors, ragged, add, streams)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
@@ -211,7 +213,7 @@ def _tile(typing_context, rows, vectors, ragged, add, streams, operands, r0, ahe
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
         to_fetch = emit.at(data(ahead, arguments[7]), ahead0)
-        lines = max(tile_vectors * emit.lanes * emit.bytes // _LINE_BYTES, 1) if many else 1
+        lines = _LINES if many else 1
         place = emit.at(b, b0)
         sums = _products(emit, a_rows, col, terms, place, ldb, begin, tile_vectors, to_fetch, step, lines)
         # Only the last vector of a ragged panel is cut: the panel functions below see to it.
@@ -280,7 +282,8 @@ def add_ranges(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, co
     `rows` are the first and the end of the tables' rows, and how many a tile has.
     """
     r0, r1, high = rows
-    share, step = _fetched(ahead, r1 - r0, high, depth, TILE_VECTORS)
+    # A panel of one vector has no room for more than a line.
+    share, step = _fetched(ahead, r1 - r0, high, depth, _LINES if columns > lanes_of(a) else 1)
     fetched = share, step, step * ahead.itemsize > _LINE_BYTES
     add_tiles(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched)
 

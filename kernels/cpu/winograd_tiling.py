@@ -126,8 +126,8 @@ def next_pixels(x, y, g, first, last):
 def in_turn(one, other, time, times):
     """What is fetched of two arrays at one of so many times: a share of the first, then one of the other."""
     if time % 2 == 0:
-        return share(one, 0, one.size, time // 2, (times + 1) // 2)
-    return share(other, 0, other.size, time // 2, times // 2)
+        return share(one, 0, one.size, time // 2, time // 2 + 1, (times + 1) // 2)
+    return share(other, 0, other.size, time // 2, time // 2 + 1, times // 2)
 
 
 def block_tiles(tile_columns: int, tiles: int) -> int:
