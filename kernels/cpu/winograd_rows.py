@@ -59,6 +59,9 @@ class _Cycles(NamedTuple):
 
 
 _CYCLES = _Cycles(25.0, 1.5, 30.0, 6.0, 14.0) if simd.FULL_WIDTH else _Cycles(35.0, 1.0, 9.0, 3.0, 0.0)
+# Shorter vectors, of which there are more.
+if simd.VECTOR_BITS == 128:
+    _CYCLES = _CYCLES._replace(transform=12.0)
 
 
 class Grid(NamedTuple):
