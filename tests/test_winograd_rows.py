@@ -256,13 +256,15 @@ def test_infinite_bias(value):
 
 
 def test_public_functions_use_it_only_when_switched_on(switch):
+    images = 3  # that fill no vector of any width, or vectors of images would take them
     rng = np.random.default_rng(7)
-    x, weight = (rng.standard_normal(size, np.float32) for size in ((4, 32, 32, 3), (3, 3, 3, 4 * LANES)))
+    x = rng.standard_normal((images, 32, 32, 3), np.float32)
+    weight = rng.standard_normal((3, 3, 3, 4 * LANES), np.float32)
     layer = direct.layer(x.shape, (3, 3), 3, 4 * LANES, 1, 1, 1, 1)
-    y = np.empty((4, 32, 32, 4 * LANES), np.float32)
+    y = np.empty((images, 32, 32, 4 * LANES), np.float32)
     winograd_rows.forward(layer, x, weight, None, y)
     e = pooled_convolution._epilogue(layer, 2, True, False)
-    pooled = np.empty((4, 16, 16, 4 * LANES), np.float32)
+    pooled = np.empty((images, 16, 16, 4 * LANES), np.float32)
     winograd_rows.forward(layer, x, weight, None, pooled, e)
     dweight = np.zeros_like(weight)
     winograd_rows_weights.add_weight_gradient(layer, y, x, dweight)
@@ -274,10 +276,10 @@ def test_public_functions_use_it_only_when_switched_on(switch):
     for enabled in (True, False):
         switch(enabled)
         behind, _ = cpu.conv2d_pool_backward_weight(pooled, argmax, x, 3, 2, padding=1)
-        pools = winograd_rows_weights.suits_pooled(layer, 4, x.dtype, keeps)
+        pools = winograd_rows_weights.suits_pooled(layer, images, x.dtype, keeps)
         assert np.array_equal(behind, dpooled) is pools
         # With vectors of 256 bits it takes as long as the direct way.
-        suits = winograd_rows_weights.suits(layer, 4, x.dtype)
+        suits = winograd_rows_weights.suits(layer, images, x.dtype)
         assert suits <= enabled
         assert np.array_equal(cpu.conv2d_backward_weight(y, x, 3, padding=1), dweight) is suits
         assert np.array_equal(cpu.conv2d_forward(x, weight, padding=1), y) is enabled
