@@ -1,4 +1,4 @@
-"""Convolutions of at most eight results: what is summed lies in the lanes of vectors, not the results.
+"""Convolutions of few results, up to twelve: what is summed lies in the lanes of vectors, not the results.
 
 A window's row of taps is one run of kernel columns * channels in memory, where columns are neighbours. Of a
 few pixels, each result is summed in a vector of its own; the lanes of as many of those as a vector has are
@@ -27,12 +27,19 @@ from .geometry import Axis, Blocks
 from .loops import sum_loop
 from .simd import VECTOR_BITS
 from .tile import Emitter
-from .vectors import Vector, all_lanes, first_lanes, load, pointer, prefetch, store
+from .vectors import Vector, all_lanes, first_lanes, keep_in_line, load, pointer, prefetch, store
 from .workspace import NOTHING, NOWHERE, clear, copy, scratch
 
 _I64 = ir.IntType(64)
-# With more results a vector of sums has few pixels, and vectors of filters are less empty.
-_MOST_RESULTS = 8
+# Results that are summed together, as long as a near cache holds their weights. Where it doesn't, and where
+# there are more, they are summed in panels of so many, for about as many pixels: such tiles read the least.
+_MOST_TOGETHER = 8
+_NEAR_BYTES = 32 << 10
+_MOST_OF_PANEL = 4
+# With more results that repays while they fill no more of a vector than this, and if filters have so many
+# taps: those of 1 x 1 read each element once a panel, from where the image lies.
+_MOST_RESULTS = 0.75
+_LEAST_TAPS = 4
 # Up to so many, and with filters as small and vectors of channels as many as these, Winograd's algorithm by
 # vectors of images is no faster.
 _FEW_RESULTS = 4
@@ -40,8 +47,10 @@ _SMALL_FILTER = 9
 _MANY_VECTORS = 4
 # Pixels of a block, whose window should stay in the second-level cache.
 _BLOCK_PIXELS = 512
-# With fewer multiply-adds a call of another way, which needs no weights packed beforehand, is over sooner.
+# With fewer multiply-adds a call of another way, which needs no weights packed beforehand, is over sooner; so
+# is, with more than `_MOST_TOGETHER` results, a call of the way for few pixels.
 _LEAST_WORK = 1 << 15
+_LEAST_WORK_OF_MANY = 1 << 20
 # Measured cycles: of loading a vector that is multiplied with all results, of what adding the lanes of a
 # result takes, and of copying a vector to a window.
 _LOAD_CYCLES = 1.0
@@ -63,9 +72,9 @@ class Tables(NamedTuple):
 def _sums(typing_context, results, p0, last, operands):
     """Lane t * results + k: the k-th result of pixel p0 + t, or of the `last`.
 
-    It is the sum of x[x0 + pixels[t] + runs[r] + i] * weights[(k * count + r) * padded + i] over all runs r <
-    count and the elements i < size of a run; `padded` is a multiple of a vector's lanes. `operands` are the
-    pixels, runs, count, size, padded, x, x0 and weights, all arrays being pointers.
+    It is the sum of x[x0 + pixels[t] + runs[r] + i] * weights[w0 + (k * count + r) * padded + i] over all
+    runs r < count and the elements i < size of a run; `padded` is a multiple of a vector's lanes. `operands`
+    are the pixels, runs, count, size, padded, x, x0, weights and w0, all arrays being pointers.
     """
     if not isinstance(results, types.IntegerLiteral):
         return None
@@ -76,7 +85,8 @@ def _sums(typing_context, results, p0, last, operands):
     def codegen(context, builder, signature, arguments):
         _, p0, last, packed = arguments
         emit = Emitter(context, builder, element)
-        pixels, runs, count, size, padded, x, x0, weights = cgutils.unpack_tuple(builder, packed)
+        pixels, runs, count, size, padded, x, x0, weights, w0 = cgutils.unpack_tuple(builder, packed)
+        weights = emit.at(weights, w0)
         windows = []
         for t in range(emit.lanes // many):
             pixel = builder.add(p0, ir.Constant(_I64, t))
@@ -118,37 +128,88 @@ def _sums(typing_context, results, p0, last, operands):
 
 
 @kernel
+def _few_sums(results, p0, last, operands):
+    """`_sums` of up to four results, whose number is not known before."""
+    keep_in_line()
+    if results == 1:
+        return _sums(1, p0, last, operands)
+    if results == 2:
+        return _sums(2, p0, last, operands)
+    if results == 3:
+        return _sums(3, p0, last, operands)
+    return _sums(4, p0, last, operands)
+
+
+@kernel
+def _some_sums(results, p0, last, operands):
+    """`_sums` of up to eight results, whose number is not known before."""
+    keep_in_line()
+    if results <= 4:
+        return _few_sums(results, p0, last, operands)
+    if results == 5:
+        return _sums(5, p0, last, operands)
+    if results == 6:
+        return _sums(6, p0, last, operands)
+    if results == 7:
+        return _sums(7, p0, last, operands)
+    return _sums(8, p0, last, operands)
+
+
+@kernel
+def _fetch(fetch, step, steps, lanes):
+    """Have a cache fetch this step's share of `fetch`: a pointer, and the elements from where to where."""
+    keep_in_line()
+    ahead, begin, end = fetch
+    lo, hi = span(step, steps, end - begin)
+    for k in range(begin + lo, begin + hi, 64 * lanes * 8 // VECTOR_BITS):
+        prefetch(ahead, k)
+
+
+@kernel
 def _fill_block(results, count, operands, start, y, y0, fetch):
-    """The results of `count` pixels, which lie one after another in y; a cache fetches some of an array."""
+    """The results of `count` pixels, which lie one after another in y."""
     keep_out_of_line()
-    ahead, a0, a1 = fetch
     lanes = start.size
     together = lanes // results
     first = load(pointer(start), 0, all_lanes(y))
-    line = 64 * lanes * 8 // VECTOR_BITS
     tiles = (count + together - 1) // together
     for p in range(0, count, together):
-        lo, hi = span(p // together, tiles, a1 - a0)
-        for k in range(a0 + lo, a0 + hi, line):
-            prefetch(ahead, k)
-        if results == 1:
-            total = _sums(1, p, count - 1, operands)
-        elif results == 2:
-            total = _sums(2, p, count - 1, operands)
-        elif results == 3:
-            total = _sums(3, p, count - 1, operands)
-        elif results == 4:
-            total = _sums(4, p, count - 1, operands)
-        elif results == 5:
-            total = _sums(5, p, count - 1, operands)
-        elif results == 6:
-            total = _sums(6, p, count - 1, operands)
-        elif results == 7:
-            total = _sums(7, p, count - 1, operands)
-        else:
-            total = _sums(8, p, count - 1, operands)
+        _fetch(fetch, p // together, tiles, lanes)
+        total = _some_sums(results, p, count - 1, (*operands, 0))
         many = min(count - p, together)
         store(total + first, y, y0 + p * results, first_lanes(y, many * results))
+
+
+@kernel
+def _fill_panel(results, count, operands, start, y, y0, pitch, fetch):
+    """`_fill_block` of a panel of up to four results, where a pixel has `pitch`."""
+    keep_out_of_line()
+    lanes = start.size
+    together = lanes // results
+    first = load(pointer(start), 0, all_lanes(y))
+    tiles = (count + together - 1) // together
+    for p in range(0, count, together):
+        _fetch(fetch, p // together, tiles, lanes)
+        total = _few_sums(results, p, count - 1, operands) + first
+        for t in range(min(count - p, together)):
+            its = first_lanes(y, (t + 1) * results) ^ first_lanes(y, t * results)
+            store(total, y, y0 + (p + t) * pitch - t * results, its)
+
+
+@kernel
+def _fill(of, count, operands, step, start, y, y0, fetch):
+    """The results of a block, all together or panel by panel; a result's weights are `step` elements."""
+    panels = len(start)
+    if panels == 1:
+        _fill_block(of.results, count, operands, start[0], y, y0, fetch)
+        return
+    ahead, begin, end = fetch
+    for panel in range(panels):
+        k0, k1 = span(panel, panels, of.results)
+        lo, hi = span(panel, panels, end - begin)
+        share = ahead, begin + lo, begin + hi
+        weights = (*operands, k0 * step)
+        _fill_panel(k1 - k0, count, weights, start[panel], y, y0 + k0, of.results, share)
 
 
 @parallel
@@ -156,6 +217,7 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, e, taps, w
     keep_out_of_line()
     b, window, z = of.blocks, windows[part], zs[part]
     padded = weights.size // max(of.runs.size * of.results, 1)
+    step = of.runs.size * padded
     tables = pointer(of.pixels), pointer(of.runs), of.runs.size, of.size, padded
     lo, hi = span(part, parts, images * b.blocks)
     for task in range(lo, hi):
@@ -169,11 +231,11 @@ def _correlate(part, parts, x, images, weights, start, y, argmax, of, e, taps, w
         fetch = pointer(x), ahead, end
         if e.pool_h > 0:
             y0 = (n * e.out_h + first // e.pool_h) * e.out_w * of.results
-            _fill_block(of.results, rows * b.width, operands, start, pointer(z), 0, fetch)
+            _fill(of, rows * b.width, operands, step, start, pointer(z), 0, fetch)
             finish_panel(z, of.results, rows // e.pool_h, e, taps, y, y0, argmax, of.results)
         else:
             y0 = (n * b.height + first) * b.width * of.results
-            _fill_block(of.results, rows * b.width, operands, start, pointer(y), y0, fetch)
+            _fill(of, rows * b.width, operands, step, start, pointer(y), y0, fetch)
 
 
 @parallel
@@ -198,9 +260,11 @@ def _pack(part, parts, weight, positions, transposed, bias, of, weights, start):
                     weights[target + d] = flat[source + d * filters + k]
         clear(weights, task * padded + of.size, padded - of.size)
     if part == 0:
-        clear(start, 0, start.size)
-        for lane in range(start.size if bias.size > 0 else 0):
-            start[lane] = bias[lane % of.results]
+        panels, lanes = start.shape
+        for panel in range(panels):
+            k0, k1 = span(panel, panels, of.results)
+            for lane in range(lanes):
+                start[panel, lane] = bias[k0 + lane % (k1 - k0)] if bias.size > 0 else 0
 
 
 def _tables(
@@ -253,12 +317,27 @@ def _input_tables(layer: Layer) -> tuple[Tables, np.ndarray]:
     )
 
 
+def _weights(of: Tables, dtype: np.dtype) -> int:
+    """Elements of a result's weights, each run of which fills whole vectors."""
+    lanes = simd.lanes(dtype)
+    return of.runs.size * -(-of.size // lanes) * lanes
+
+
+def _panels(of: Tables, dtype: np.dtype) -> int:
+    """How many panels the results are summed in."""
+    lanes = simd.lanes(dtype)
+    read = of.results * _weights(of, dtype) * dtype.itemsize
+    if of.results <= min(_MOST_TOGETHER, lanes) and (of.results <= _MOST_OF_PANEL or read <= _NEAR_BYTES):
+        return 1
+    return -(-of.results // min(_MOST_OF_PANEL, lanes))
+
+
 def _run(layer, x, tables, weight, transposed, bias, y, e=NO_EPILOGUE, argmax=NOWHERE) -> None:
     of, positions = tables
     b, dtype, images = of.blocks, x.dtype, len(x)
     lanes = simd.lanes(dtype)
-    weights = scratch("weights", of.results * of.runs.size * -(-of.size // lanes) * lanes, dtype)
-    start = scratch("start", lanes, dtype)
+    weights = scratch("weights", of.results * _weights(of, dtype), dtype)
+    start = scratch("start", (_panels(of, dtype), lanes), dtype)
     flat = weight.reshape(-1, *weight.shape[2:])
     biases = NOTHING[dtype] if bias is None else bias
     parts = part_count(of.results * of.runs.size, weights.nbytes)
@@ -301,25 +380,31 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
 
 def _cycles(of: Tables, dtype: np.dtype) -> float:
     b, lanes = of.blocks, simd.lanes(dtype)
-    vectors = of.runs.size * -(-of.size // lanes)
-    sums = b.height * b.width * (of.results * (vectors + _RESULT_CYCLES) + vectors * _LOAD_CYCLES)
+    vectors = _weights(of, dtype) // lanes
+    loads = _panels(of, dtype) * vectors * _LOAD_CYCLES
+    sums = b.height * b.width * (of.results * (vectors + _RESULT_CYCLES) + loads)
     copies = 0 if b.in_place else b.blocks * b.window_h * b.window_w * b.channels / lanes
     return sums + _COPY_CYCLES * copies
 
 
 def _is_narrow(layer: Layer, images: int, depth: int, results: int, dtype: np.dtype) -> bool:
     """What must hold of a correlation from `depth` channels to `results`."""
-    lanes = simd.lanes(dtype)
-    if layer.groups > 1 or results > min(_MOST_RESULTS, lanes) or images * layer.multiply_adds < _LEAST_WORK:
-        return False
+    lanes, work = simd.lanes(dtype), images * layer.multiply_adds
     # Vectors of images do as well if channels fill none.
-    return depth >= lanes or images < lanes
+    if layer.groups > 1 or (depth < lanes <= images):
+        return False
+    if results <= min(_MOST_TOGETHER, lanes):
+        return work >= _LEAST_WORK
+    taps = layer.rows.kernel * layer.columns.kernel
+    return results <= _MOST_RESULTS * lanes and taps >= _LEAST_TAPS and work >= _LEAST_WORK_OF_MANY
 
 
 def yields(layer: Layer, depth: int, results: int, dtype: np.dtype) -> bool:
     """Whether Winograd's algorithm by vectors of images is faster, where it goes."""
     if results <= _FEW_RESULTS:
         return False
+    if results > _MOST_TOGETHER:
+        return True
     area = layer.rows.kernel * layer.columns.kernel
     return area > _SMALL_FILTER or depth < _MANY_VECTORS * simd.lanes(dtype)
 
