@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,13 +122,57 @@ class OwnPool(Pool):
         return _pool.part_with(size) or _Buffer(size)
 
     def owns(self, array: np.ndarray) -> bool:
-        """Whether an array lies in one of these buffers."""
+        """Whether an array lies in one of these buffers, and holds it."""
+        return self._buffer_of(array) is not None
+
+    def _buffer_of(self, array: np.ndarray) -> _Buffer | None:
         owner: Any = array
         while isinstance(owner, np.ndarray) and owner.base is not None:
             owner = owner.base
         size = getattr(owner, "nbytes", 0) - ALIGNMENT
         with self.lock:
-            return any(owner is buffer.raw for buffer in self.buffers.get(size, ()))
+            return next((buffer for buffer in self.buffers.get(size, ()) if owner is buffer.raw), None)
+
+    def released(self, kept: Any) -> Any:
+        """The same tuples and lists of arrays, which no longer hold these buffers: others may get them."""
+
+        def release(array: np.ndarray) -> np.ndarray:
+            buffer = self._buffer_of(array)
+            return array if buffer is None else np.asarray(_Place(array, buffer))
+
+        return _mapped(release, kept)
+
+    @staticmethod
+    def held(kept: Any) -> Any:
+        """What was `released`, with arrays that hold their buffers."""
+
+        def hold(array: np.ndarray) -> np.ndarray:
+            return array.base.array(array) if isinstance(array.base, _Place) else array
+
+        return _mapped(hold, kept)
+
+
+class _Place:
+    """Where an array lies in a buffer. It keeps the memory valid, and counts for nothing."""
+
+    def __init__(self, array: np.ndarray, buffer: _Buffer) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self._buffer = buffer
+
+    def array(self, like: np.ndarray) -> np.ndarray:
+        """An array like that made from this place, which holds the buffer."""
+        raw = self._buffer.raw
+        offset = like.__array_interface__["data"][0] - raw.__array_interface__["data"][0]
+        return np.ndarray(like.shape, like.dtype, raw, offset, like.strides)
+
+
+def _mapped(function: Callable[[np.ndarray], np.ndarray], item: Any) -> Any:
+    """Tuples and lists, of tuples and lists, with another array for each."""
+    if isinstance(item, np.ndarray):
+        return function(item)
+    if type(item) in (tuple, list):
+        return type(item)(_mapped(function, inner) for inner in item)
+    return item
 
 
 class _Current(threading.local):

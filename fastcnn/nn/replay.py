@@ -112,7 +112,8 @@ class _InOwnPool(Recording):
     """A recording whose results lie in buffers of a pool of its own.
 
     They are used again within the recording as soon as no layer holds them, as when nothing is recorded: jobs
-    are always done in the same order. What layers keep between forward and backward is held all the time.
+    are always done in the same order. While a backward pass is recorded, so is what the layers kept for it:
+    the next forward pass writes it anew. Between the two passes nobody gets it.
     """
 
     def __init__(self, pool: _buffers.OwnPool) -> None:
@@ -168,6 +169,9 @@ class _Backward:
 
     def __init__(self, net: Sequential, dout: np.ndarray, input_grad: bool, pool: _buffers.OwnPool) -> None:
         self._dout = _Input(dout)
+        for attributes in (*_below(net), vars(net)):
+            # A layer lets go of it when it is done, and then it becomes a gradient's memory.
+            attributes["_saved"] = pool.held(attributes["_saved"])
         with _InOwnPool(pool) as self.jobs:
             self._grad = net._run_backward(self._dout.array, input_grad)
 
@@ -198,9 +202,11 @@ class _Pass:
         self._values = [array.tobytes() for array in small]
         self._input = _Input(input)
         with jobs:
-            self._output = net._run(self._input.array)
-        self._kept = [(attributes, attributes["_saved"]) for attributes in _below(net)]
-        self.net_kept = vars(net)["_saved"]
+            output = net._run(self._input.array)
+        self._output = pool.released(output)
+        self._kept = [(attributes, pool.released(attributes["_saved"])) for attributes in _below(net)]
+        self.net_kept = pool.released(vars(net)["_saved"])
+        self._give_back(net)
         self.backward: dict[Any, _Backward] = {}
 
     def holds(self) -> bool:
@@ -219,12 +225,16 @@ class _Pass:
             net._forget()
             self._input.set(input)
             self.jobs.play()
-            for attributes, kept in self._kept:
-                attributes["_saved"] = kept
-            vars(net)["_saved"] = self.net_kept
+            self._give_back(net)
             return self.result()
         finally:
             self.lock.release()
+
+    def _give_back(self, net: Sequential) -> None:
+        """Let all modules remember this pass."""
+        for attributes, kept in self._kept:
+            attributes["_saved"] = kept
+        vars(net)["_saved"] = self.net_kept
 
 
 def _below(net: Sequential) -> list[dict[str, Any]]:
