@@ -19,7 +19,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
-from .direct import Layer
+from .direct import Layer, share
 from .square_tile import HAS_REGISTERS, add_square
 from .tile import add_ranges, add_rows, padded_rows, tile_rows
 from .vectors import lanes_of, pointer, prefetch
@@ -46,6 +46,8 @@ _TASK = 32
 # What is transformed fits a thread's own cache if these are its bytes; so do the sums of so few products.
 _ROUND_BYTES = 1 << 19
 _MOST_APART = 1 << 10
+# What is transformed of more images than this comes from the last cache for the first panel of an element.
+_NEAR_BYTES = 4 << 20
 # Pieces of the work that are summed apart, about, and tiles in one, at least.
 _PIECES = 8
 _FEWEST_TILES_APART = 128
@@ -161,13 +163,21 @@ def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, column
 def _multiply(part, parts, x, dout, v, w, g, first, last, tables, sums):
     keep_out_of_line()
     pixels, gradients = next_pixels(x, dout, g, first, last)
+    # Of larger images the next element's tiles are fetched, too, at every other panel.
+    streams = v.size * v.itemsize > _NEAR_BYTES
     lo, hi = span(part, parts, g.area * g.panels)
     for task in range(lo, hi):
         element = task // g.panels
         panel = task - element * g.panels
         if first == 0:
             clear(sums, element * g.product_step + panel * g.depth * g.panel, g.depth * g.panel)
-        ahead = in_turn(pixels, gradients, task, g.area * g.panels)
+        if not streams:
+            ahead = in_turn(pixels, gradients, task, g.area * g.panels)
+        elif task % 2 == 1:
+            ahead = in_turn(pixels, gradients, task // 2, g.area * g.panels // 2)
+        else:
+            following = (element + 1) * g.input_step
+            ahead = share(v, following, g.input_step, panel // 2, panel // 2 + 1, (g.panels + 1) // 2)
         _add_products(v, w, g, element, panel, last - first, tables, sums, ahead)
 
 
