@@ -36,7 +36,7 @@ from .winograd_tiling import (
     Filters,
     Tiling,
     filters_of,
-    in_turn,
+    is_far,
     next_pixels,
     panel_filters,
     piece_tap,
@@ -44,6 +44,7 @@ from .winograd_tiling import (
     steps_to,
     tiles_of,
     tiling,
+    with_far,
 )
 from .winograd_transforms import (
     input_columns,
@@ -71,9 +72,6 @@ _AHEAD = 3
 # A block's pixels are fetched while the one before it is multiplied, if they are no more: they should stay in
 # the second-level cache, and with more channels there is less to wait for.
 _FETCHED_BYTES = 600 << 10
-# Transformed weights that are more come from the last cache, or from memory, for each block anew. They are
-# fetched too: two elements of a panel at every other element, two elements before they are multiplied.
-_NEAR_BYTES = 4 << 20
 
 _enabled = True
 
@@ -320,7 +318,7 @@ def _multiply(v, u, m, g, panel, element, k0, rows, zeros, tables, ahead):
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
     v, m, pitch = vs[part], ms[part], g.together * g.depth
-    streams = u.size * u.itemsize > _NEAR_BYTES
+    far = is_far(u)
     # The work is every block for every panel, so that few blocks keep all threads busy.
     sets, panels = g.groups // g.together, g.together * g.panels
     item, end = span(part, parts, (g.tiles + g.block - 1) // g.block * sets * panels)
@@ -350,13 +348,10 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
             k0 = (panel // g.panels - group0) * g.depth
             for element in range(g.area):
                 time = (panel - group0 * g.panels - begin) * g.area + element
-                if not streams:
-                    ahead = in_turn(pixels, results, time, many * g.area)
-                elif time % 2 == 1:
-                    ahead = in_turn(pixels, results, time // 2, many * g.area // 2)
-                else:
-                    place = (panel * g.area + element + 2) * g.weight_step
-                    ahead = u[place : place + 2 * g.weight_step]
+                # Weights that are far away are read anew for each block: two elements, two before their time.
+                place = (panel * g.area + element + 2) * g.weight_step
+                weights = u[place : place + 2 * g.weight_step]
+                ahead = with_far(weights, far, pixels, results, time, many * g.area)
                 _multiply(v, u, m, g, panel, element, k0, last - first, zeros, tables, ahead)
             _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 

@@ -26,6 +26,8 @@ _MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
 # So many channels of a pixel are read one after another, where they are those of several groups.
 _CHANNELS_TOGETHER = 64
+# What is transformed comes from the last cache, or from memory, if it is more.
+_NEAR_BYTES = 4 << 20
 
 
 class Tiling(NamedTuple):
@@ -128,6 +130,22 @@ def in_turn(one, other, time, times):
     if time % 2 == 0:
         return share(one, 0, one.size, time // 2, time // 2 + 1, (times + 1) // 2)
     return share(other, 0, other.size, time // 2, time // 2 + 1, times // 2)
+
+
+@kernel
+def is_far(transformed):
+    """Whether no near cache holds what is transformed."""
+    return transformed.size * transformed.itemsize > _NEAR_BYTES
+
+
+@kernel
+def with_far(transformed, far, one, other, time, times):
+    """`in_turn`; but if `transformed` is part of what is `far`, this at every other time."""
+    if not far:
+        return in_turn(one, other, time, times)
+    if time % 2 == 1:
+        return in_turn(one, other, time // 2, times // 2)
+    return transformed
 
 
 def block_tiles(tile_columns: int, tiles: int) -> int:

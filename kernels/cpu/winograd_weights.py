@@ -29,12 +29,14 @@ from .winograd_tiling import (
     Tiling,
     filters_of,
     in_turn,
+    is_far,
     next_pixels,
     panel_filters,
     piece_tap,
     row_origin,
     steps_to,
     tiling,
+    with_far,
 )
 from .winograd_transforms import add_filter_gradient, output_gradient_tile
 from .workspace import clear, scratch
@@ -46,8 +48,6 @@ _TASK = 32
 # What is transformed fits a thread's own cache if these are its bytes; so do the sums of so few products.
 _ROUND_BYTES = 1 << 19
 _MOST_APART = 1 << 10
-# What is transformed of more images than this comes from the last cache for the first panel of an element.
-_NEAR_BYTES = 4 << 20
 # Pieces of the work that are summed apart, about, and tiles in one, at least.
 _PIECES = 8
 _FEWEST_TILES_APART = 128
@@ -163,21 +163,17 @@ def _transform(part, parts, x, dout, g, cut, first, last, zeros, offsets, column
 def _multiply(part, parts, x, dout, v, w, g, first, last, tables, sums):
     keep_out_of_line()
     pixels, gradients = next_pixels(x, dout, g, first, last)
-    # Of larger images the next element's tiles are fetched, too, at every other panel.
-    streams = v.size * v.itemsize > _NEAR_BYTES
+    far = is_far(v)
     lo, hi = span(part, parts, g.area * g.panels)
     for task in range(lo, hi):
         element = task // g.panels
         panel = task - element * g.panels
         if first == 0:
             clear(sums, element * g.product_step + panel * g.depth * g.panel, g.depth * g.panel)
-        if not streams:
-            ahead = in_turn(pixels, gradients, task, g.area * g.panels)
-        elif task % 2 == 1:
-            ahead = in_turn(pixels, gradients, task // 2, g.area * g.panels // 2)
-        else:
-            following = (element + 1) * g.input_step
-            ahead = share(v, following, g.input_step, panel // 2, panel // 2 + 1, (g.panels + 1) // 2)
+        # Images that are far away would be waited for by the first panel of each element.
+        following = (element + 1) * g.input_step
+        images = share(v, following, g.input_step, panel // 2, panel // 2 + 1, (g.panels + 1) // 2)
+        ahead = with_far(images, far, pixels, gradients, task, g.area * g.panels)
         _add_products(v, w, g, element, panel, last - first, tables, sums, ahead)
 
 
