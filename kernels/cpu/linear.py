@@ -17,19 +17,21 @@ from ..threads import between_jobs, get_num_threads, parallel, part_count, span
 from . import simd
 from .dots import dots
 from .image_tiles import gather_images
+from .pieces import PIECES, add_up
 from .runs import add_runs
 from .simd import TILE_ROWS, TILE_VECTORS
-from .tile import add_panel, overwrite_panel, padded_rows
-from .vectors import all_lanes, first_lanes, keep_in_line, lanes_of, like, load, pointer, prefetch, store
+from .tile import LINE_BYTES, PANEL_LINES, add_panel, add_tiles, overwrite_panel, overwrite_tiles, padded_rows
+from .vectors import all_lanes, first_lanes, keep_in_line, lanes_of, like, load, pointer, store
 from .workspace import NOTHING, clear, copy, scratch, set_start
 
-_BLOCK_K = 384
+_BLOCK_K = 256
 # The most rows of A in a block, by whether there are so many panels that all threads have some.
 _MANY_PANELS = 8
 _BLOCK_ROWS = {False: 176, True: 352}
 # Rows that are contiguous are read where they lie, unless a tile's meet in few sets of the cache: if a power
 # of two above this divides their distance in bytes.
 _MOST_MEETING = 512
+_PAGE_BYTES = 4096
 # Added from one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
 _BETWEEN = 16
 # Panels of B that are packed together, so that its rows are read in longer pieces.
@@ -40,9 +42,13 @@ _FEW_ROWS = 4
 _FEW_GRADIENTS = 8
 _FEW_DOTS = 1 << 11
 _MOST_ELEMENTS = (1 << 31) - 1
-# Of so many k in a product of few rows the sums stay in registers, of as many columns as one task has.
-_FEW_ROWS_DEPTH = 256
+# So much of the weight, of as many columns as one task has, meets each of few rows before the next is read;
+# and at least so many terms are summed in registers.
+_FEW_ROWS_SIZE = 1 << 14
+_FEWEST_TERMS = 8
 _CHUNK = 64
+# With few rows, a weight of so many bytes is cut between its rows: each thread reads what is contiguous.
+_FAR_BYTES = 1 << 20
 # With so many rows of A, or so many numbers from B's first row to that which is as many rows on, packing B
 # costs more than reading it where it lies.
 _UNPACKED_ROWS = 16
@@ -71,7 +77,7 @@ class Product(NamedTuple):
     block_rows: int  # rows of A in one task
     tail: int  # where the tables of the last block of rows begin
     packs: int  # 1: copy a block of A, whose rows are then `pitch` apart; 0: read it where it lies
-    pitch: int
+    pitch: int  # or those of tiles, where A lies along k
     accumulate: int  # 1: add to C; 0: overwrite it with start + product
 
 
@@ -110,22 +116,36 @@ def _pack_panels(b, p, k0, depth, first, many, width, packed):
 
 @kernel
 def _pack_rows(a, p, a0, depth, rows, block):
-    """Copy `rows` rows of A, and `depth` of each, along the axis on which A's stride is 1; see `_tables`."""
+    """Copy `rows` rows of A, and `depth` of each: row after row, or where A lies along k tile after tile.
+
+    What a tile reads of A is then contiguous: for each k, one number of each of its rows.
+    """
     if p.a_k == 1:
         for r in range(rows):
             copy(a, a0 + r * p.a_row, block, r * p.pitch, depth)
-    else:
-        for k in range(depth):
-            copy(a, a0 + k * p.a_k, block, k * p.block_rows, rows)
+        return
+    values, places, lanes = pointer(a), pointer(block), lanes_of(a)
+    for k in range(depth):
+        for r in range(0, rows, TILE_ROWS):
+            source, target = a0 + k * p.a_k + r, r // TILE_ROWS * p.pitch + k * TILE_ROWS
+            for m in range(0, TILE_ROWS, lanes):
+                some = first_lanes(values, min(TILE_ROWS, rows - r) - m)
+                store(load(values, source + m, some), places, target + m, some)
 
 
 @kernel
-def _fetch_rows(b, b0, ldb, rows, columns):
-    """Have a cache fetch `columns` elements of so many rows, which need not exist: what is read next."""
-    values, line = pointer(b), 64 // b.itemsize
-    for k in range(rows):
-        for c in range(0, columns, line):
-            prefetch(values, b0 + k * ldb + c)
+def _multiply_panel(left, r0, r1, depth, right, start, result, adds, ahead, step):
+    """Write or add to one panel of C; each tile fetches a line of the rows of `ahead`, the next the next."""
+    a, a0, row, col = left
+    b, b0, ldb = right
+    c, c0, crow, columns = result
+    share, everything = LINE_BYTES // b.itemsize // TILE_ROWS, col[:0]
+    if adds:
+        rows, streamed = (r0, r1, TILE_ROWS), (share, step, False)
+        add_tiles(a, a0, row, col, rows, depth, everything, b, b0, ldb, c, c0, crow, columns, ahead, streamed)
+    else:
+        into, fetched = (start, 0, c, c0, crow, columns), (share, step)
+        overwrite_tiles(a, a0, row, col, r0, r1, depth, everything, b, b0, ldb, *into, ahead, fetched)
 
 
 @parallel
@@ -160,43 +180,55 @@ def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
                 group = 0 if in_place else (panel - panel0) % _PANELS
                 more = 1 if in_place else min(_PANELS, panel1 - panel)
                 many_packed = min(more * width, p.columns - first)
-                if group == 0 and p.b_column == 1:
-                    _fetch_rows(b, b0 + depth * p.b_k, p.b_k, depth, many_packed)
                 if not in_place or many < width:
                     if group == 0:
                         _pack_panels(b, p, k0, depth, first, many_packed, width, packed)
                     source, b0, ldb = packed, group * depth_size, width
-                if k0 == 0 and p.accumulate == 0:
+                adds = k0 > 0 or p.accumulate != 0
+                if not adds:
                     biases = many if bias.size > 0 else 0
                     copy(bias, first, start, 0, biases)
                     clear(start, biases, width - biases)
-                    overwrite_panel(
-                        left, a0, row, col, r0, r1, depth, source, b0, ldb, start, 0, c, c0, crow, many
-                    )
-                else:
-                    add_panel(left, a0, row, col, r0, r1, depth, source, b0, ldb, c, c0, crow, many)
+                # The first tiles fetch the panel's next rows of B, unless they meet in few sets of the cache.
+                fetches = p.b_column == 1 and k0 + depth < p.depth and p.b_k * b.itemsize % _PAGE_BYTES != 0
+                fetching = min(r0 + PANEL_LINES * TILE_ROWS, r1) if fetches else r0
+                ahead = b[(k0 + depth) * p.b_k + first :]
+                lhs, rhs, result = (left, a0, row, col), (source, b0, ldb), (c, c0, crow, many)
+                for begin, end_row, step in ((r0, fetching, p.b_k), (fetching, r1, 0)):
+                    _multiply_panel(lhs, begin, end_row, depth, rhs, start, result, adds, ahead, step)
 
 
 @parallel
-def _multiply_few(part, parts, x, rows, weight, starts, bias, y, columns):
-    """y = bias + x W for few rows of x: each is a sum of weighted rows of W, read where they lie."""
+def _multiply_few(part, parts, x, rows, weight, starts, bias, chunk, sums):
+    """Add up x W for few rows of x: each is a sum of weighted rows of W, read where they lie.
+
+    `sums` has the results of each piece of W's rows, whose first begins at the bias; see `_few_rows`.
+    """
     keep_out_of_line()
     depth, lanes = starts.size, lanes_of(x)
+    pieces, columns = len(sums), sums.shape[1] // rows
     # Whole vectors of the last rows would end behind the matrix.
     beyond = (columns + lanes - 1) // lanes * lanes - columns
     whole = max(depth - (beyond + columns - 1) // columns, 0)
-    lo, hi = span(part, parts, (columns + _CHUNK - 1) // _CHUNK)
-    for chunk in range(lo, hi):
-        first = chunk * _CHUNK
-        many = min(columns - first, _CHUNK)
+    chunks = (columns + chunk - 1) // chunk
+    lo, hi = span(part, parts, pieces * chunks)
+    for item in range(lo, hi):
+        piece = item // chunks
+        first = (item - piece * chunks) * chunk
+        many = min(columns - first, chunk)
+        y = sums[piece]
+        begin, end = span(piece, pieces, depth)
         for m in range(rows):
-            copy(bias, first, y, m * columns + first, many)
-        for k0 in range(0, whole, _FEW_ROWS_DEPTH):
-            count = min(whole - k0, _FEW_ROWS_DEPTH)
+            biases = many if piece == 0 else 0
+            copy(bias, first, y, m * columns + first, biases)
+            clear(y, m * columns + first + biases, many - biases)
+        step = max(_FEW_ROWS_SIZE // many, _FEWEST_TERMS)
+        for k0 in range(begin, min(end, whole), step):
+            count = min(min(end, whole) - k0, step)
             for m in range(rows):
                 factors = x[m * depth : (m + 1) * depth]
                 add_runs(factors, starts, k0, count, weight, first, y, m * columns + first, many)
-        for k in range(whole, depth):
+        for k in range(max(begin, whole), end):
             row = weight[k * columns + first : k * columns + first + many]
             for m in range(rows):
                 factor = x[m * depth + k]
@@ -301,13 +333,19 @@ def _row_starts(depth: int, columns: int) -> np.ndarray:
 
 
 def _few_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    """y = bias + x W, cut by columns, or by the rows of a weight that no near cache holds."""
     rows, columns = y.shape
     if bias is None:
         bias = scratch("start", columns, y.dtype)
         between_jobs(bias.fill, 0)
-    parts = part_count(-(-columns // _CHUNK), rows * weight.size / _MULTIPLY_ADDS_PER_BYTE * 4)
+    far = weight.nbytes >= _FAR_BYTES and len(weight) >= PIECES * _FEWEST_TERMS
+    pieces, chunk = (PIECES, columns) if far else (1, _CHUNK)
+    sums = scratch("pieces", (pieces, y.size), y.dtype) if far else y.reshape(1, -1)
+    parts = part_count(pieces * -(-columns // chunk), rows * weight.size / _MULTIPLY_ADDS_PER_BYTE * 4)
     starts = _row_starts(*weight.shape)
-    _multiply_few(parts, x.reshape(-1), rows, weight.reshape(-1), starts, bias, y.reshape(-1), columns)
+    _multiply_few(parts, x.reshape(-1), rows, weight.reshape(-1), starts, bias, chunk, sums)
+    if far:
+        add_up(1, sums, y.reshape(-1), 0)
 
 
 class _Plan(NamedTuple):
@@ -330,7 +368,7 @@ def _plan(
     accumulate: bool,
     dtype: np.dtype,
 ) -> _Plan:
-    """See `_Plan`. A packed block holds row after row, or else k after k, each as long as the block."""
+    """See `_Plan`. A packed block holds row after row, or else tile after tile: see `_pack_rows`."""
     width, along_k = simd.panel_width(dtype), a_strides[1] == 1
     panels, distance = -(-columns // width), a_strides[0] * dtype.itemsize
     packs = not along_k or (distance & -distance) > _MOST_MEETING
@@ -340,12 +378,18 @@ def _plan(
     # In whole vectors, as which columns along k are packed.
     lanes = simd.lanes(dtype)
     block_k = max(-(-depth // (max(-(-depth // _BLOCK_K), 1) * lanes)), 1) * lanes
-    pitch = block_k + _BETWEEN
-    a_row, a_k = ((pitch if packs else a_strides[0]), 1) if along_k else (1, block)
     lengths = block, rows - (blocks - 1) * block
-    row, crow = ([padded_rows(np.arange(many) * step) for many in lengths] for step in (a_row, columns))
+    if along_k:
+        pitch, a_k = block_k + _BETWEEN, 1
+        row = [padded_rows(np.arange(many) * (pitch if packs else a_strides[0])) for many in lengths]
+        packed = block * pitch if packs else 0
+    else:
+        pitch, a_k = TILE_ROWS * block_k + _BETWEEN, TILE_ROWS
+        tiles = [np.divmod(np.arange(many), TILE_ROWS) for many in lengths]
+        row = [padded_rows(tile * pitch + place) for tile, place in tiles]
+        packed = -(-block // TILE_ROWS) * pitch
+    crow = [padded_rows(np.arange(many) * columns) for many in lengths]
     sizes = block, len(row[0]), int(packs), pitch, int(accumulate)
-    packed = block * pitch if packs else 0
     return _Plan(
         Product(rows, depth, columns, *a_strides, *b_strides, *sizes),
         (np.concatenate(row), np.concatenate(crow), np.arange(block_k) * a_k),

@@ -32,9 +32,9 @@ TILE_ROWS = simd.TILE_ROWS
 TALL_ROWS = 9 if TILE_ROWS == 8 else TILE_ROWS
 TILE_VECTORS = simd.TILE_VECTORS
 VECTOR_BITS = simd.VECTOR_BITS
-_LINE_BYTES = 64  # of a cache
+LINE_BYTES = 64  # of a cache
 # Those of a panel's row.
-_LINES = max(TILE_VECTORS * VECTOR_BITS // 8 // _LINE_BYTES, 1)
+PANEL_LINES = max(TILE_VECTORS * VECTOR_BITS // 8 // LINE_BYTES, 1)
 
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
@@ -125,7 +125,7 @@ def _products(emit, a_rows, col, terms, b, ldb, start, vectors, ahead, step, lin
     At each k the cache is told to fetch so many `lines` of what lies `step` elements further on from `ahead`.
     """
     builder = emit.builder
-    places = [ir.Constant(_I64, line * _LINE_BYTES // emit.bytes) for line in range(lines)]
+    places = [ir.Constant(_I64, line * LINE_BYTES // emit.bytes) for line in range(lines)]
     first, length, pitch, runs = terms
     zero = ir.Constant(_I64, 0)
 
@@ -213,7 +213,7 @@ def _tile(typing_context, rows, vectors, ragged, add, streams, operands, r0, ahe
         zero = ir.Constant(emit.vector, None)
         begin = [zero if adds else emit.load(emit.at(start, s0, lane)) for lane in lanes]
         to_fetch = emit.at(data(ahead, arguments[7]), ahead0)
-        lines = _LINES if many else 1
+        lines = PANEL_LINES if many else 1
         place = emit.at(b, b0)
         sums = _products(emit, a_rows, col, terms, place, ldb, begin, tile_vectors, to_fetch, step, lines)
         # Only the last vector of a ragged panel is cut: the panel functions below see to it.
@@ -228,7 +228,7 @@ def _tile(typing_context, rows, vectors, ragged, add, streams, operands, r0, ahe
 def _fetched(ahead, rows, tile_rows, depth, most):
     """Elements of `ahead` for each row of C, and for each k of a tile: of so many lines at most."""
     share = ahead.size // max(rows, 1)
-    return share, min(-(-share * tile_rows // max(depth, 1)), most * _LINE_BYTES // ahead.itemsize)
+    return share, min(-(-share * tile_rows // max(depth, 1)), most * LINE_BYTES // ahead.itemsize)
 
 
 @kernel
@@ -247,9 +247,20 @@ def overwrite_ranges(
 
     `ranges` has first, length, pitch and runs for each tile from r0 on, or nothing if all sum over all k.
     """
+    fetched = _fetched(ahead, r1 - r0, TILE_ROWS, depth, 1)
+    overwrite_tiles(
+        a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, start, s0, c, c0, crow, columns, ahead, fetched
+    )
+
+
+@kernel
+def overwrite_tiles(
+    a, a0, row, col, r0, r1, depth, ranges, b, b0, ldb, start, s0, c, c0, crow, columns, ahead, fetched
+):
+    """`overwrite_ranges`, while a cache fetches a line `share` a row of C, `step` a k behind `ahead[0]`."""
     keep_out_of_line()
     lanes = lanes_of(a)
-    share, step = _fetched(ahead, r1 - r0, TILE_ROWS, depth, 1)
+    share, step = fetched
     for r in range(r0, r1, TILE_ROWS):
         terms = _terms(ranges, (r - r0) // TILE_ROWS, depth)
         operands = a, a0, row, col, terms, b, b0, ldb, start, s0, c, c0, crow, columns
@@ -283,8 +294,8 @@ def add_ranges(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, co
     """
     r0, r1, high = rows
     # A panel of one vector has no room for more than a line.
-    share, step = _fetched(ahead, r1 - r0, high, depth, _LINES if columns > lanes_of(a) else 1)
-    fetched = share, step, step * ahead.itemsize > _LINE_BYTES
+    share, step = _fetched(ahead, r1 - r0, high, depth, PANEL_LINES if columns > lanes_of(a) else 1)
+    fetched = share, step, step * ahead.itemsize > LINE_BYTES
     add_tiles(a, a0, row, col, rows, depth, ranges, b, b0, ldb, c, c0, crow, columns, ahead, fetched)
 
 
