@@ -31,6 +31,7 @@ _BLOCK_ROWS = {False: 176, True: 352}
 # Rows that are contiguous are read where they lie, unless a tile's meet in few sets of the cache: if a power
 # of two above this divides their distance in bytes.
 _MOST_MEETING = 512
+# Rows of B that are whole pages apart are not fetched beforehand: they meet in few sets of the second cache.
 _PAGE_BYTES = 4096
 # Added from one packed row of A to the next: a power of two would put all rows of a tile into one cache set.
 _BETWEEN = 16
