@@ -226,7 +226,7 @@ LINEAR = {
     "many rows": (400, 90, 300),
     "large": (64, 1037, 301),
     "a row, far weight": (1, 2051, 133),
-    "three rows, far weight": (3, 1023, 257),
+    "three rows, far weight": (3, 1025, 257),
     "far apart rows of the weight": (9, 270, 1024),
 }
 

@@ -48,8 +48,10 @@ _MOST_ELEMENTS = (1 << 31) - 1
 _FEW_ROWS_SIZE = 1 << 14
 _FEWEST_TERMS = 8
 _CHUNK = 64
-# With few rows, a weight of so many bytes is cut between its rows: each thread reads what is contiguous.
+# With few rows, a weight of so many bytes, and rows to repay adding up the pieces' sums, is cut between its
+# rows: each thread reads what is contiguous.
 _FAR_BYTES = 1 << 20
+_FAR_ROWS = 1 << 10
 # With so many rows of A, or so many numbers from B's first row to that which is as many rows on, packing B
 # costs more than reading it where it lies.
 _UNPACKED_ROWS = 16
@@ -339,7 +341,7 @@ def _few_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.
     if bias is None:
         bias = scratch("start", columns, y.dtype)
         between_jobs(bias.fill, 0)
-    far = weight.nbytes >= _FAR_BYTES and len(weight) >= PIECES * _FEWEST_TERMS
+    far = weight.nbytes >= _FAR_BYTES and len(weight) >= _FAR_ROWS
     pieces, chunk = (PIECES, columns) if far else (1, _CHUNK)
     sums = scratch("pieces", (pieces, y.size), y.dtype) if far else y.reshape(1, -1)
     parts = part_count(pieces * -(-columns // chunk), rows * weight.size / _MULTIPLY_ADDS_PER_BYTE * 4)
