@@ -137,12 +137,12 @@ def _pack_rows(a, p, a0, depth, rows, block):
 
 
 @kernel
-def _multiply_panel(left, r0, r1, depth, right, start, result, adds, ahead, step):
-    """Write or add to one panel of C; each tile fetches a line of the rows of `ahead`, the next the next."""
+def _multiply_panel(left, r0, r1, depth, right, start, result, adds, ahead, share, step):
+    """Write or add to one panel of C; see `overwrite_tiles` for the last three."""
     a, a0, row, col = left
     b, b0, ldb = right
     c, c0, crow, columns = result
-    share, everything = LINE_BYTES // b.itemsize // TILE_ROWS, col[:0]
+    everything = col[:0]
     if adds:
         rows, streamed = (r0, r1, TILE_ROWS), (share, step, False)
         add_tiles(a, a0, row, col, rows, depth, everything, b, b0, ldb, c, c0, crow, columns, ahead, streamed)
@@ -154,7 +154,7 @@ def _multiply_panel(left, r0, r1, depth, right, start, result, adds, ahead, step
 @parallel
 def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
     keep_out_of_line()
-    width = TILE_VECTORS * lanes_of(a)
+    width, line = TILE_VECTORS * lanes_of(a), LINE_BYTES // a.itemsize
     depth_size = col.size * width
     packed, rest = memory[part, : _PANELS * depth_size], memory[part, _PANELS * depth_size :]
     start, rows_of_a = rest[:width], rest[width:]
@@ -192,13 +192,25 @@ def _multiply(part, parts, a, b, bias, c, p, row, crow, col, memory):
                     biases = many if bias.size > 0 else 0
                     copy(bias, first, start, 0, biases)
                     clear(start, biases, width - biases)
-                # The first tiles fetch the panel's next rows of B, unless they meet in few sets of the cache.
-                fetches = p.b_column == 1 and k0 + depth < p.depth and p.b_k * b.itemsize % _PAGE_BYTES != 0
-                fetching = min(r0 + PANEL_LINES * TILE_ROWS, r1) if fetches else r0
-                ahead = b[(k0 + depth) * p.b_k + first :]
                 lhs, rhs, result = (left, a0, row, col), (source, b0, ldb), (c, c0, crow, many)
-                for begin, end_row, step in ((r0, fetching, p.b_k), (fetching, r1, 0)):
-                    _multiply_panel(lhs, begin, end_row, depth, rhs, start, result, adds, ahead, step)
+                if p.b_column == 1:
+                    # The first tiles fetch a line each of the panel's next rows of B, unless they meet in few
+                    # sets of the cache.
+                    fetches = k0 + depth < p.depth and p.b_k * b.itemsize % _PAGE_BYTES != 0
+                    fetching = min(r0 + PANEL_LINES * TILE_ROWS, r1) if fetches else r0
+                    ahead, share = b[(k0 + depth) * p.b_k + first :], line // TILE_ROWS
+                    for begin, end_row, step in ((r0, fetching, p.b_k), (fetching, r1, 0)):
+                        _multiply_panel(
+                            lhs, begin, end_row, depth, rhs, start, result, adds, ahead, share, step
+                        )
+                else:
+                    # All tiles fetch the panel that has this one's place among those packed next. It is
+                    # contiguous, unless k is cut.
+                    other = first + _PANELS * width
+                    awaited = min(max(p.columns - other, 0), width) if depth == p.depth else 0
+                    step = min((awaited * TILE_ROWS + r1 - r0 - 1) // (r1 - r0), line)
+                    ahead, share = b[min(other, p.columns) * p.b_column :], step * depth // TILE_ROWS
+                    _multiply_panel(lhs, r0, r1, depth, rhs, start, result, adds, ahead, share, step)
 
 
 @parallel
