@@ -36,6 +36,7 @@ from . import (
     winograd_weights,
 )
 from .epilogue import NO_EPILOGUE, Epilogue, finish
+from .pieces import clear_all
 from .workspace import scratch
 
 Way = Callable[..., None]
@@ -169,7 +170,7 @@ def _exchanged(way: Way, layer: direct.Layer, dout: np.ndarray, x: np.ndarray, d
     kernel_h, kernel_w, channels, filters = dweight.shape
     of = layer.exchanged
     flipped = scratch("exchanged", (kernel_h, kernel_w, filters, channels), dweight.dtype)
-    between_jobs(flipped.fill, 0)
+    clear_all(flipped)
     way(of, x, dout, flipped)
     between_jobs(np.add, dweight, flipped[::-1, ::-1].transpose(0, 1, 3, 2), dweight)
 
@@ -306,7 +307,7 @@ def conv2d_backward_weight(
     shape = (layer.rows.kernel, layer.columns.kernel, layer.channels // layer.groups, filters)
     dweight = checks.output("out", out, shape, dout.dtype)
     if not accumulate or out is None:
-        between_jobs(dweight.fill, 0)
+        clear_all(dweight)
     if dweight.size and dout.size:
         way = _weight_way(layer, images, dout.dtype, winograd.get_winograd())
         way(layer, dout, x, dweight)

@@ -20,7 +20,7 @@ from .depthwise_classes import Classes, forward_classes, input_classes
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .loops import memory, sum_loop
-from .pieces import add_up
+from .pieces import add_up, clear_all
 from .simd import TILE_ROWS
 from .sliding import add_strip, pack, slide_band
 from .tile import Emitter
@@ -173,7 +173,7 @@ def _fill_band(x, x0, band, weight, start, y, y0, of):
     """The rows of a band, from y[y0] on."""
     lanes = lanes_of(x)
     spans = of.spans
-    for s in range(len(spans)):
+    for s in range(band[4], band[5]):
         begin, columns, tap, width = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
         channels = spans[s, 4]
         end = begin + band[1] * columns
@@ -208,11 +208,11 @@ def _fill_band(x, x0, band, weight, start, y, y0, of):
 @kernel
 def _fill_block(x, x0, block, weight, start, y, y0, of):
     """The rows of a block, from y[y0] on, of the image at x[x0]."""
-    in_first, in_row, _, out_row = of.steps
+    _, in_row, _, out_row = of.steps
     for b in range(block[0], block[1]):
         band = of.bands[b]
-        place = y0 + (band[0] - block[2]) * out_row
-        _fill_band(x, x0 + in_first + band[0] * in_row, band, weight, start, y, place, of)
+        below = band[0] - block[2]
+        _fill_band(x, x0 + block[4] + below * in_row, band, weight, start, y, y0 + below * out_row, of)
 
 
 @parallel
@@ -230,7 +230,8 @@ def _correlate(part, parts, x, images, weight, start, y, argmax, of, e, taps, zs
         b = task - n * blocks
         first = of.strips[b, 0] if slides else of.blocks[b, 2]
         rows = of.strips[b, 1] if slides else of.blocks[b, 3]
-        x0, y0, target = n * (x.size // images), n * (y.size // images) + out_first + first * out_row, y
+        begin = out_first + first * out_row if slides else of.blocks[b, 5]
+        x0, y0, target = n * (x.size // images), n * (y.size // images) + begin, y
         if e.pool_h > 0:
             y0, target = 0, z
         if slides:
@@ -381,8 +382,9 @@ def forward(
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
     if layer.rows.skips or layer.columns.skips:
-        between_jobs(dx.fill, 0)
-    for classes in input_classes(layer, dout.dtype):
+        clear_all(dx)
+    classes = input_classes(layer, dout.dtype)
+    if classes is not None:
         _run(layer, dout, weight, None, dx, classes)
 
 

@@ -35,8 +35,8 @@ class Classes(NamedTuple):
     Windows that slide see all of the kernel everywhere, and what they see beyond the image is zero.
     """
 
-    blocks: np.ndarray  # (_, 4): first and last + 1 band, first row, rows
-    bands: np.ndarray  # (_, 4): first row, rows, first and last + 1 row of taps
+    blocks: np.ndarray  # (_, 6): first and last + 1 band, first row, rows, offsets of its input and result
+    bands: np.ndarray  # (_, 6): first row, rows, first and last + 1 row of taps, first and last + 1 span
     spans: np.ndarray  # (_, 5): first pixel in the tables, columns, first tap, taps in a row, channels
     pixels: np.ndarray  # offset of each pixel's input
     places: np.ndarray  # offset of each pixel in the result
@@ -144,23 +144,22 @@ def _classes(
         tables[2].append(_grid(rows.taps, columns.taps[seen], (pitch, channels)))
         steps = kernel_w * channels * repeats, channels * repeats
         tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
+    in_first = rows.origin * pitch + columns.origin * channels
+    out_first = rows.out_first * out_pitch + columns.out_first * channels
+    in_row, out_row = rows.step * pitch, rows.out_step * out_pitch
+    begins = [(in_first + block[2] * in_row, out_first + block[2] * out_row) for block in blocks]
     side = _side(rows, columns) if repeats == 1 else 0
     ordered_rows = [kernel_rows[rows.taps.index(a)] for a in range(side)]
     ordered_columns = [kernel_columns[columns.taps.index(b)] for b in range(side)]
     return Classes(
-        np.array(blocks, np.intp),
-        np.array(bands, np.intp),
+        np.hstack([blocks, begins]).astype(np.intp),
+        np.array([(*band, 0, len(spans)) for band in bands], np.intp),
         np.array(spans, np.intp),
         np.concatenate(tables[0]),
         np.concatenate(tables[1]),
         np.concatenate(tables[2]),
         np.concatenate(tables[3]),
-        (
-            rows.origin * pitch + columns.origin * channels,
-            rows.step * pitch,
-            rows.out_first * out_pitch + columns.out_first * channels,
-            rows.out_step * out_pitch,
-        ),
+        (in_first, in_row, out_first, out_row),
         repeats,
         side,
         _grid(ordered_rows, ordered_columns, (kernel_w * channels, channels)),
@@ -168,6 +167,30 @@ def _classes(
         (rows.origin, height),
         (-columns.origin, width, columns.outputs),
         np.zeros(pitch if side else 1, dtype),
+    )
+
+
+def _together(phases: Sequence[Classes]) -> Classes:
+    """Those of all phases of an input, whose pixels lie between each other: threads do them image by image.
+
+    Phases differ in where they begin and in what they see. If there are several, no windows slide.
+    """
+    blocks, bands, spans = [], [], []
+    many_bands = many_spans = pixels = taps = 0
+    for of in phases:
+        blocks.append(np.add(of.blocks, (many_bands, many_bands, 0, 0, 0, 0)))
+        bands.append(np.add(of.bands, (0, 0, 0, 0, many_spans, many_spans)))
+        spans.append(np.add(of.spans, (pixels, 0, taps, 0, 0)))
+        many_bands, many_spans = many_bands + len(of.bands), many_spans + len(of.spans)
+        pixels, taps = pixels + of.pixels.size, taps + of.taps.size
+    return phases[0]._replace(
+        blocks=np.concatenate(blocks),
+        bands=np.concatenate(bands),
+        spans=np.concatenate(spans),
+        pixels=np.concatenate([of.pixels for of in phases]),
+        places=np.concatenate([of.places for of in phases]),
+        taps=np.concatenate([of.taps for of in phases]),
+        weights=np.concatenate([of.weights for of in phases]),
     )
 
 
@@ -215,8 +238,9 @@ def forward_classes(layer: Layer, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) ->
 
 
 @lru_cache(maxsize=512)
-def input_classes(layer: Layer, dtype: np.dtype) -> list[Classes]:
-    return [
+def input_classes(layer: Layer, dtype: np.dtype) -> Classes | None:
+    """Those of the gradient to the input; None if no input meets a tap."""
+    phases = [
         _classes(
             rows,
             columns,
@@ -232,3 +256,4 @@ def input_classes(layer: Layer, dtype: np.dtype) -> list[Classes]:
         for rows, kernel_rows in layer.rows.phases()
         for columns, kernel_columns in layer.columns.phases()
     ]
+    return _together(phases) if phases else None

@@ -15,10 +15,11 @@ import numpy as np
 
 from .. import checks
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import geometry, simd
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
+from .pieces import clear_all
 from .simd import TILE_ROWS
 from .tile import overwrite_ranges
 from .vectors import lanes_of
@@ -465,6 +466,6 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     if column is not layer:
         layer, dout = column, dout.reshape(1, *column.out_image, column.filters)
     if layer.rows.skips or layer.columns.skips:
-        between_jobs(dx.fill, 0)
+        clear_all(dx)
     for table, positions in layer.input_tables:
         layer.run(dout, table, weight, positions, True, None, dx)

@@ -30,6 +30,7 @@ from .image_tiles import (
     scatter_images,
     taps_tile,
 )
+from .pieces import clear_all
 from .simd import TILE_ROWS
 from .vectors import all_lanes, lanes_of, load, pointer, total, zeros
 from .workspace import NOWHERE, clear, scratch
@@ -551,7 +552,7 @@ def forward(
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input."""
     if layer.rows.skips or layer.columns.skips:
-        between_jobs(dx.fill, 0)
+        clear_all(dx)
     for of, positions in _input_tables(layer, len(dout), dout.dtype):
         _run(layer, dout, weight, positions, None, dx, of)
 

@@ -17,13 +17,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import simd
 from .direct import MULTIPLY_ADDS_PER_BYTE, Layer, read_block
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .geometry import Correlation
 from .loops import sum_loop
-from .pieces import add_up
+from .pieces import add_up, clear_all
 from .simd import TILE_ROWS, VECTOR_BITS
 from .tile import Emitter
 from .vectors import lanes_of, pointer
@@ -371,7 +371,7 @@ def forward(
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
     """Overwrite `dx` with the gradient to the input; see `suits_input`."""
     if layer.rows.skips or layer.columns.skips:
-        between_jobs(dx.fill, 0)
+        clear_all(dx)
     by = _input_lanes(layer, dout.dtype)
     assert by is not None
     for of, positions in layer.input_tables:

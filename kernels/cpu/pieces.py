@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ..jit import kernel
-from ..threads import parallel, span
+import numpy as np
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import parallel, part_count, span
 
 # Parts are whole blocks of elements: a boundary between them never falls inside a vector, so that every
 # element is computed by the same instruction however many threads there are.
@@ -90,3 +92,16 @@ def fold(slabs, out, accumulate):
 def add_up(part, parts, slabs, out, accumulate):
     """`fold`, a job in one part."""
     fold(slabs, out, accumulate)
+
+
+@parallel
+def _clear(part, parts, values):
+    """Overwrite a 1-D array with zeros."""
+    keep_out_of_line()
+    first, last = span_elements(part, parts, values.size)
+    fill(values[first:last], 0)
+
+
+def clear_all(array: np.ndarray) -> None:
+    """Overwrite a C-contiguous array with zeros, on all threads: a large one takes as long as a kernel."""
+    _clear(part_count(blocks(array.size), array.nbytes), array.reshape(-1))

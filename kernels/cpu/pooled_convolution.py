@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..threads import between_jobs
 from . import (
     depthwise,
     direct,
@@ -31,6 +30,7 @@ from . import (
 from .columns import conv2d_backward_bias
 from .convolution import conv2d_backward_input, conv2d_backward_weight, forward_way, input_way
 from .epilogue import Epilogue
+from .pieces import clear_all
 from .pooling import max_pool2d_backward
 from .winograd_tiling import filters_of, tiles_of
 from .workspace import NOWHERE, scratch
@@ -272,7 +272,7 @@ def conv2d_pool_backward_weight(
     dbias = checks.output("out_bias", out_bias, (filters,), dout.dtype)
     for gradient, given in ((dweight, out), (dbias, out_bias)):
         if not accumulate or given is None:
-            between_jobs(gradient.fill, 0)
+            clear_all(gradient)
     if not dweight.size or not dout.size:
         return dweight, dbias
     if winograd_rows_weights.suits_pooled(layer, x.shape[0], dout.dtype, e):

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import between_jobs, parallel, part_count, span
+from ..threads import parallel, part_count, span
 from . import direct, simd, winograd, winograd_weights
 from .direct import Layer
 from .epilogue import NO_EPILOGUE, Epilogue
+from .pieces import clear_all
 from .vectors import first_lanes, lanes_of, load, pointer, store
 from .winograd_points import TILE
 from .winograd_tiling import filters_of
@@ -195,7 +196,7 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     """Add the gradient to the filters to `dweight`; see `suits`."""
     f, folded = _fold(layer)
     gradient = scratch("folded filters", f.side_h * f.side_w * f.depth * f.filters, x.dtype)
-    between_jobs(gradient.fill, 0)
+    clear_all(gradient)
     for some, z in _folded(f, x.reshape(-1), len(x), x.dtype):
         shaped = gradient.reshape(f.side_h, f.side_w, f.depth, f.filters)
         winograd_weights.add_weight_gradient(folded, dout[some], z, shaped)
