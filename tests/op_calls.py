@@ -92,6 +92,8 @@ CONVOLUTIONS = {
     "depthwise, 64 channels, stride 2": ((1, 8, 13, 64), 64, (3, 3), 2, 1, 1, 64),
     "depthwise, dilated, asymmetric": ((1, 12, 20, 17), 17, (5, 3), (2, 1), ASYMMETRIC, (1, 2), 17),
     "depthwise, stride beyond the kernel": ((1, 9, 10, 20), 20, (1, 2), 3, 0, 1, 20),
+    "depthwise, no input is seen": ((2, 1, 1, 20), 20, (1, 1), 3, 1, 1, 20),
+    "depthwise, strides of three and two": ((2, 13, 11, 20), 20, (4, 3), (3, 2), ASYMMETRIC, 1, 20),
     "depthwise, more padding than kernel": ((1, 3, 3, 5), 5, (2, 2), 1, 3, 1, 5),
     "depthwise, 7 x 7": ((1, 19, 6, 32), 32, (7, 7), 1, 3, 1, 32),
     "depthwise, one channel": ((1, 40, 170, 1), 1, (7, 7), 1, 1, 1, 1),
