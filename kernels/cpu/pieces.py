@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..jit import keep_out_of_line, kernel
-from ..threads import parallel, part_count, span
+from ..threads import between_jobs, parallel, part_count, span
 
 # Parts are whole blocks of elements: a boundary between them never falls inside a vector, so that every
 # element is computed by the same instruction however many threads there are.
@@ -104,4 +104,9 @@ def _clear(part, parts, values):
 
 def clear_all(array: np.ndarray) -> None:
     """Overwrite a C-contiguous array with zeros, on all threads: a large one takes as long as a kernel."""
-    _clear(part_count(blocks(array.size), array.nbytes), array.reshape(-1))
+    parts = part_count(blocks(array.size), array.nbytes)
+    if parts == 1:
+        # NumPy does so at once; to call a kernel takes longer.
+        between_jobs(array.fill, 0)
+        return
+    _clear(parts, array.reshape(-1))
