@@ -166,9 +166,8 @@ def test_helpers_stay_awake_while_a_recording_is_played():
     try:
         with Recording() as jobs:
             _rest(1, 2000)
-            # While it is recorded one thread does both parts, the first of which waits in vain: longer than a
-            # system keeps a helper that is awake from its processor. One that sleeps would never come.
-            _meet(2, words, 400_000)
+            # While it is recorded one thread does both parts, the first of which waits in vain.
+            _meet(2, words, 20_000)
         for _ in range(3):
             words[:] = 0
             jobs.play()
