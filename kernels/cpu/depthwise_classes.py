@@ -42,7 +42,9 @@ class Classes(NamedTuple):
     places: np.ndarray  # offset of each pixel in the result
     taps: np.ndarray  # offset of each tap from the pixel's input
     weights: np.ndarray  # offset of each tap's weights
-    steps: tuple[int, int, int, int]  # input: first row, next row; result: first row, next row
+    steps: tuple[
+        int, int, int, int
+    ]  # input: first row, next row; result: first row, next row; see `_together`
     repeats: int  # of the weights: pixels that count as one, at most
     side: int  # of windows that slide; else 0
     sliding: np.ndarray  # offsets of their weights
@@ -146,8 +148,9 @@ def _classes(
         tables[3].append(_grid(kernel_rows, kernel_columns[seen], steps))
     in_first = rows.origin * pitch + columns.origin * channels
     out_first = rows.out_first * out_pitch + columns.out_first * channels
-    in_row, out_row = rows.step * pitch, rows.out_step * out_pitch
+    in_row, out_row = pixel_steps[0], place_steps[0]
     begins = [(in_first + block[2] * in_row, out_first + block[2] * out_row) for block in blocks]
+    pixels, places, taps, weights = (np.concatenate(table) for table in tables)
     side = _side(rows, columns) if repeats == 1 else 0
     ordered_rows = [kernel_rows[rows.taps.index(a)] for a in range(side)]
     ordered_columns = [kernel_columns[columns.taps.index(b)] for b in range(side)]
@@ -155,10 +158,10 @@ def _classes(
         np.hstack([blocks, begins]).astype(np.intp),
         np.array([(*band, 0, len(spans)) for band in bands], np.intp),
         np.array(spans, np.intp),
-        np.concatenate(tables[0]),
-        np.concatenate(tables[1]),
-        np.concatenate(tables[2]),
-        np.concatenate(tables[3]),
+        pixels,
+        places,
+        taps,
+        weights,
         (in_first, in_row, out_first, out_row),
         repeats,
         side,
@@ -173,7 +176,8 @@ def _classes(
 def _together(phases: Sequence[Classes]) -> Classes:
     """Those of all phases of an input, whose pixels lie between each other: threads do them image by image.
 
-    Phases differ in where they begin and in what they see. If there are several, no windows slide.
+    Phases differ in where they begin, which blocks know, and in what they see; first rows are those of the
+    first phase. If there are several, no windows slide.
     """
     blocks, bands, spans = [], [], []
     many_bands = many_spans = pixels = taps = 0
@@ -220,6 +224,7 @@ def _most_as_one(layer: Layer, dtype: np.dtype) -> int:
 
 @lru_cache(maxsize=512)
 def forward_classes(layer: Layer, dtype: np.dtype, e: Epilogue = NO_EPILOGUE) -> Classes:
+    """Those of the forward pass that ends in `e`, and of the gradient of the weights."""
     kernel_h, kernel_w = layer.rows.kernel, layer.columns.kernel
     rows, columns = layer.forward_axes(e)
     return _classes(
