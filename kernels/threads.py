@@ -227,7 +227,7 @@ class _Team:
             return
         try:
             helpers = min(self.threads, parts) - 1
-            self._wake(helpers)
+            self._wake(helpers, surely=True)
             # Who is awake now stays so. Not before: to hire one calls `_help_out` here.
             self.control[_PLAYING] = helpers > 0
             succeeded = _play(self.control, jobs, helpers)
@@ -236,11 +236,14 @@ class _Team:
             self.lock.release()
         _check(succeeded)
 
-    def _wake(self, count: int) -> None:
+    def _wake(self, count: int, surely: bool = False) -> None:
+        """Wake the first `count` helpers; if `surely`, one that is about to fall asleep looks once more."""
         for i in range(count):
             if i == len(self.helpers):
                 self._hire()
-            elif not self.control[_THREADS + (i + 1) * _THREAD] and self.helpers[i].locked():
+                continue
+            is_awake = self.control[_THREADS + (i + 1) * _THREAD] != 0
+            if (surely or not is_awake) and self.helpers[i].locked():
                 self.helpers[i].release()
 
     def _hire(self) -> None:

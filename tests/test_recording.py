@@ -1,11 +1,13 @@
 """Recordings: every operation of the table in ops.py does the same again, on other numbers."""
 
+import time
+
 import numpy as np
 import pytest
 from ops import OPERATIONS
 from parity import arrays, assert_same_bits
 
-from fastcnn.kernels import cpu
+from fastcnn.kernels import cpu, threads
 from fastcnn.kernels.atomic import atomic_add, atomic_load, nap
 from fastcnn.kernels.cpu import transpose
 from fastcnn.kernels.threads import (
@@ -161,7 +163,7 @@ def _meet(part, parts, words, naps):
 def test_helpers_stay_awake_while_a_recording_is_played():
     """Nobody would wake them between two jobs, of which the first has nothing for them."""
     words = np.zeros(16, np.int64)
-    threads = get_num_threads()
+    before = get_num_threads()
     set_num_threads(2)
     try:
         with Recording() as jobs:
@@ -172,5 +174,13 @@ def test_helpers_stay_awake_while_a_recording_is_played():
             words[:] = 0
             jobs.play()
             assert words[8] == 2
+        # A helper whose last look is just over still seems to be awake: what it has noted of itself stays.
+        team, is_awake = threads._team, threads._THREADS + threads._THREAD
+        while team.control[is_awake]:
+            time.sleep(1e-3)
+        team.control[is_awake] = threads._NUMBERED
+        words[:] = 0
+        jobs.play()
+        assert words[8] == 2
     finally:
-        set_num_threads(threads)
+        set_num_threads(before)
