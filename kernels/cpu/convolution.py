@@ -1,9 +1,10 @@
 """Convolution: forward, and backward to the input and to the weights.
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
-convolve by the definition, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so
-do `winograd_rows` and `winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`,
-`depth_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
+convolve by the definition, `split_direct` and `split_weights` do so on a matrix unit if there is one,
+`winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so do `winograd_rows` and
+`winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`, `depth_lanes`,
+`few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from . import (
     image_lanes,
     narrow_groups,
     simd,
+    split_direct,
+    split_weights,
     winograd,
     winograd_lanes,
     winograd_lanes_weights,
@@ -75,6 +78,8 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
     for way in (winograd, winograd_strided):
         if way.suits(layer, images, dtype):
             return partial(_finished_apart, way.forward)
+    if split_direct.suits(layer, images, dtype):
+        return split_direct.forward
     return direct.forward
 
 
@@ -121,6 +126,8 @@ def input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) 
         return few_pixels.backward_input
     if winograd_rows.suits_input(layer, images, dtype):
         return winograd_rows.backward_input
+    if split_direct.suits_input(layer, images, dtype):
+        return split_direct.backward_input
     return direct.backward_input
 
 
@@ -144,6 +151,8 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return few_pixels.add_weight_gradient
     if winograd_rows_weights.suits(layer, images, dtype):
         return winograd_rows_weights.add_weight_gradient
+    if split_weights.suits(layer, images, dtype):
+        return split_weights.add_weight_gradient
     return direct_weights.add_weight_gradient
 
 

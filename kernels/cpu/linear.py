@@ -2,6 +2,7 @@
 
 One driver computes C (+)= A B, of which either may lie transposed. A block of A's rows and a panel of B's
 columns are packed, a block of k at a time, so that they stay in the cache, and in different sets of it.
+Where the processor has a matrix unit, `split_linear` does large products.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from .. import checks
 from ..jit import keep_out_of_line, kernel
 from ..threads import between_jobs, get_num_threads, parallel, part_count, span
-from . import simd
+from . import simd, split_linear
 from .dots import dots
 from .image_tiles import gather_images
 from .pieces import PIECES, add_up
@@ -445,6 +446,9 @@ def _product(
         size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, dtype)
         memory = scratch("weights", size, dtype)
         _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, accumulate, memory)
+        return
+    if split_linear.suits(rows, depth, columns, b_strides[1], dtype):
+        split_linear.product(a, a_strides, b, b_strides, depth, biases, c, accumulate)
         return
     plan = _plan(rows, depth, columns, a_strides, b_strides, accumulate, dtype)
     parts = part_count(plan.tasks, plan.work)

@@ -1,0 +1,324 @@
+"""Gradient of a convolution's weights on the matrix unit, where there is one.
+
+As in `split_direct` the pixels of a block lie in one row, with zeros between, so that a tap is the same step
+for each. Here they are the terms: the image is turned, channel by channel, and a tap is a register of terms
+that begins some pixels further on. The gradients of pixels that are none are zero.
+
+A task is some channels, some filters and some taps, whose sums it keeps while it goes through all images: no
+sum depends on how tasks are cut.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..jit import keep_out_of_line, kernel
+from ..threads import get_num_threads, parallel, part_count, span
+from . import matrix_unit
+from .direct import Layer
+from .matrix_unit import ALL, BLOCK, CONFIGURATION, LEADING, OTHERS, SIDE, TERMS, multiply, write_sums
+from .split import SQUARES, pack_channels, pack_pixels, words_of_panel
+from .split_direct import Grid, block_of, blocks_of, fits, gain, grid
+from .vectors import pointer
+from .workspace import clear, scratch
+
+# So many numbers of 16 bits in a line of a cache; rows an even number of lines apart would meet in few sets.
+_LINE = 32
+# What is multiplied for each number that is packed, so that the unit repays it.
+_LEAST_GAIN = 60
+_LEAST_WORK = 1 << 22
+_MULTIPLY_ADDS_PER_BYTE = 20
+
+
+class Cut(NamedTuple):
+    """How many channels, panels of filters and taps a task has; and how its pixels lie."""
+
+    channels: int
+    panels: int
+    taps: int
+    pitch: int  # numbers of 16 bits from one channel to the next, and from one part to the next
+    part: int
+    kernel_w: int
+    dilation_h: int
+    dilation_w: int
+
+
+class Task(NamedTuple):
+    """The first of some channels, filters and taps, and how many they are."""
+
+    channel: int
+    channels: int
+    filter: int
+    filters: int
+    tap: int
+    taps: int
+
+
+@kernel
+def _task(g, cut, taps, number):
+    tap_cuts = (taps + cut.taps - 1) // cut.taps
+    panels = (g.filters + BLOCK - 1) // BLOCK
+    panel_cuts = (panels + cut.panels - 1) // cut.panels
+    c = number // (panel_cuts * tap_cuts) * cut.channels
+    f = number // tap_cuts % panel_cuts * cut.panels * BLOCK
+    tap = number % tap_cuts * cut.taps
+    channels, filters = min(g.channels - c, cut.channels), min(g.filters - f, cut.panels * BLOCK)
+    return Task(c, channels, f, filters, tap, min(taps - tap, cut.taps))
+
+
+@kernel
+def _pack_image(x, g, cut, block, task, tame, squares, packed):
+    """Turn a task's channels of a block of pixels, see `split_direct`; whether all are finite."""
+    n, many, first, rows = block
+    finite = True
+    for i in range((max(g.block_images, 1) - 1) * g.height + g.block_rows + g.reach):
+        row = first - g.top + i
+        image = n + row // g.height
+        h = row - row // g.height * g.height
+        there = h < g.image_h and n <= image < n + many and i < (many - 1) * g.height + rows + g.reach
+        source = (image * g.image_h + h) * g.image_w * g.channels + task.channel
+        # Zeros end a row, and may begin the next one, which is written later.
+        for k in range(0, g.width, TERMS):
+            pixels = min(max(g.image_w - k, 0), TERMS) if there else 0
+            at = source + k * g.channels if pixels > 0 else 0
+            for c in range(0, task.channels, SIDE):
+                some = min(task.channels - c, SIDE)
+                place = c * cut.pitch + g.left + i * g.width + k
+                finite &= pack_channels(
+                    x, at + c, g.channels, pixels, some, tame, squares, packed, place, cut.pitch, cut.part
+                )
+    return finite
+
+
+@kernel
+def _pack_gradients(dout, g, block, task, places, outputs, tame, packed, panel_words):
+    """A task's filters of the gradients of a block, which are `outputs` from the first to the last."""
+    n, _, first, _ = block
+    source = (n * g.out_h + first) * g.out_w * g.filters + task.filter
+    values, of_pixels, words = pointer(dout), pointer(places), pointer(packed)
+    finite = True
+    for f in range(0, task.filters, BLOCK):
+        many, place = min(task.filters - f, BLOCK), f // BLOCK * panel_words
+        finite &= pack_pixels(values, source + f, g.filters, of_pixels, outputs, many, tame, words, place)
+    return finite
+
+
+@kernel
+def _add_wild(x, dout, g, cut, block, task, sums, drowned):
+    """Add to a task's sums the products of what is infinite or NaN in the images with the gradients there.
+
+    The unit would multiply it with the zeros between rows too. Where a NaN has drowned all filters of a tap
+    and a channel, `drowned` says so, and no more is added there.
+    """
+    n, many, first, rows = block
+    groups = (task.channels + BLOCK - 1) // BLOCK
+    for pixel in range(n * g.image_h * g.image_w, (n + many) * g.image_h * g.image_w):
+        image, h, w = pixel // (g.image_h * g.image_w), pixel // g.image_w % g.image_h, pixel % g.image_w
+        for c in range(task.channels):
+            value = x[pixel * g.channels + task.channel + c]
+            if value - value == 0:
+                continue
+            for t in range(task.taps):
+                row = h + g.top - (task.tap + t) // cut.kernel_w * cut.dilation_h
+                column = w + g.left - (task.tap + t) % cut.kernel_w * cut.dilation_w
+                mark = t * task.channels + c
+                if drowned[mark] or not (first <= row < first + rows and 0 <= column < g.out_w):
+                    continue
+                drowned[mark] = value != value
+                gradient = ((image * g.out_h + row) * g.out_w + column) * g.filters + task.filter
+                for f in range(task.filters):
+                    group = (f // BLOCK * groups + c // BLOCK) * task.taps + t
+                    place = (group * BLOCK + c % BLOCK) * BLOCK + f % BLOCK
+                    sums[place] += value * dout[gradient + f]
+
+
+@kernel
+def _multiply_all(image, cut, steps, terms, gradients, panel_words, task, which, sums):
+    """Add to all sums of a task what a block contributes; `steps` are where the taps begin."""
+    place = 0
+    for panel in range((task.filters + BLOCK - 1) // BLOCK):
+        columns, b0 = min(task.filters - panel * BLOCK, BLOCK), panel * panel_words
+        for c in range(0, task.channels, BLOCK):
+            rows = min(task.channels - c, BLOCK)
+            for tap in range(task.tap, task.tap + task.taps):
+                a0 = c * cut.pitch + steps[tap]
+                multiply(
+                    image,
+                    a0,
+                    cut.pitch,
+                    cut.part,
+                    pointer(terms),
+                    terms.size,
+                    gradients,
+                    b0,
+                    rows,
+                    columns,
+                    which,
+                    sums,
+                    place,
+                    True,
+                )
+                place += BLOCK * BLOCK
+
+
+@kernel
+def _write_all(sums, g, task, bias, dweight):
+    """Add a task's sums to the gradient."""
+    place = 0
+    for f in range(0, task.filters, BLOCK):
+        columns = min(task.filters - f, BLOCK)
+        for c in range(0, task.channels, BLOCK):
+            rows = min(task.channels - c, BLOCK)
+            for tap in range(task.tap, task.tap + task.taps):
+                target = (tap * g.channels + task.channel + c) * g.filters + task.filter + f
+                write_sums(sums, place, bias, 0, 0, dweight, target, g.filters, rows, columns, True)
+                place += BLOCK * BLOCK
+
+
+@parallel
+def _add(
+    part,
+    parts,
+    x,
+    dout,
+    dweight,
+    g,
+    cut,
+    tasks,
+    steps,
+    places,
+    terms,
+    configuration,
+    images,
+    panels,
+    rooms,
+    marks,
+):
+    keep_out_of_line()
+    matrix_unit.start(pointer(configuration))
+    image, gradients, drowned = images[part], panels[part], marks[part]
+    squares, sums = rooms[part, :SQUARES], rooms[part, SQUARES:]
+    panel_words = gradients.size // cut.panels
+    lo, hi = span(part, parts, tasks)
+    for number in range(lo, hi):
+        task = _task(g, cut, steps.size, number)
+        clear(sums, 0, sums.size)
+        clear(image, 0, image.size)
+        clear(drowned, 0, drowned.size)
+        for i in range(blocks_of(g)):
+            block = block_of(g, i)
+            _, many, _, rows = block
+            outputs = ((many - 1) * g.height + rows - 1) * g.width + g.out_w
+            if not _pack_image(x, g, cut, block, task, False, squares, image):
+                _add_wild(x, dout, g, cut, block, task, sums, drowned)
+                _pack_image(x, g, cut, block, task, True, squares, image)
+            which = ALL
+            while which >= 0:
+                # Gradients that are infinite or NaN meet their factors first, in the leading parts, and all
+                # other parts meet theirs then.
+                finite = _pack_gradients(
+                    dout, g, block, task, places, outputs, which == OTHERS, gradients, panel_words
+                )
+                if which == ALL and not finite:
+                    which = LEADING
+                of_block = terms[: (outputs + TERMS - 1) // TERMS]
+                _multiply_all(
+                    pointer(image),
+                    cut,
+                    steps,
+                    of_block,
+                    pointer(gradients),
+                    panel_words,
+                    task,
+                    which,
+                    pointer(sums),
+                )
+                which = OTHERS if which == LEADING else -1
+        _write_all(pointer(sums), g, task, pointer(x), pointer(dweight))
+    matrix_unit.end()
+
+
+class _Plan(NamedTuple):
+    grid: Grid
+    cut: Cut
+    tasks: int
+    steps: np.ndarray  # where each tap begins
+    places: np.ndarray  # of a block's outputs, among them; or -1
+    terms: np.ndarray
+
+
+@lru_cache(maxsize=512)
+def _plan(layer: Layer, images: int, threads: int) -> _Plan:
+    g = grid(layer, images, 1)
+    rows, columns = layer.rows, layer.columns
+    steps = np.add.outer(
+        np.arange(rows.kernel) * rows.dilation * g.width, np.arange(columns.kernel) * columns.dilation
+    ).ravel()
+    tall = max(g.block_images, 1)
+    outputs = ((tall - 1) * g.height + g.block_rows - 1) * g.width + g.out_w
+    place = np.arange(-(-outputs // TERMS) * TERMS)
+    row, column = np.divmod(place, g.width)
+    image, h = np.divmod(row, g.height)
+    there = (column < g.out_w) & (h < g.block_rows) & (place < outputs)
+    places = np.where(there, (image * g.out_h + h) * g.out_w + column, -1)
+    written = g.left + ((tall - 1) * g.height + g.block_rows + g.reach) * g.width + TERMS
+    part = -(-max(written, len(place) + int(steps[-1])) // _LINE) * _LINE
+    pitch = 3 * part
+    pitch += _LINE * (1 - pitch // _LINE % 2)
+    # Channels are cut first: the others' gradients are packed again, which is less than to turn the image.
+    groups, panels, taps = -(-layer.channels // BLOCK), -(-layer.filters // BLOCK), len(steps)
+    cuts = [min(groups, threads), 1, 1]
+    for axis, most in ((1, panels), (2, taps)):
+        cuts[axis] = min(most, -(-threads // (cuts[0] * cuts[1])))
+    cut = Cut(
+        -(-groups // cuts[0]) * BLOCK,
+        -(-panels // cuts[1]),
+        -(-taps // cuts[2]),
+        pitch,
+        part,
+        columns.kernel,
+        rows.dilation,
+        columns.dilation,
+    )
+    tasks = -(-layer.channels // cut.channels) * -(-panels // cut.panels) * -(-taps // cut.taps)
+    return _Plan(g, cut, tasks, steps, places, np.arange(len(place) // TERMS) * TERMS)
+
+
+@lru_cache(maxsize=1024)
+def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
+    """Whether a layer's gradient of the weights is faster on the matrix unit."""
+    repays = gain(layer, 2, 1) >= _LEAST_GAIN and images * layer.multiply_adds >= _LEAST_WORK
+    return repays and fits(layer, dtype)
+
+
+def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
+    """Add the gradient of the weights to `dweight`."""
+    plan = _plan(layer, len(x), get_num_threads())
+    g, cut, dtype = plan.grid, plan.cut, x.dtype
+    parts = min(part_count(plan.tasks, len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), plan.tasks)
+    channels = -(-min(cut.channels, layer.channels) // BLOCK) * BLOCK
+    images = scratch("turned pixels", (parts, channels * cut.pitch), np.int16)
+    panels = scratch("split gradients", (parts, cut.panels * words_of_panel(len(plan.places))), np.int32)
+    sums = channels * cut.panels * BLOCK * cut.taps
+    rooms = scratch("sums", (parts, SQUARES + sums), dtype)
+    marks = scratch("drowned", (parts, channels * cut.taps), np.bool_)
+    _add(
+        parts,
+        x.reshape(-1),
+        dout.reshape(-1),
+        dweight.reshape(-1),
+        g,
+        cut,
+        plan.tasks,
+        plan.steps,
+        plan.places,
+        plan.terms,
+        CONFIGURATION,
+        images,
+        panels,
+        rooms,
+        marks,
+    )
