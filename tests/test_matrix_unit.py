@@ -276,6 +276,23 @@ def test_infinity_and_nan_go_where_they_go_in_numpy(turned):
 
 
 @with_unit
+def test_the_same_bits_beside_nan_on_any_team(team):
+    """What is not finite takes two products: for the same rows, columns and filters on every team."""
+    rng = np.random.default_rng(9)
+    a, b = rng.standard_normal((200, 90)).astype(F32), rng.standard_normal((90, 200)).astype(F32)
+    a[70, 3] = b[7, 130] = np.nan
+    layer, x, _, _, dout, _ = arguments("many images")
+    dout[3, 2, 1, 35] = x[7, 1, 1, 40] = np.inf
+    results = []
+    for count in (1, 2):
+        team(count)
+        y, dweight = multiply(a, b, b[0, :0], np.empty((200, 200), F32)), np.zeros((3, 3, 64, 40), F32)
+        split_weights.add_weight_gradient(layer, dout, x, dweight)
+        results.append(y.tobytes() + dweight.tobytes())
+    assert results[0] == results[1]
+
+
+@with_unit
 def test_sums_that_overflow_are_infinite():
     a, b = np.full((64, 64), 3e38, F32), np.full((64, 64), 2, F32)
     b[:, 1::2] = -2

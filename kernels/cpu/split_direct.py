@@ -38,6 +38,8 @@ from .workspace import NOTHING, NOWHERE, clear, scratch
 
 # Of a block's split pixels, which stay in the second-level cache with a panel of weights.
 _BLOCK_BYTES = 640 << 10
+# Rows so long that a block of one leaves that cache are done by the vectors.
+_MOST_BYTES = 2 << 20
 # What is multiplied for each number that is packed or written, so that the unit repays it; and in all.
 _LEAST_GAIN = 62
 _LEAST_WORK = 1 << 21
@@ -109,31 +111,17 @@ def _pack_block(x, g, block, tame, packed):
 
 
 @kernel
-def _sum_panel(packed, g, pixels, terms, weights, w0, which, bias, b0, biases, c, base, columns, adds, sums):
-    """All pixels of a block by a panel of weights.
+def _sum_panel(packed, g, outputs, terms, weights, which, bias, target, columns, adds, sums):
+    """The first `outputs` pixels of a block, those that are none too, by a panel of weights; see `_target`.
 
-    `base` has where in `c` the block begins, and the elements from a pixel, a row and an image there to the
-    next; then how many rows and columns are written, from the first of the block on.
+    `bias` has a pointer, the panel's first filter, and how many numbers are there.
     """
-    c0, step, line, image, rows, many = base
-    for first in range(0, pixels, BLOCK):
-        end = min(first + BLOCK, pixels)
-        multiply(
-            packed,
-            first * g.pixel,
-            g.pixel,
-            WORDS,
-            pointer(terms),
-            terms.size,
-            weights,
-            w0,
-            end - first,
-            columns,
-            which,
-            sums,
-            0,
-            False,
-        )
+    biases, filter0, known = bias
+    c, c0, step, line, image, rows, many = target
+    for first in range(0, outputs, BLOCK):
+        end = min(first + BLOCK, outputs)
+        rows_of_a = packed, first * g.pixel, g.pixel, WORDS, pointer(terms), terms.size
+        multiply(*rows_of_a, weights, 0, end - first, columns, which, sums, 0, False)
         at = first
         while at < end:
             row = at // g.width
@@ -142,10 +130,43 @@ def _sum_panel(packed, g, pixels, terms, weights, w0, which, bias, b0, biases, c
             h = row - n * g.height
             count = min(g.width - column, end - at)
             if h < rows and column < many:
-                place = c0 + n * image + h * line + column * step
+                s0, place = (at - first) * BLOCK, c0 + n * image + h * line + column * step
                 valid = min(count, many - column)
-                write_sums(sums, (at - first) * BLOCK, bias, b0, biases, c, place, step, valid, columns, adds)
+                write_sums(sums, s0, biases, filter0, known, c, place, step, valid, columns, adds)
             at += count
+
+
+@kernel
+def _target(g, e, block, column, z, y):
+    """Where a panel's results are written, from `column` on: to `z`, if they are to be pooled, or to `y`.
+
+    That is a pointer, the place of the block's first pixel, the elements from a pixel, a row and an image to
+    the next, and how many rows and columns are written of each image.
+    """
+    n, _, first, rows = block
+    if e.pool_h > 0:
+        wide = e.out_w * e.pool_w
+        return (
+            pointer(z),
+            0,
+            BLOCK,
+            wide * BLOCK,
+            g.block_rows * wide * BLOCK,
+            rows // e.pool_h * e.pool_h,
+            wide,
+        )
+    line = g.out_w * g.filters
+    return pointer(y), (n * g.out_h + first) * line + column, g.filters, line, g.out_h * line, rows, g.out_w
+
+
+@kernel
+def _finish(z, g, e, pool, block, column, columns, y, argmax):
+    """Pool what a panel of a block wrote to `z`."""
+    n, many, first, rows = block
+    image = g.block_rows * e.out_w * e.pool_w * BLOCK
+    for i in range(many):
+        place = ((n + i) * e.out_h + first // e.pool_h) * e.out_w * e.filters + column
+        finish_panel(z[i * image :], BLOCK, rows // e.pool_h, e, pool, y, place, argmax, columns)
 
 
 @kernel
@@ -189,7 +210,7 @@ def _correlate(
     g,
     terms,
     configuration,
-    blocks,
+    images,
     panels_again,
     rooms,
     e,
@@ -199,88 +220,41 @@ def _correlate(
 ):
     keep_out_of_line()
     matrix_unit.start(pointer(configuration))
-    block, again, room, z = blocks[part], panels_again[part], rooms[part], zs[part]
-    sums = pointer(room[SQUARES:])
-    pixels, images, biases, results = pointer(x), pointer(block), pointer(bias), pointer(y)
+    image, again, room, z = images[part], panels_again[part], rooms[part], zs[part]
+    sums, pixels = pointer(room[SQUARES:]), pointer(x)
     panels = len(packed)
     item, last = span(part, parts, blocks_of(g) * panels)
     while item < last:
-        task = item // panels
-        panel0 = item - task * panels
+        number = item // panels
+        panel0 = item - number * panels
         panel1 = min(panel0 + last - item, panels)
         item += panel1 - panel0
-        which_pixels = block_of(g, task)
-        n, many, first, rows = which_pixels
+        block = block_of(g, number)
+        _, many, _, rows = block
         outputs = ((many - 1) * g.height + rows - 1) * g.width + g.out_w
-        block_finite = _pack_block(pixels, g, which_pixels, False, block)
+        block_finite = _pack_block(pixels, g, block, False, image)
         for panel in range(panel0, panel1):
             column = panel * BLOCK
             columns = min(g.filters - column, BLOCK)
-            known = columns if bias.size > 0 else 0
+            of_bias = pointer(bias), column, columns if bias.size > 0 else 0
+            target = _target(g, e, block, column, z, y)
             both = block_finite and finite[panel]
-            which = ALL if both else LEADING
-            if e.pool_h > 0:
-                target, kept = pointer(z), min(rows // e.pool_h, e.out_h - first // e.pool_h) * e.pool_h
-                wide = e.out_w * e.pool_w
-                base = 0, BLOCK, wide * BLOCK, g.block_rows * wide * BLOCK, kept, wide
-            else:
-                line = g.out_w * g.filters
-                begin = (n * g.out_h + first) * line + column
-                target, base = results, (begin, g.filters, line, g.out_h * line, rows, g.out_w)
-            _sum_panel(
-                images,
-                g,
-                outputs,
-                terms,
-                pointer(packed[panel]),
-                0,
-                which,
-                biases,
-                column,
-                known,
-                target,
-                base,
-                columns,
-                False,
-                sums,
-            )
-            if not both:
-                # What is infinite or NaN has met its factors. All other parts meet theirs now.
-                _pack_block(pixels, g, which_pixels, True, block)
-                _pack_weights(weight, transposed, g.channels, g.filters, panel, True, room, again, 0)
+            weights, which, adds = pointer(packed[panel]), ALL if both else LEADING, False
+            while which >= 0:
+                # What is infinite or NaN meets its factors first, in the leading parts, and all other parts
+                # meet theirs then.
+                if which == OTHERS:
+                    _pack_block(pixels, g, block, True, image)
+                    _pack_weights(weight, transposed, g.channels, g.filters, panel, True, room, again, 0)
+                    weights, adds = pointer(again), True
                 _sum_panel(
-                    images,
-                    g,
-                    outputs,
-                    terms,
-                    pointer(again),
-                    0,
-                    OTHERS,
-                    biases,
-                    column,
-                    known,
-                    target,
-                    base,
-                    columns,
-                    True,
-                    sums,
+                    pointer(image), g, outputs, terms, weights, which, of_bias, target, columns, adds, sums
                 )
-                _pack_block(pixels, g, which_pixels, False, block)
+                which = OTHERS if which == LEADING else -1
+            if not both:
+                _pack_block(pixels, g, block, False, image)
             if e.pool_h > 0:
-                for i in range(many):
-                    place = ((n + i) * e.out_h + first // e.pool_h) * e.out_w * e.filters + column
-                    windows = min(rows // e.pool_h, e.out_h - first // e.pool_h)
-                    finish_panel(
-                        z[i * g.block_rows * e.out_w * e.pool_w * BLOCK :],
-                        BLOCK,
-                        windows,
-                        e,
-                        pool,
-                        y,
-                        place,
-                        argmax,
-                        columns,
-                    )
+                _finish(z, g, e, pool, block, column, columns, y, argmax)
     matrix_unit.end()
 
 
@@ -332,8 +306,17 @@ def _plan(layer: Layer, images: int, pool_h: int) -> _Plan:
 def gain(layer: Layer, packed: float, written: float) -> float:
     """Useful multiply-adds of a pixel for each number of it that is packed or written, by these weights."""
     taps, channels, filters = layer.rows.kernel * layer.columns.kernel, layer.channels, layer.filters
+    if not channels * filters:
+        return 0
     used = channels / (-(-channels // TERMS) * TERMS) * filters / (-(-filters // SIDE) * SIDE)
     return taps * channels * filters * used / (packed * channels + written * filters)
+
+
+def _least_block(layer: Layer) -> int:
+    """Bytes of the split pixels that one row of the results sees."""
+    of = column_of_pixels(layer, 1)
+    g = grid(of, 1, 1)
+    return 4 * g.pixel * g.width * (g.reach + 1)
 
 
 def fits(layer: Layer, dtype: np.dtype) -> bool:
@@ -342,6 +325,7 @@ def fits(layer: Layer, dtype: np.dtype) -> bool:
         dtype == np.float32
         and layer.groups == layer.rows.stride == layer.columns.stride == 1
         and min(*layer.rows.padding, *layer.columns.padding) >= 0
+        and _least_block(layer) <= _MOST_BYTES
         and matrix_unit.is_there()
     )
 

@@ -60,12 +60,22 @@ class Product(NamedTuple):
 
 
 @kernel
-def _pack_left(a, p, row, k0, rows, depth, tame, squares, packed):
-    """A block of A; whether all of it is finite."""
-    a0 = row * p.a_row + k0 * p.a_k
-    if p.a_k == 1:
-        return pack_rows(pointer(a), a0, p.a_row, rows, depth, tame, pointer(packed), 0, ROW_WORDS, p.step)
-    return pack_columns(a, a0, p.a_k, rows, depth, tame, squares, packed, 0, ROW_WORDS, p.step)
+def _pack_left(a, p, row, k0, rows, depth, tame, squares, packed, finite):
+    """A block of A; whether all of it is finite, and unless it is tame, each `BLOCK` rows, too."""
+    everything = True
+    for r in range(0, rows, BLOCK):
+        a0, many, place = (row + r) * p.a_row + k0 * p.a_k, min(rows - r, BLOCK), r * ROW_WORDS
+        if p.a_k == 1:
+            words = pointer(packed)
+            wild = not pack_rows(pointer(a), a0, p.a_row, many, depth, tame, words, place, ROW_WORDS, p.step)
+        else:
+            wild = not pack_columns(
+                a, a0, p.a_k, many, depth, tame, squares, packed, place, ROW_WORDS, p.step
+            )
+        everything &= not wild
+        if not tame:
+            finite[r // BLOCK] = not wild
+    return everything
 
 
 @kernel
@@ -78,19 +88,30 @@ def _pack_right(b, p, k0, depth, column, columns, tame, squares, packed):
 
 
 @kernel
-def _multiply_panel(left, terms, right, which, size, sums, s0, adds):
-    """All rows of a block of A by one panel of B; `size` is their number, and those of columns and terms."""
+def _multiply_panel(left, terms, right, tame, finite, right_finite, size, sums, s0, adds):
+    """All rows of a block of A by one panel of B; if both are tame, what those that aren't finite still miss.
+
+    What is infinite or NaN meets its factors first, in the leading parts, and all other parts meet theirs
+    then. `size` is the number of rows, of columns and of registers of terms.
+    """
     rows, columns, count = size
+    adds |= tame
     for m in range(0, rows, BLOCK):
-        a0, place, many = m * ROW_WORDS, s0 + m * BLOCK, min(rows - m, BLOCK)
-        multiply(left, a0, ROW_WORDS, WORDS, terms, count, right, 0, many, columns, which, sums, place, adds)
+        both = finite[m // BLOCK] and right_finite
+        if not (both and tame):
+            which = ALL
+            if not both:
+                which = OTHERS if tame else LEADING
+            a0, place, many = m * ROW_WORDS, s0 + m * BLOCK, min(rows - m, BLOCK)
+            rows_of_a = left, a0, ROW_WORDS, WORDS, terms, count
+            multiply(*rows_of_a, right, 0, many, columns, which, sums, place, adds)
 
 
 @parallel
-def _multiply(part, parts, a, b, bias, c, p, terms, configuration, lefts, rights, rooms):
+def _multiply(part, parts, a, b, bias, c, p, terms, configuration, lefts, rights, rooms, flags):
     keep_out_of_line()
     matrix_unit.start(pointer(configuration))
-    packed, panel_of_b, room = lefts[part], rights[part], rooms[part]
+    packed, panel_of_b, room, finite = lefts[part], rights[part], rooms[part], flags[part]
     squares, sums = room[:SQUARES], pointer(room[SQUARES:])
     left, right, steps = pointer(packed), pointer(panel_of_b), pointer(terms)
     panels = (p.columns + BLOCK - 1) // BLOCK
@@ -106,25 +127,19 @@ def _multiply(part, parts, a, b, bias, c, p, terms, configuration, lefts, rights
         panel1 = min(panel0 + p.block_panels, panels)
         for k0 in range(0, p.depth, p.block_k):
             depth = min(p.depth - k0, p.block_k)
-            finite, packs = True, True
+            left_finite = _pack_left(a, p, row, k0, rows, depth, False, squares, packed, finite)
             for panel in range(panel0, panel1):
                 column = panel * BLOCK
                 columns = min(p.columns - column, BLOCK)
                 size = rows, columns, (depth + TERMS - 1) // TERMS
                 s0 = (panel - panel0) * size_of_sums
-                adds, which = k0 > 0, ALL
-                while which >= 0:
-                    # What is infinite or NaN meets its factors first, in the leading parts, and all other
-                    # parts meet theirs then.
-                    tame = which == OTHERS
-                    if packs or tame:
-                        finite = _pack_left(a, p, row, k0, rows, depth, tame, squares, packed)
-                        packs = tame
-                    both = _pack_right(b, p, k0, depth, column, columns, tame, squares, panel_of_b) & finite
-                    if which == ALL and not both:
-                        which = LEADING
-                    _multiply_panel(left, steps, right, which, size, sums, s0, adds)
-                    adds, which = True, OTHERS if which == LEADING else -1
+                right_finite = _pack_right(b, p, k0, depth, column, columns, False, squares, panel_of_b)
+                _multiply_panel(left, steps, right, False, finite, right_finite, size, sums, s0, k0 > 0)
+                if not (left_finite and right_finite):
+                    _pack_left(a, p, row, k0, rows, depth, True, squares, packed, finite)
+                    _pack_right(b, p, k0, depth, column, columns, True, squares, panel_of_b)
+                    _multiply_panel(left, steps, right, True, finite, right_finite, size, sums, s0, True)
+                    _pack_left(a, p, row, k0, rows, depth, False, squares, packed, finite)
         for panel in range(panel0, panel1):
             column = panel * BLOCK
             columns = min(p.columns - column, BLOCK)
@@ -203,6 +218,18 @@ def product(
     lefts = scratch("split rows", (parts, p.step * len(plan.terms)), np.int32)
     rights = scratch("split panel", (parts, words_of_panel(p.block_k)), np.int32)
     rooms = scratch("sums", (parts, SQUARES + plan.sums), np.float32)
+    flags = scratch("finite", (parts, -(-p.block_rows // BLOCK)), np.bool_)
     _multiply(
-        parts, a.ravel(), b.ravel(), bias, c.ravel(), p, plan.terms, CONFIGURATION, lefts, rights, rooms
+        parts,
+        a.ravel(),
+        b.ravel(),
+        bias,
+        c.ravel(),
+        p,
+        plan.terms,
+        CONFIGURATION,
+        lefts,
+        rights,
+        rooms,
+        flags,
     )

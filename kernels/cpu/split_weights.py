@@ -94,16 +94,14 @@ def _pack_image(x, g, cut, block, task, tame, squares, packed):
 
 
 @kernel
-def _pack_gradients(dout, g, block, task, places, outputs, tame, packed, panel_words):
-    """A task's filters of the gradients of a block, which are `outputs` from the first to the last."""
+def _pack_gradients(dout, g, block, task, panel, places, outputs, tame, packed):
+    """A panel of a task's gradients of a block, which are `outputs` from the first to the last."""
     n, _, first, _ = block
-    source = (n * g.out_h + first) * g.out_w * g.filters + task.filter
-    values, of_pixels, words = pointer(dout), pointer(places), pointer(packed)
-    finite = True
-    for f in range(0, task.filters, BLOCK):
-        many, place = min(task.filters - f, BLOCK), f // BLOCK * panel_words
-        finite &= pack_pixels(values, source + f, g.filters, of_pixels, outputs, many, tame, words, place)
-    return finite
+    many = min(task.filters - panel * BLOCK, BLOCK)
+    source = (n * g.out_h + first) * g.out_w * g.filters + task.filter + panel * BLOCK
+    return pack_pixels(
+        pointer(dout), source, g.filters, pointer(places), outputs, many, tame, pointer(packed), 0
+    )
 
 
 @kernel
@@ -136,32 +134,17 @@ def _add_wild(x, dout, g, cut, block, task, sums, drowned):
 
 
 @kernel
-def _multiply_all(image, cut, steps, terms, gradients, panel_words, task, which, sums):
-    """Add to all sums of a task what a block contributes; `steps` are where the taps begin."""
-    place = 0
-    for panel in range((task.filters + BLOCK - 1) // BLOCK):
-        columns, b0 = min(task.filters - panel * BLOCK, BLOCK), panel * panel_words
-        for c in range(0, task.channels, BLOCK):
-            rows = min(task.channels - c, BLOCK)
-            for tap in range(task.tap, task.tap + task.taps):
-                a0 = c * cut.pitch + steps[tap]
-                multiply(
-                    image,
-                    a0,
-                    cut.pitch,
-                    cut.part,
-                    pointer(terms),
-                    terms.size,
-                    gradients,
-                    b0,
-                    rows,
-                    columns,
-                    which,
-                    sums,
-                    place,
-                    True,
-                )
-                place += BLOCK * BLOCK
+def _multiply_panel(image, cut, steps, terms, gradients, task, panel, which, sums):
+    """Add to the sums of a panel what a block contributes; `steps` are where the taps begin."""
+    columns = min(task.filters - panel * BLOCK, BLOCK)
+    place = panel * ((task.channels + BLOCK - 1) // BLOCK) * task.taps * BLOCK * BLOCK
+    for c in range(0, task.channels, BLOCK):
+        rows = min(task.channels - c, BLOCK)
+        for tap in range(task.tap, task.tap + task.taps):
+            a0 = c * cut.pitch + steps[tap]
+            rows_of_a = image, a0, cut.pitch, cut.part, pointer(terms), terms.size
+            multiply(*rows_of_a, gradients, 0, rows, columns, which, sums, place, True)
+            place += BLOCK * BLOCK
 
 
 @kernel
@@ -201,7 +184,6 @@ def _add(
     matrix_unit.start(pointer(configuration))
     image, gradients, drowned = images[part], panels[part], marks[part]
     squares, sums = rooms[part, :SQUARES], rooms[part, SQUARES:]
-    panel_words = gradients.size // cut.panels
     lo, hi = span(part, parts, tasks)
     for number in range(lo, hi):
         task = _task(g, cut, steps.size, number)
@@ -215,28 +197,29 @@ def _add(
             if not _pack_image(x, g, cut, block, task, False, squares, image):
                 _add_wild(x, dout, g, cut, block, task, sums, drowned)
                 _pack_image(x, g, cut, block, task, True, squares, image)
-            which = ALL
-            while which >= 0:
-                # Gradients that are infinite or NaN meet their factors first, in the leading parts, and all
-                # other parts meet theirs then.
-                finite = _pack_gradients(
-                    dout, g, block, task, places, outputs, which == OTHERS, gradients, panel_words
-                )
-                if which == ALL and not finite:
-                    which = LEADING
-                of_block = terms[: (outputs + TERMS - 1) // TERMS]
-                _multiply_all(
-                    pointer(image),
-                    cut,
-                    steps,
-                    of_block,
-                    pointer(gradients),
-                    panel_words,
-                    task,
-                    which,
-                    pointer(sums),
-                )
-                which = OTHERS if which == LEADING else -1
+            of_block = terms[: (outputs + TERMS - 1) // TERMS]
+            for panel in range((task.filters + BLOCK - 1) // BLOCK):
+                which = ALL
+                while which >= 0:
+                    # Gradients that are infinite or NaN meet their factors first, in the leading parts, and
+                    # all other parts meet theirs then.
+                    finite = _pack_gradients(
+                        dout, g, block, task, panel, places, outputs, which == OTHERS, gradients
+                    )
+                    if which == ALL and not finite:
+                        which = LEADING
+                    _multiply_panel(
+                        pointer(image),
+                        cut,
+                        steps,
+                        of_block,
+                        pointer(gradients),
+                        task,
+                        panel,
+                        which,
+                        pointer(sums),
+                    )
+                    which = OTHERS if which == LEADING else -1
         _write_all(pointer(sums), g, task, pointer(x), pointer(dweight))
     matrix_unit.end()
 
@@ -301,7 +284,7 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     parts = min(part_count(plan.tasks, len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), plan.tasks)
     channels = -(-min(cut.channels, layer.channels) // BLOCK) * BLOCK
     images = scratch("turned pixels", (parts, channels * cut.pitch), np.int16)
-    panels = scratch("split gradients", (parts, cut.panels * words_of_panel(len(plan.places))), np.int32)
+    panels = scratch("split panel", (parts, words_of_panel(len(plan.places))), np.int32)
     sums = channels * cut.panels * BLOCK * cut.taps
     rooms = scratch("sums", (parts, SQUARES + sums), dtype)
     marks = scratch("drowned", (parts, channels * cut.taps), np.bool_)
