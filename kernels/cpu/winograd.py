@@ -25,10 +25,11 @@ from ..jit import keep_out_of_line, kernel
 from ..threads import parallel, part_count, span
 from . import simd
 from .direct import Layer
-from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
+from .epilogue import NO_EPILOGUE, Epilogue, window_taps
 from .square_tile import HAS_REGISTERS, multiply_square
 from .tile import add_panel, overwrite_ranges
 from .vectors import keep_in_line, lanes_of, pointer, prefetch
+from .winograd_blocks import finish, products, shares, transform_input, windows
 from .winograd_points import TILE
 from .winograd_tiling import (
     PIECES,
@@ -40,16 +41,11 @@ from .winograd_tiling import (
     next_pixels,
     panel_filters,
     piece_tap,
-    row_origin,
-    steps_to,
     tiles_of,
     tiling,
     with_far,
 )
 from .winograd_transforms import (
-    input_columns,
-    input_tile,
-    output_tile,
     transpose_square,
     weight_vector,
 )
@@ -166,115 +162,6 @@ def _transform_all_weights(part, parts, weight, transposed, bias, g, u, start, s
 
 
 @kernel
-def transform_input(x, g, cut, first, last, c0, c1, offsets, zeros, columns, v, pitch):
-    """B^T d B of the tiles from `first` to `last`, the channels from `c0` to `c1`, to rows of `pitch` in `v`.
-
-    The tiles are those that the piece `cut` of the filters sees. It is done by row of tiles and vector of
-    channels, of which there is one at least. The last vector begins earlier where they don't fill it.
-    """
-    keep_out_of_line()
-    lanes = lanes_of(x)
-    side = len(g.form)
-    column = side * lanes
-    tile = first
-    while tile < last:
-        row = tile // g.tile_columns
-        tw = tile - row * g.tile_columns
-        many = min(g.tile_columns - tw, last - tile)
-        n, top, left = row_origin(g, row)
-        h0 = top - g.top + cut // g.cuts_w * g.taps * g.dilation_h
-        w0 = left + tw * 4 * g.dilation_w - g.left + cut % g.cuts_w * g.taps * g.dilation_w
-        window = 4 * (many - 1) + side
-        before = min(max(steps_to(-w0, g.dilation_w), 0), window)
-        w0 += before * g.dilation_w
-        inside = max(min(steps_to(g.width - w0, g.dilation_w), window - before), 0)
-        for i in range(side):
-            h = h0 + i * g.dilation_h
-            offsets[i] = ((n * g.height + h) * g.width + w0) * g.x_pixel if 0 <= h < g.height else -1
-        clear(columns, 0, before * column)
-        clear(columns, (before + inside) * column, (window - before - inside) * column)
-        for begin in range(c0, c1, lanes):
-            c = min(begin, c1 - lanes)
-            input_columns(
-                g.form, x, offsets, c, g.x_pixel * g.dilation_w, inside, zeros, columns, before * column
-            )
-            place = (tile - first) * pitch + c - c0
-            for k in range(many):
-                input_tile(g.form, columns, k * 4 * column, v, place + k * pitch, g.input_step)
-        tile += many
-
-
-@kernel
-def _transform_output(m, g, first, last, bias, filter0, many, y, y0, line, pixel, height):
-    """Write A^T M A + bias of `many` filters from `filter0` on, for the tiles from `first` to `last`.
-
-    In `y` there are `pixel` elements from one pixel to the next, `line` to the next row, and `height` rows to
-    the next image; `y0` is where the panel of the first image would begin.
-    """
-    keep_out_of_line()
-    lanes = lanes_of(y)
-    pixels = pointer(y)
-    for tile in range(first, last):
-        row = tile // g.tile_columns
-        n, h, left = row_origin(g, row)
-        w = left + (tile - row * g.tile_columns) * 4 * g.dilation_w
-        place = y0 + (n * height + h) * line + w * pixel
-        # The next tile's pixels arrive meanwhile.
-        for i in range(4):
-            for j in range(4, 8):
-                for c in range(0, many, lanes):
-                    prefetch(pixels, place + i * line * g.dilation_h + j * pixel * g.dilation_w + c)
-        for c in range(0, many, lanes):
-            output_tile(
-                g.form,
-                m,
-                (tile - first) * g.panel + c,
-                g.product_step,
-                bias,
-                filter0 + c,
-                y,
-                place + c,
-                line * g.dilation_h,
-                pixel * g.dilation_w,
-                steps_to(g.out_height - h, g.dilation_h),
-                steps_to(g.out_width - w, g.dilation_w),
-            )
-
-
-@kernel
-def _pool(z, g, first, last, e, taps, y, argmax, filter0, many):
-    """Finish whole rows of tiles of a panel, whose convolution lies in `z`, image by image."""
-    row = first // g.tile_columns
-    end = last // g.tile_columns
-    z0 = 0
-    while row < end:
-        n = row // g.tile_rows
-        h = (row - n * g.tile_rows) * 4
-        rows = min((n + 1) * g.tile_rows, end) - row
-        windows = min(rows * 4, g.out_height - h) // e.pool_h
-        y0 = (n * e.out_h + h // e.pool_h) * e.out_w * g.y_pixel + filter0
-        finish_panel(z[z0:], g.panel, windows, e, taps, y, y0, argmax, many)
-        z0 += rows * 4 * g.out_width * g.panel
-        row += rows
-
-
-@kernel
-def _finish(m, g, first, last, bias, panel, y, e, taps, argmax, z):
-    """Write what the products of a panel of filters make of the tiles from `first` to `last`."""
-    keep_out_of_line()
-    filter0, many = panel_filters(g, panel, lanes_of(y))
-    filter0 += panel // g.panels * g.filters
-    if e.pool_h > 0:
-        line = g.out_width * g.panel
-        z0 = -(first // g.tile_columns) * 4 * line
-        _transform_output(m, g, first, last, bias, filter0, many, z, z0, line, g.panel, g.tile_rows * 4)
-        _pool(z, g, first, last, e, taps, y, argmax, filter0, many)
-    else:
-        line = g.out_width * g.y_pixel
-        _transform_output(m, g, first, last, bias, filter0, many, y, filter0, line, g.y_pixel, g.out_height)
-
-
-@kernel
 def _multiply(v, u, m, g, panel, element, k0, rows, zeros, tables, ahead):
     """Multiply an element of `rows` tiles, its channels from `k0` on, with that of a panel of filters.
 
@@ -286,7 +173,7 @@ def _multiply(v, u, m, g, panel, element, k0, rows, zeros, tables, ahead):
     v0, m0 = element * g.input_step + k0, element * g.product_step
     u0 = (panel * g.area + element) * g.weight_step
     if HAS_REGISTERS and width == lanes and g.depth % lanes == 0:
-        pitches = g.together * g.depth, g.panel, g.panel
+        pitches = g.input_tile, g.panel, g.panel
         for k in range(0, g.depth, lanes):
             multiply_square(v, v0 + k, u, u0 + k * g.panel, m, m0, pitches, rows, k, ahead)
             ahead = ahead[:0]
@@ -317,7 +204,7 @@ def _multiply(v, u, m, g, panel, element, k0, rows, zeros, tables, ahead):
 @parallel
 def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, vs, ms, zs, e, taps, argmax):
     keep_out_of_line()
-    v, m, pitch = vs[part], ms[part], g.together * g.depth
+    v, m = vs[part], ms[part]
     far = is_far(u)
     # The work is every block for every panel, so that few blocks keep all threads busy.
     sets, panels = g.groups // g.together, g.together * g.panels
@@ -335,9 +222,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
         c1 = c0 + g.together * g.channels
         for cut in range(g.cuts):
             target = v[cut * g.channels :]
-            transform_input(
-                x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target, pitch
-            )
+            transform_input(x, g, cut, first, last, c0, c1, offsets[part], zeros, columns[part], target)
         # Meanwhile the next block's pixels are fetched, those that it reads and those that it writes.
         pixels, results = next_pixels(x, y, g, first, last)
         if e.pool_h > 0:
@@ -353,7 +238,7 @@ def _correlate(part, parts, x, u, bias, y, g, tables, zeros, offsets, columns, v
                 weights = u[place : place + 2 * g.weight_step]
                 ahead = with_far(weights, far, pixels, results, time, many * g.area)
                 _multiply(v, u, m, g, panel, element, k0, last - first, zeros, tables, ahead)
-            _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
+            finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
 @parallel
@@ -367,8 +252,8 @@ def _transform_all_input(part, parts, x, bias, g, start, zeros, offsets, columns
     lo, hi = span(part, parts, chunks)
     for chunk in range(lo, hi):
         c0, c1 = span(chunk, chunks, g.channels)
-        target = v[chunk * g.area * g.input_step :]
-        transform_input(x, g, 0, first, last, c0, c1, offsets[part], zeros, columns[part], target, g.chunk)
+        target = v[chunk * g.input_size :]
+        transform_input(x, g, 0, first, last, c0, c1, offsets[part], zeros, columns[part], target)
 
 
 @parallel
@@ -394,7 +279,7 @@ def _correlate_few(
             for element in range(g.area):
                 add_panel(
                     v,
-                    (chunk * g.area + element) * g.input_step,
+                    chunk * g.input_size + element * g.input_step,
                     tables[0],
                     tables[1],
                     0,
@@ -408,7 +293,7 @@ def _correlate_few(
                     tables[2],
                     panel_filters(g, panel, lanes)[1],
                 )
-        _finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
+        finish(m, g, first, last, bias, panel, y, e, taps, argmax, zs[part])
 
 
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
@@ -504,42 +389,22 @@ def _run_many(x, weight, transposed, bias, start, y, g, tables, panels, end):
     parts = part_count(panels * -(-g.depth // simd.lanes(x.dtype)), u.nbytes)
     _transform_all_weights(parts, weight, transposed, bias, g, u, start, _squares(g, parts))
     parts = part_count(-(-g.tiles // g.block) * panels, g.tiles * g.area * g.depth * g.y_pixel)
-    vs = _shares("input", parts, g.area * g.input_step)
+    vs = shares("input", parts, g.input_size)
     zeros = np.zeros(g.panel, x.dtype)
-    memory = (zeros, *windows(g, parts), vs, *_products(g, end[0], parts))
+    memory = (zeros, *windows(g, parts), vs, *products(g, end[0], parts))
     _correlate(parts, x, u, start, y, g, tables, *memory, *end)
 
 
 def _run_few(x, weight, transposed, bias, start, y, g, tables, panels, end):
     chunks = -(-g.channels // g.chunk)
-    v = scratch("input", chunks * g.area * g.input_step, x.dtype)
+    v = scratch("input", chunks * g.input_size, x.dtype)
     parts = part_count(chunks, v.nbytes)
     _transform_all_input(parts, x, bias, g, start, np.zeros(g.panel, x.dtype), *windows(g, parts), v)
     parts = part_count(panels, g.tiles * g.area * g.channels * g.filters)
-    us = _shares("weights", parts, g.area * g.weight_step)
-    memory = (us, _squares(g, parts), *_products(g, end[0], parts))
+    us = shares("weights", parts, g.area * g.weight_step)
+    memory = (us, _squares(g, parts), *products(g, end[0], parts))
     _correlate_few(parts, v, weight, transposed, start, y, g, tables, *memory, *end)
 
 
-def _shares(use: str, parts: int, size: int) -> np.ndarray:
-    """Scratch for each part."""
-    return scratch(use, parts * size, np.float32).reshape(parts, size)
-
-
 def _squares(g: Tiling, parts: int) -> np.ndarray:
-    return _shares("squares", parts, g.taps**2 * simd.lanes(np.float32) ** 2)
-
-
-def _products(g: Tiling, e: Epilogue, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scratch for the products of a block with a panel, and for the rows of pixels that `e` pools."""
-    rows = -(-g.block // g.tile_columns) * TILE if e.pool_h else 0
-    products = _shares("products", parts, g.area * g.product_step)
-    return products, _shares("rows", parts, max(1, rows * g.out_width * g.panel))
-
-
-def windows(g: Tiling, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scratch of `transform_input`: offsets, and columns of a row of windows."""
-    side = len(g.form)
-    offsets = scratch("offsets", parts * side, np.intp).reshape(parts, side)
-    columns = TILE * (g.tile_columns - 1) + side
-    return offsets, _shares("windows", parts, columns * side * simd.lanes(np.float32))
+    return shares("squares", parts, g.taps**2 * simd.lanes(np.float32) ** 2)

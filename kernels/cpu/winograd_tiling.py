@@ -26,6 +26,9 @@ _MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
 # So many channels of a pixel are read one after another, where they are those of several groups.
 _CHANNELS_TOGETHER = 64
+# A tile's elements are written in turn. With so many channels they lie together: else each of them is on a page
+# of its own, and processors remember the places of fewer. With less channels products would read short runs.
+_MANY_CHANNELS = 128
 # What is transformed comes from the last cache, or from memory, if it is more.
 _NEAR_BYTES = 4 << 20
 
@@ -61,9 +64,11 @@ class Tiling(NamedTuple):
     panel: int  # filters that are multiplied together
     panels: int  # of a group
     chunk: int  # channels whose weights are transformed together where they are used; 0: all are, beforehand
-    input_step: int  # from one of a window's elements to the next in the transformed input,
-    weight_step: int  # in a panel of the transformed weights
-    product_step: int  # and in a panel of the products
+    input_size: int  # elements of a block's transformed input,
+    input_tile: int  # from one tile to the next there,
+    input_step: int  # and from one of a window's elements to the next
+    weight_step: int  # that of a panel of the transformed weights
+    product_step: int  # and of a panel of the products
 
 
 @kernel
@@ -219,7 +224,6 @@ def tiling(
     # Filters that are more than a vector and less than two end a panel of one, but none of two.
     whole = filters > lanes and (filters % lanes == 0 or filters >= simd.panel_width(np.float32))
     panel = simd.panel_width(np.float32) if whole else lanes
-    # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
     chunk = -(-channels // -(-channels // _CHUNK)) if few else 0
     together = max(
         n
@@ -227,9 +231,14 @@ def tiling(
         if of.groups % n == 0 and (n == 1 or n * depth <= _CHANNELS_TOGETHER)
     )
     inner = chunk or together * depth
-    steps = (len(rows) * inner + lanes, inner * panel + lanes, len(rows) * panel + lanes)
+    # One vector more in each step: at a power of two all 36 elements would compete for the same cache lines.
+    row, element = inner, len(rows) * inner + lanes
+    if inner >= _MANY_CHANNELS:
+        row, element = of.side**2 * inner + lanes, inner
+    size = max(len(rows) * row, of.side**2 * element)
+    steps = (size, row, element, inner * panel + lanes, len(rows) * panel + lanes)
     image = (height, width, channels, x_pixel, *padding, out_height, out_width, filters, y_pixel)
     cut = (tile_rows, tile_columns, tiles, block, panel, -(-filters // panel), chunk)
     pieces = (*of.dilation, (0,) * of.side, of.side**2, of.taps, cuts, of.cuts[1], depth)
     g = Tiling(of.groups, together, *image, *pieces, phase_rows, *cut, *steps)
-    return g, (rows * inner, np.arange(chunk or depth), rows * panel)
+    return g, (rows * row, np.arange(chunk or depth), rows * panel)

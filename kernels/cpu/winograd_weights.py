@@ -23,7 +23,7 @@ from .direct import Layer, share
 from .square_tile import HAS_REGISTERS, add_square
 from .tile import add_ranges, add_rows, padded_rows, tile_rows
 from .vectors import lanes_of, pointer, prefetch
-from .winograd import transform_input, windows
+from .winograd_blocks import transform_input, windows
 from .winograd_tiling import (
     Filters,
     Tiling,
@@ -97,7 +97,7 @@ def _transform_slab(x, g, cut, group, slab, begin, end, zeros, offsets, columns,
     piece = slab // cut.slabs
     # The last begins earlier where the channels don't fill it.
     c = group * g.channels + min((slab - piece * cut.slabs) * lanes, g.channels - lanes)
-    transform_input(x, g, piece, begin, end, c, c + lanes, offsets, zeros, columns, v, lanes)
+    transform_input(x, g, piece, begin, end, c, c + lanes, offsets, zeros, columns, v)
 
 
 @kernel
@@ -286,6 +286,7 @@ def _cut(
     # One vector more in each step: at a power of two all elements would compete for the same cache lines.
     g = g._replace(
         block=block,
+        input_tile=lanes,
         input_step=g.cuts * slabs * block * lanes + lanes,
         weight_step=g.panels * block * g.panel + lanes,
         product_step=g.panels * g.depth * g.panel + lanes,
