@@ -220,8 +220,20 @@ def test_the_environment_can_refuse_it():
 
 # ------------------------------------------------------------------ matrices
 
-# Rows, terms and columns.
-PRODUCTS = [(1, 1, 1), (32, 32, 32), (37, 70, 45), (5, 600, 17), (300, 40, 9), (13, 1100, 100), (600, 33, 40)]
+# Rows, terms and columns: also terms cut into pieces, and rows so few that the transpose is computed.
+PRODUCTS = [
+    (1, 1, 1),
+    (32, 32, 32),
+    (37, 70, 45),
+    (5, 600, 17),
+    (300, 40, 9),
+    (13, 1100, 100),
+    (600, 33, 40),
+    (20, 2100, 50),
+    (40, 4500, 70),
+    (11, 90, 700),
+    (34, 530, 301),
+]
 every_product = pytest.mark.parametrize("sizes", PRODUCTS)
 
 
@@ -254,19 +266,24 @@ def test_matrix_product(sizes, team, scratch):
             assert (np.abs(y - (expected + bias)) <= 1e-6 * (sizes_of_terms + np.abs(bias))).all()
             added = multiply(a, b, bias[:0], before.copy(), *turned, accumulate=True)
             assert (np.abs(added - (expected + before)) <= 1e-6 * (sizes_of_terms + np.abs(before))).all()
-            results.append(y.tobytes() + added.tobytes())
+            plain = multiply(a, b, bias[:0], np.full((rows, columns), np.nan, F32), *turned)
+            assert (np.abs(plain - expected) <= 1e-6 * sizes_of_terms).all()
+            results.append(y.tobytes() + added.tobytes() + plain.tobytes())
         assert results[0] == results[1]
     scratch.check(sizes)
 
 
 @with_unit
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False)])
-def test_infinity_and_nan_go_where_they_go_in_numpy(turned):
+@pytest.mark.parametrize(("depth", "columns"), [(700, 70), (2600, 70), (90, 700)])
+def test_infinity_and_nan_go_where_they_go_in_numpy(depth, columns, turned):
     rng = np.random.default_rng(5)
-    a, b = rng.standard_normal((50, 700)).astype(F32), rng.standard_normal((700, 70)).astype(F32)
-    a[3, 600], a[40, 2], a[41, 5] = np.inf, np.nan, -np.inf
-    b[600, 7], b[5, 9], b[699, 66], b[0, 1] = 0, 0, np.inf, -np.inf
-    y = multiply(a, b, b[0, :0], np.empty((50, 70), F32), *turned)
+    a, b = rng.standard_normal((50, depth)).astype(F32), rng.standard_normal((depth, columns)).astype(F32)
+    # Sums are of the same size for all depths.
+    a *= np.sqrt(700 / max(depth, 700))
+    a[3, -30], a[40, 2], a[41, 5] = np.inf, np.nan, -np.inf
+    b[-30, 7], b[5, 9], b[-1, 66], b[0, 1] = 0, 0, np.inf, -np.inf
+    y = multiply(a, b, b[0, :0], np.empty((50, columns), F32), *turned)
     with np.errstate(invalid="ignore"):
         expected = a.astype(np.float64) @ b
     finite = np.isfinite(expected)

@@ -447,7 +447,7 @@ def _product(
         memory = scratch("weights", size, dtype)
         _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, accumulate, memory)
         return
-    if split_linear.suits(rows, depth, columns, b_strides[1], dtype):
+    if split_linear.suits(rows, depth, columns, a_strides[1], b_strides[1], dtype):
         split_linear.product(a, a_strides, b, b_strides, depth, biases, c, accumulate)
         return
     plan = _plan(rows, depth, columns, a_strides, b_strides, accumulate, dtype)

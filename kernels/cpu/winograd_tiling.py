@@ -26,8 +26,8 @@ _MANY_WEIGHTS = 1 << 14
 _CHUNK = 64
 # So many channels of a pixel are read one after another, where they are those of several groups.
 _CHANNELS_TOGETHER = 64
-# A tile's elements are written in turn. With so many channels they lie together: else each of them is on a page
-# of its own, and processors remember the places of fewer. With less channels products would read short runs.
+# A tile's elements are written in turn. With so many channels they lie together: else each of them is on a
+# page of its own, and processors remember the places of fewer. With less, products would read short runs.
 _MANY_CHANNELS = 128
 # What is transformed comes from the last cache, or from memory, if it is more.
 _NEAR_BYTES = 4 << 20
