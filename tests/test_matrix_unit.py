@@ -341,45 +341,54 @@ def test_large_linear_layers_are_taken_to_it(monkeypatch):
 
 # ------------------------------------------------------------------ convolution
 
-# x, filters, kernel, padding, dilation
+# x, filters, kernel, padding, dilation, stride
 CONVOLUTIONS = {
-    "whole vectors": ((2, 8, 8, 64), 64, 3, 1, 1),
-    "edges everywhere": ((3, 5, 7, 40), 33, 3, 1, 1),
-    "five by five": ((1, 33, 9, 32), 70, 5, 2, 1),
-    "uneven padding": ((2, 6, 6, 35), 17, 3, ((0, 2), (1, 0)), 1),
-    "dilation": ((2, 11, 12, 32), 32, 3, 2, 2),
-    "one tap": ((4, 4, 4, 96), 48, 1, 0, 1),
-    "padded single tap": ((2, 4, 5, 33), 16, 1, ((1, 0), (0, 2)), 1),
-    "blocks of rows": ((1, 40, 41, 200), 20, 3, 1, 1),
-    "a kernel as large as the image": ((2, 7, 7, 24), 40, 7, 3, 1),
-    "one row of taps": ((3, 9, 4, 33), 31, (1, 3), (0, 1), 1),
-    "one column of taps": ((3, 9, 4, 33), 31, (4, 1), 0, 1),
-    "no padding": ((2, 6, 5, 64), 32, 3, 0, 1),
-    "more padding than kernel": ((2, 6, 5, 34), 32, 3, 5, 1),
-    "few channels": ((1, 3, 40, 5), 3, 3, 1, 1),
-    "many images": ((20, 9, 8, 64), 40, 3, 1, 1),
-    "one pixel": ((1, 1, 1, 20), 20, 1, 0, 1),
+    "whole vectors": ((2, 8, 8, 64), 64, 3, 1, 1, 1),
+    "edges everywhere": ((3, 5, 7, 40), 33, 3, 1, 1, 1),
+    "five by five": ((1, 33, 9, 32), 70, 5, 2, 1, 1),
+    "uneven padding": ((2, 6, 6, 35), 17, 3, ((0, 2), (1, 0)), 1, 1),
+    "dilation": ((2, 11, 12, 32), 32, 3, 2, 2, 1),
+    "one tap": ((4, 4, 4, 96), 48, 1, 0, 1, 1),
+    "padded single tap": ((2, 4, 5, 33), 16, 1, ((1, 0), (0, 2)), 1, 1),
+    "blocks of rows": ((1, 40, 41, 200), 20, 3, 1, 1, 1),
+    "a kernel as large as the image": ((2, 7, 7, 24), 40, 7, 3, 1, 1),
+    "one row of taps": ((3, 9, 4, 33), 31, (1, 3), (0, 1), 1, 1),
+    "one column of taps": ((3, 9, 4, 33), 31, (4, 1), 0, 1, 1),
+    "no padding": ((2, 6, 5, 64), 32, 3, 0, 1, 1),
+    "more padding than kernel": ((2, 6, 5, 34), 32, 3, 5, 1, 1),
+    "few channels": ((1, 3, 40, 5), 3, 3, 1, 1, 1),
+    "many images": ((20, 9, 8, 64), 40, 3, 1, 1, 1),
+    "one pixel": ((1, 1, 1, 20), 20, 1, 0, 1, 1),
+    "stride": ((3, 9, 8, 40), 33, 3, 1, 1, 2),
+    "stride of the kernel": ((2, 8, 8, 36), 20, 2, 0, 1, 2),
+    "a stride that skips": ((2, 10, 11, 34), 20, 1, 0, 1, (2, 3)),
+    "two strides": ((2, 13, 17, 33), 18, (5, 4), ((1, 2), (3, 0)), 1, (3, 2)),
+    "stride and dilation": ((2, 15, 13, 32), 16, 3, 2, 2, 2),
+    "stride and odd dilation": ((2, 15, 14, 32), 16, 3, 2, 3, 2),
+    "stride, blocks of rows": ((1, 50, 51, 140), 20, 3, 1, 1, 2),
+    "stride, many images": ((20, 12, 12, 48), 40, 3, 1, 1, 2),
+    "a stride beyond the image": ((2, 3, 2, 32), 17, 3, 1, 1, 5),
 }
 every_convolution = pytest.mark.parametrize("case", CONVOLUTIONS)
 
 
 def arguments(case):
-    shape, filters, kernel, padding, dilation = CONVOLUTIONS[case]
+    shape, filters, kernel, padding, dilation, stride = CONVOLUTIONS[case]
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     rng = np.random.default_rng(7)
-    layer = direct.layer(shape, kernel, shape[3], filters, 1, padding, dilation, 1)
+    layer = direct.layer(shape, kernel, shape[3], filters, stride, padding, dilation, 1)
     x, weight, bias, dout = (
         rng.standard_normal(size).astype(F32)
         for size in (shape, (*kernel, shape[3], filters), filters, (shape[0], *layer.out_image, filters))
     )
-    return layer, x, weight, bias, dout, {"padding": padding, "dilation": dilation}
+    return layer, x, weight, bias, dout, {"padding": padding, "dilation": dilation, "stride": stride}
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of few rows, so that images are cut."""
     monkeypatch.setattr(split_direct, "_BLOCK_BYTES", 1)
-    caches = split_direct.grid, split_direct._plan, split_weights._plan
+    caches = split_direct._forward_job, split_direct._backward_jobs, split_weights._plan
     for cache in caches:
         cache.cache_clear()
     yield
@@ -399,9 +408,8 @@ def assert_passes(case, team):
         ours = [np.full(array.shape, np.nan, F32) for array in (y, y, dx)]
         split_direct.forward(layer, x, weight, bias, ours[0])
         split_direct.forward(layer, x, weight, None, ours[1])
-        if layer.exchanged is not None:
-            split_direct.backward_input(layer, dout, weight, ours[2])
-            assert error(ours[2], dx) < BOUND
+        split_direct.backward_input(layer, dout, weight, ours[2])
+        assert error(ours[2], dx) < BOUND
         ours.append(np.ones(weight.shape, F32))
         split_weights.add_weight_gradient(layer, dout, x, ours[3])
         assert error(ours[0], y) < BOUND
@@ -444,7 +452,17 @@ def test_forward_ends_in_pooling(case, pool_size, team, scratch):
 
 
 @with_unit
-@pytest.mark.parametrize("case", ["whole vectors", "edges everywhere", "many images", "blocks of rows"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "whole vectors",
+        "edges everywhere",
+        "many images",
+        "blocks of rows",
+        "stride",
+        "stride, blocks of rows",
+    ],
+)
 def test_infinity_and_nan_go_where_they_go_in_the_reference(case, small_blocks):
     layer, x, weight, bias, dout, settings = arguments(case)
     x[0, 2, 3, 4], x[-1, 0, 0, 0] = np.inf, np.nan
@@ -482,6 +500,24 @@ def test_infinity_and_nan_reach_the_weights_that_they_meet():
 
 
 @with_unit
+@pytest.mark.parametrize("case", ["whole vectors", "stride", "stride and dilation"])
+def test_the_gradient_where_infinity_meets_infinity(case, small_blocks):
+    layer, x, _, _, dout, settings = arguments(case)
+    x[0, 4, 4, 7] = -np.inf
+    dout[0, 2, 2, 3] = dout[0, 1, 2, 5] = np.inf
+    dweight = np.zeros((3, 3, x.shape[3], dout.shape[3]), F32)
+    split_weights.add_weight_gradient(layer, dout, x, dweight)
+    with np.errstate(invalid="ignore"):
+        expected = reference.conv2d_backward_weight(
+            dout.astype(np.float64), x.astype(np.float64), 3, **settings
+        )
+    finite = np.isfinite(expected)
+    assert (expected[:, :, 7, 3] == -np.inf).any()
+    assert np.array_equal(dweight[~finite], expected[~finite], equal_nan=True)
+    assert error(dweight[finite], expected[finite]) < BOUND
+
+
+@with_unit
 def test_layers_without_winograd_are_taken_to_it(switch):
     layer = direct.layer((16, 16, 16, 64), (3, 3), 64, 64, 1, 1, 1, 1)
     dtype = np.dtype(F32)
@@ -490,8 +526,11 @@ def test_layers_without_winograd_are_taken_to_it(switch):
     assert convolution.input_way(layer, 16, dtype, False) is split_direct.backward_input
     assert convolution._weight_way(layer, 16, dtype, False) is split_weights.add_weight_gradient
     assert convolution.forward_way(layer, 16, np.dtype(np.float64), NO_EPILOGUE, False) is direct.forward
-    strided = direct.layer((16, 16, 16, 64), (3, 3), 64, 64, 2, 1, 1, 1)
-    assert convolution.forward_way(strided, 16, dtype, NO_EPILOGUE, False) is direct.forward
+    strided = direct.layer((16, 16, 16, 64), (3, 3), 64, 128, 2, 1, 1, 1)
+    assert convolution.forward_way(strided, 16, dtype, NO_EPILOGUE, False) is split_direct.forward
+    assert convolution.input_way(strided, 16, dtype, False) is split_direct.backward_input
+    grouped = direct.layer((16, 16, 16, 64), (3, 3), 32, 64, 1, 1, 1, 2)
+    assert convolution.forward_way(grouped, 16, dtype, NO_EPILOGUE, False) is direct.forward
 
 
 @with_unit

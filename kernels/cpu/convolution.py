@@ -67,6 +67,8 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
         return few_pixels.forward
     if winograd.suits(layer, images, dtype) and winograd.ends_in(layer, e):
         return winograd.forward
+    if max(layer.rows.stride, layer.columns.stride) > 1 and split_direct.suits(layer, images, dtype):
+        return split_direct.forward
     if winograd_strided.suits(layer, images, dtype) and winograd.ends_in(layer, e):
         return winograd_strided.forward
     if winograd_lanes.suits_forward(layer, images, dtype, e):

@@ -197,7 +197,7 @@ def _pack(part, parts, weight, positions, transposed, columns, bias, packed, sta
                 clear(target, many, width - many)
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """A convolution along one axis."""
 
     size: int
@@ -220,11 +220,11 @@ class _Side(NamedTuple):
         return geometry.forward_axis(self.outputs, self.stride, self.padding[0], self.kernel, self.dilation)
 
     @property
-    def exchanged(self) -> _Side:
+    def exchanged(self) -> Side:
         """The convolution over dout whose outputs are this one's inputs; of stride 1."""
         reach = self.dilation * (self.kernel - 1)
         before, after = self.padding
-        return _Side(self.outputs, self.kernel, 1, (reach - before, reach - after), self.dilation)
+        return Side(self.outputs, self.kernel, 1, (reach - before, reach - after), self.dilation)
 
     def phases(self) -> list[tuple[geometry.Axis, tuple[int, ...]]]:
         return geometry.input_axes(self.size, self.stride, self.padding[0], self.kernel, self.dilation)
@@ -234,7 +234,7 @@ class Layer:
     """A convolution's sizes and tables, the same for its three passes."""
 
     def __init__(
-        self, image: tuple[int, int], channels: int, filters: int, groups: int, sides: Sequence[_Side]
+        self, image: tuple[int, int], channels: int, filters: int, groups: int, sides: Sequence[Side]
     ):
         self.image = image
         self.channels = channels
@@ -391,7 +391,7 @@ def _cached_layer(
         raise ValueError(
             f"weight: {weight_channels} channels in each of {groups} groups are not the input's {channels}"
         )
-    sides = [_Side(*side) for side in zip(image, kernel, stride, padding, dilation, strict=True)]
+    sides = [Side(*side) for side in zip(image, kernel, stride, padding, dilation, strict=True)]
     return Layer(image, channels, filters, groups, sides)
 
 
@@ -434,7 +434,7 @@ def lone(results: int, dtype: np.dtype) -> float:
 def column_of_pixels(layer: Layer, images: int) -> Layer:
     """The layer on one tall image, if each output has only the input at its place: no row ends a block."""
     pixels = images * layer.image[0] * layer.image[1]
-    sides = [_Side(size, 1, 1, (0, 0), 1) for size in (pixels, 1)]
+    sides = [Side(size, 1, 1, (0, 0), 1) for size in (pixels, 1)]
     if any(side._replace(size=1, dilation=1) != sides[1] for side in (layer.rows, layer.columns)):
         return layer
     return Layer((pixels, 1), layer.channels, layer.filters, layer.groups, sides)

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from ..jit import keep_out_of_line, kernel
 from .image_tiles import gather_images
 from .matrix_unit import HALF_WORDS, PANEL_WORDS, PARTS, SIDE, TERMS, WORDS
-from .vectors import all_lanes, first_lanes, keep_in_line, load, pointer, select, store, total, zeros
+from .vectors import all_lanes, first_lanes, keep_in_line, like, load, pointer, select, store, total, zeros
 
 _LEADING_BITS = 0xFFFF0000
 _HALF_OF_LAST_BIT = 0x8000
@@ -96,6 +96,21 @@ def _read(values, place, mask, tame):
     if tame:
         nothing = zeros(values)
         x = select(x - x == nothing, x, nothing)
+    return x
+
+
+@kernel
+def _read_signs(values, place, mask, tame):
+    """A vector of numbers, or 1 or -1 where these are infinite and not wanted.
+
+    Sums that have the infinity already stay what they are, if the other factor is infinite, too.
+    """
+    keep_in_line()
+    x = load(values, place, mask)
+    if tame:
+        nothing = zeros(values)
+        one = like(x, 1.0)
+        x = select(x - x == nothing, x, select(x > nothing, one, nothing - one))
     return x
 
 
@@ -242,6 +257,12 @@ def pack_channels(x, x0, pixel, pixels, channels, tame, squares, packed, place, 
     source, halves = pointer(squares), pointer(packed)
     everything = all_lanes(source)
     rests = zeros(source)
+    if pixels <= 0:
+        nothing = _neighbours(rests, rests)
+        for c in range(channels):
+            for p in range(PARTS):
+                _store_halves(nothing, halves, place + c * pitch + p * part)
+        return True
     for first in range(0, TERMS, SIDE):
         if first < pixels:
             gather_images(x, x0, pixel, first, pixels, channels, squares, first, TERMS)
@@ -249,8 +270,8 @@ def pack_channels(x, x0, pixel, pixels, channels, tame, squares, packed, place, 
             for c in range(channels):
                 store(zeros(source), source, c * TERMS + first, everything)
     for c in range(channels):
-        u = _parts(_read(source, c * TERMS, everything, tame))
-        v = _parts(_read(source, c * TERMS + SIDE, everything, tame))
+        u = _parts(_read_signs(source, c * TERMS, everything, tame))
+        v = _parts(_read_signs(source, c * TERMS + SIDE, everything, tame))
         target = place + c * pitch
         _store_halves(_neighbours(u[0], v[0]), halves, target)
         _store_halves(_neighbours(u[1], v[1]), halves, target + part)

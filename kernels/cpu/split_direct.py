@@ -4,11 +4,15 @@ The pixels of a block of rows are split and laid out in one row, with zeros betw
 between images, which both neighbours share as padding. A tap is then the same step for every pixel, so that
 the unit reads its rows of factors, one for each pixel, where they lie; results of pixels that are none, one
 for each row of the image or a few, are dropped.
+
+With a stride, taps see every other pixel: those of a phase. The phases lie one behind the other, each as if
+it were an image; the gradient to the input is computed phase by phase, from the taps that meet it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +20,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import get_num_threads, parallel, part_count, span
 from . import matrix_unit
-from .direct import Layer, column_of_pixels
+from .direct import Layer, Side, column_of_pixels
 from .epilogue import NO_EPILOGUE, Epilogue, finish_panel, window_taps
 from .matrix_unit import (
     ALL,
@@ -32,6 +36,7 @@ from .matrix_unit import (
     multiply,
     write_sums,
 )
+from .pieces import clear_all
 from .split import SQUARES, pack_panel, pack_rows, pack_turned_panel, words_of_panel
 from .vectors import pointer
 from .workspace import NOTHING, NOWHERE, clear, scratch
@@ -46,6 +51,76 @@ _LEAST_WORK = 1 << 21
 _MULTIPLY_ADDS_PER_BYTE = 20
 
 
+class Phase(NamedTuple):
+    """Every so many pixels along an axis, and the taps that meet them."""
+
+    first: int
+    pixels: int
+    before: int  # zeros before them
+    taps: tuple[int, ...]
+    places: tuple[int, ...]  # where each of the taps sees them, from an output's place on
+
+    @property
+    def reach(self) -> int:
+        """The last place."""
+        return max(self.places)
+
+
+class Axis(NamedTuple):
+    """A convolution along one axis, as its phases."""
+
+    size: int  # of the input, whose pixels are `step` apart in each phase
+    step: int
+    phases: tuple[Phase, ...]
+    outputs: int
+    first: int  # where these are written, and how far apart
+    apart: int
+
+    @property
+    def reach(self) -> int:
+        """The last place that a tap sees."""
+        return max(phase.reach for phase in self.phases)
+
+    @property
+    def pitch(self) -> int:
+        """Pixels from one image, or row of it, to the next, which shares the zeros between them."""
+        ends = [(of.pixels, of.before, self.outputs + of.reach - of.before - of.pixels) for of in self.phases]
+        return max(self.outputs, *(pixels + max(before, after) for pixels, before, after in ends))
+
+
+def forward_axis(side: Side) -> Axis:
+    """A layer's forward pass along an axis."""
+    phases = []
+    for first, count, taps, shifts in _meetings(side):
+        before = max(0, -min(shifts))
+        phases.append(Phase(first, count, before, taps, tuple(before + shift for shift in shifts)))
+    return Axis(side.size, side.stride, tuple(phases), side.outputs, 0, 1)
+
+
+def backward_axes(side: Side) -> list[Axis]:
+    """A layer's gradient to each phase of its input that some tap meets."""
+    axes = []
+    for first, count, taps, shifts in _meetings(side):
+        before = max(0, *shifts)
+        seen = Phase(0, side.outputs, before, taps, tuple(before - shift for shift in shifts))
+        if count:
+            axes.append(Axis(side.outputs, 1, (seen,), count, first, side.stride))
+    return axes
+
+
+def _meetings(side: Side) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
+    """Phases of the input that taps meet: first pixel, number, taps, and pixels from an output to a tap."""
+    meet: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(side.kernel):
+        shift, phase = divmod(tap * side.dilation - side.padding[0], side.stride)
+        meet.setdefault(phase, []).append((tap, shift))
+    of_phase = []
+    for first, seen in sorted(meet.items()):
+        taps, shifts = zip(*seen, strict=True)
+        of_phase.append((first, max(-(-(side.size - first) // side.stride), 0), taps, shifts))
+    return of_phase
+
+
 class Grid(NamedTuple):
     """Sizes of a convolution whose pixels lie in rows of `width`, and images in `height` such rows."""
 
@@ -53,17 +128,22 @@ class Grid(NamedTuple):
     image_h: int
     image_w: int
     channels: int
+    step_h: int  # from a pixel of a phase to the next in the image
+    step_w: int
     out_h: int
     out_w: int
     filters: int
-    top: int  # zeros above and to the left of an image
-    left: int
     reach: int  # rows of the input that an output sees beside its first
     width: int
     height: int
     block_images: int  # whole images of a block, or 0
     block_rows: int  # else rows of one image
     pixel: int  # words of a split pixel
+    phase: int  # pixels from one phase to the next
+    y_first: int  # elements to the first output, from one pixel of them to the next, row and image
+    y_pixel: int
+    y_line: int
+    y_image: int
 
 
 @kernel
@@ -86,27 +166,30 @@ def block_of(g, number):
 
 
 @kernel
-def _pack_block(x, g, block, tame, packed):
-    """Split the pixels of a block, and those that they see; whether all are finite."""
+def _pack_block(x, g, phases, block, tame, packed):
+    """Split the pixels of a block, and those that they see; whether all are finite. See `Plan`."""
     n, many, first, rows = block
-    clear(packed, 0, g.left * g.pixel)
     finite = True
     words = pointer(packed)
-    line = g.width * g.pixel
-    filled = g.image_w * g.pixel
-    for i in range((many - 1) * g.height + rows + g.reach):
-        row = first - g.top + i
-        image = n + row // g.height
-        h = row - row // g.height * g.height
-        place = g.left * g.pixel + i * line
-        if h < g.image_h and n <= image < n + many:
-            source = (image * g.image_h + h) * g.image_w * g.channels
-            finite &= pack_rows(
-                x, source, g.channels, g.image_w, g.channels, tame, words, place, g.pixel, ROW_WORDS
-            )
-            clear(packed, place + filled, line - filled)
-        else:
-            clear(packed, place, line)
+    line, pitch = g.width * g.pixel, g.step_w * g.channels
+    for p in range(len(phases)):
+        h0, w0, tall, wide, top, left = phases[p]
+        place = (p * g.phase + left) * g.pixel
+        clear(packed, p * g.phase * g.pixel, left * g.pixel)
+        filled = wide * g.pixel
+        for i in range((many - 1) * g.height + rows + g.reach):
+            row = first - top + i
+            image = n + row // g.height
+            h = row - row // g.height * g.height
+            if h < tall and n <= image < n + many:
+                source = ((image * g.image_h + h0 + h * g.step_h) * g.image_w + w0) * g.channels
+                finite &= pack_rows(
+                    x, source, pitch, wide, g.channels, tame, words, place, g.pixel, ROW_WORDS
+                )
+                clear(packed, place + filled, line - filled)
+            else:
+                clear(packed, place, line)
+            place += line
     return finite
 
 
@@ -155,8 +238,8 @@ def _target(g, e, block, column, z, y):
             rows // e.pool_h * e.pool_h,
             wide,
         )
-    line = g.out_w * g.filters
-    return pointer(y), (n * g.out_h + first) * line + column, g.filters, line, g.out_h * line, rows, g.out_w
+    place = g.y_first + n * g.y_image + first * g.y_line + column
+    return pointer(y), place, g.y_pixel, g.y_line, g.y_image, rows, g.out_w
 
 
 @kernel
@@ -170,30 +253,30 @@ def _finish(z, g, e, pool, block, column, columns, y, argmax):
 
 
 @kernel
-def _pack_weights(weight, transposed, inner, outer, p, tame, squares, packed, place):
-    """A panel of the filters, or if `transposed` of the channels, taps flipped; whether all are finite."""
-    taps = weight.size // (inner * outer)
+def _pack_weights(weight, transposed, inner, outer, taps, p, tame, squares, packed, place):
+    """Some taps of a panel of the filters, or if `transposed` of the channels; whether all are finite."""
     size = (inner + TERMS - 1) // TERMS * PANEL_WORDS
     first = p * BLOCK
     many = min(outer - first, BLOCK)
     finite = True
-    for t in range(taps):
-        target = place + t * size
+    for k in range(taps.size):
+        target = place + k * size
         if transposed:
-            source = ((taps - 1 - t) * outer + first) * inner
+            source = (taps[k] * outer + first) * inner
             finite &= pack_turned_panel(weight, source, inner, inner, many, tame, squares, packed, target)
         else:
-            source = t * inner * outer + first
+            source = taps[k] * inner * outer + first
             finite &= pack_panel(pointer(weight), source, outer, inner, many, tame, pointer(packed), target)
     return finite
 
 
 @parallel
-def _pack(part, parts, weight, transposed, inner, outer, rooms, packed, finite):
+def _pack(part, parts, weight, transposed, inner, outer, taps, rooms, packed, finite):
     keep_out_of_line()
     lo, hi = span(part, parts, len(packed))
     for p in range(lo, hi):
-        finite[p] = _pack_weights(weight, transposed, inner, outer, p, False, rooms[part], packed[p], 0)
+        room = rooms[part]
+        finite[p] = _pack_weights(weight, transposed, inner, outer, taps, p, False, room, packed[p], 0)
 
 
 @parallel
@@ -208,6 +291,8 @@ def _correlate(
     bias,
     y,
     g,
+    phases,
+    taps,
     terms,
     configuration,
     images,
@@ -232,7 +317,7 @@ def _correlate(
         block = block_of(g, number)
         _, many, _, rows = block
         outputs = ((many - 1) * g.height + rows - 1) * g.width + g.out_w
-        block_finite = _pack_block(pixels, g, block, False, image)
+        block_finite = _pack_block(pixels, g, phases, block, False, image)
         for panel in range(panel0, panel1):
             column = panel * BLOCK
             columns = min(g.filters - column, BLOCK)
@@ -244,116 +329,159 @@ def _correlate(
                 # What is infinite or NaN meets its factors first, in the leading parts, and all other parts
                 # meet theirs then.
                 if which == OTHERS:
-                    _pack_block(pixels, g, block, True, image)
-                    _pack_weights(weight, transposed, g.channels, g.filters, panel, True, room, again, 0)
+                    _pack_block(pixels, g, phases, block, True, image)
+                    _pack_weights(
+                        weight, transposed, g.channels, g.filters, taps, panel, True, room, again, 0
+                    )
                     weights, adds = pointer(again), True
                 _sum_panel(
                     pointer(image), g, outputs, terms, weights, which, of_bias, target, columns, adds, sums
                 )
                 which = OTHERS if which == LEADING else -1
             if not both:
-                _pack_block(pixels, g, block, False, image)
+                _pack_block(pixels, g, phases, block, False, image)
             if e.pool_h > 0:
                 _finish(z, g, e, pool, block, column, columns, y, argmax)
     matrix_unit.end()
 
 
-@lru_cache(maxsize=512)
-def grid(layer: Layer, images: int, pool_h: int) -> Grid:
-    """Blocks are whole images, as many as fit the cache, or else rows of one, whole windows of a pool."""
-    (height, width), (out_h, out_w) = layer.image, layer.out_image
-    (top, bottom), (left, right) = layer.rows.padding, layer.columns.padding
-    reach = layer.rows.dilation * (layer.rows.kernel - 1)
-    pitch = max(width + max(left, right), out_w)
-    tall = max(height + max(top, bottom), out_h)
-    pixel = -(-layer.channels // TERMS) * ROW_WORDS
-    fitting = max(_BLOCK_BYTES // (4 * pixel * pitch), 1)
-    block_images = min(max(fitting - reach, 0) // tall, images)
-    block_rows = out_h
-    if not block_images:
-        cuts = -(-out_h // max(fitting - reach, 1))
-        block_rows = -(-out_h // (cuts * pool_h)) * pool_h
-    sizes = images, height, width, layer.channels, out_h, out_w, layer.filters, top, left, reach
-    return Grid(*sizes, pitch, tall, block_images, block_rows, pixel)
+class Plan(NamedTuple):
+    """What a convolution's kernels read beside its arrays."""
 
-
-class _Plan(NamedTuple):
     grid: Grid
+    phases: np.ndarray  # first row and column, rows and columns, zeros above and to the left
+    taps: np.ndarray  # phase by phase
+    places: np.ndarray  # pixels from an output's place to where each of the taps sees
+
+
+def plan(
+    layer: Layer,
+    axes: tuple[Axis, Axis],
+    sizes: tuple[int, int, int],
+    out_image: tuple[int, int],
+    pool_h: int,
+) -> Plan:
+    """One of a layer's passes; its sizes are the numbers of images, channels and filters.
+
+    Blocks are whole images, as many as fit the cache, or else rows of one, whole windows of a pool.
+    """
+    (rows, columns), (images, channels, filters) = axes, sizes
+    pixel = -(-channels // TERMS) * ROW_WORDS
+    both = list(product(rows.phases, columns.phases))
+    fitting = max(_BLOCK_BYTES // (4 * pixel * columns.pitch * len(both)), 1)
+    block_images = min(max(fitting - rows.reach, 0) // rows.pitch, images)
+    block_rows = rows.outputs
+    if not block_images:
+        cuts = -(-rows.outputs // max(fitting - rows.reach, 1))
+        block_rows = -(-rows.outputs // (cuts * pool_h)) * pool_h
+    tall = (max(block_images, 1) - 1) * rows.pitch + block_rows + rows.reach
+    # Registers of rows reach beyond the last pixel.
+    phase = max(of.before for of in columns.phases) + tall * columns.pitch + BLOCK + columns.reach
+    line = out_image[1] * filters
+    image = images, rows.size, columns.size, channels, rows.step, columns.step
+    out = rows.outputs, columns.outputs, filters
+    blocks = rows.reach, columns.pitch, rows.pitch, block_images, block_rows, pixel, phase
+    written = rows.first * line + columns.first * filters, columns.apart * filters, rows.apart * line
+    taps, places = [], []
+    for number, (r, c) in enumerate(both):
+        for kh, h in zip(r.taps, r.places, strict=True):
+            for kw, w in zip(c.taps, c.places, strict=True):
+                taps.append(kh * layer.columns.kernel + kw)
+                places.append(number * phase + h * columns.pitch + w)
+    return Plan(
+        Grid(*image, *out, *blocks, *written, out_image[0] * line),
+        np.array([(r.first, c.first, r.pixels, c.pixels, r.before, c.before) for r, c in both], np.intp),
+        np.array(taps, np.intp),
+        np.array(places, np.intp),
+    )
+
+
+class _Job(NamedTuple):
+    plan: Plan
     terms: np.ndarray
     tasks: int
-    block_words: int
     panels: int
     panel_words: int
 
 
+def _job(of: Plan) -> _Job:
+    g = of.grid
+    terms = np.add.outer(of.places * g.pixel, np.arange(g.pixel // ROW_WORDS) * ROW_WORDS).ravel()
+    cuts = 1 if g.block_images else -(-g.out_h // g.block_rows)
+    blocks = -(-g.images // max(g.block_images, 1)) * cuts
+    panels = -(-g.filters // BLOCK)
+    return _Job(of, terms, blocks * panels, panels, words_of_panel(g.channels) * of.taps.size)
+
+
 @lru_cache(maxsize=512)
-def _plan(layer: Layer, images: int, pool_h: int) -> _Plan:
-    g = grid(layer, images, max(pool_h, 1))
-    rows, columns = layer.rows, layer.columns
-    steps = np.add.outer(
-        np.arange(rows.kernel) * rows.dilation * g.width, np.arange(columns.kernel) * columns.dilation
-    )
-    terms = np.add.outer(steps.ravel() * g.pixel, np.arange(g.pixel // ROW_WORDS) * ROW_WORDS).ravel()
-    tall = max(g.block_images, 1)
-    blocks = -(-images // tall) * (1 if g.block_images else -(-g.out_h // g.block_rows))
-    deep = (tall - 1) * g.height + g.block_rows + g.reach
-    # Registers of rows reach beyond the last pixel.
-    block_words = (g.left + deep * g.width + BLOCK + columns.dilation * (columns.kernel - 1)) * g.pixel
-    panels = -(-layer.filters // BLOCK)
-    return _Plan(g, terms, blocks * panels, block_words, panels, words_of_panel(layer.channels) * steps.size)
+def _forward_job(layer: Layer, images: int, pool_h: int) -> _Job:
+    axes = forward_axis(layer.rows), forward_axis(layer.columns)
+    sizes = images, layer.channels, layer.filters
+    return _job(plan(layer, axes, sizes, layer.out_image, max(pool_h, 1)))
 
 
-def gain(layer: Layer, packed: float, written: float) -> float:
-    """Useful multiply-adds of a pixel for each number of it that is packed or written, by these weights."""
-    taps, channels, filters = layer.rows.kernel * layer.columns.kernel, layer.channels, layer.filters
+@lru_cache(maxsize=512)
+def _backward_jobs(layer: Layer, images: int) -> list[_Job]:
+    sizes = images, layer.filters, layer.channels
+    every = product(backward_axes(layer.rows), backward_axes(layer.columns))
+    return [_job(plan(layer, axes, sizes, layer.image, 1)) for axes in every]
+
+
+def gain(layer: Layer, channels: int, filters: int, packed: float, written: float) -> float:
+    """Useful multiply-adds of an output for each number of it that is packed or written, by these weights."""
     if not channels * filters:
         return 0
     used = channels / (-(-channels // TERMS) * TERMS) * filters / (-(-filters // SIDE) * SIDE)
+    taps = layer.rows.kernel * layer.columns.kernel
     return taps * channels * filters * used / (packed * channels + written * filters)
 
 
-def _least_block(layer: Layer) -> int:
-    """Bytes of the split pixels that one row of the results sees."""
-    of = column_of_pixels(layer, 1)
-    g = grid(of, 1, 1)
-    return 4 * g.pixel * g.width * (g.reach + 1)
+def phases_of(layer: Layer) -> int:
+    """Phases of the input that taps meet."""
+    return len(_meetings(layer.rows)) * len(_meetings(layer.columns))
 
 
 def fits(layer: Layer, dtype: np.dtype) -> bool:
     """Whether a layer's passes can be taken to the matrix unit."""
-    return (
-        dtype == np.float32
-        and layer.groups == layer.rows.stride == layer.columns.stride == 1
-        and min(*layer.rows.padding, *layer.columns.padding) >= 0
-        and _least_block(layer) <= _MOST_BYTES
-        and matrix_unit.is_there()
-    )
+    sides = layer.rows, layer.columns
+    if dtype != np.float32 or layer.groups != 1 or min(*sides[0].padding, *sides[1].padding) < 0:
+        return False
+    of = column_of_pixels(layer, 1)
+    rows, columns = forward_axis(of.rows), forward_axis(of.columns)
+    # Split pixels that one row of the results sees.
+    pixels = phases_of(of) * columns.pitch * (rows.reach + 1)
+    return 4 * pixels * -(-layer.channels // TERMS) * ROW_WORDS <= _MOST_BYTES and matrix_unit.is_there()
 
 
 @lru_cache(maxsize=1024)
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether a layer's forward pass is faster there."""
-    repays = gain(layer, 1, 2) >= _LEAST_GAIN and images * layer.multiply_adds >= _LEAST_WORK
-    return repays and fits(layer, dtype)
+    repays = gain(layer, layer.channels, layer.filters, phases_of(layer), 2) >= _LEAST_GAIN
+    return repays and images * layer.multiply_adds >= _LEAST_WORK and fits(layer, dtype)
 
 
+@lru_cache(maxsize=1024)
 def suits_input(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether a layer's gradient to its input is faster there."""
-    return layer.exchanged is not None and suits(layer.exchanged, images, dtype)
+    met = phases_of(layer)
+    # What no tap meets is cleared.
+    written = 2 * met + (layer.rows.stride * layer.columns.stride - met) / 2
+    repays = gain(layer, layer.filters, layer.channels, met, written) >= _LEAST_GAIN
+    return repays and images * layer.multiply_adds >= _LEAST_WORK and fits(layer, dtype)
 
 
-def _run(layer, x, weight, transposed, bias, y, e, argmax):
-    images, dtype = len(x), x.dtype
-    g, terms, tasks, block_words, panels, panel_words = _plan(layer, images, e.pool_h)
-    threads = get_num_threads()
+def _run(job, x, weight, transposed, bias, y, e, argmax):
+    (g, phases, taps, _), terms, tasks, panels, panel_words = job
+    dtype, threads = x.dtype, get_num_threads()
     packed = scratch("split weights", (panels, panel_words), np.int32)
     finite = scratch("split weights are finite", panels, np.bool_)
     flat = weight.reshape(-1)
     parts = min(part_count(panels, 8 * packed.nbytes), threads)
     rooms = scratch("sums", (threads, SQUARES + BLOCK * BLOCK), dtype)
-    _pack(parts, flat, int(transposed), g.channels, g.filters, rooms, packed, finite)
-    parts = min(part_count(tasks, images * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), threads)
-    blocks = scratch("split pixels", (parts, block_words), np.int32)
+    _pack(parts, flat, int(transposed), g.channels, g.filters, taps, rooms, packed, finite)
+    work = g.images * g.out_h * g.out_w * g.channels * g.filters * taps.size / _MULTIPLY_ADDS_PER_BYTE
+    parts = min(part_count(tasks, work), threads)
+    blocks = scratch("split pixels", (parts, len(phases) * g.phase * g.pixel), np.int32)
     again = scratch("split weights again", (parts, panel_words), np.int32)
     size = max(g.block_images, 1) * g.block_rows * e.out_w * e.pool_w * BLOCK
     zs = scratch("rows", (parts, max(size, 1)), dtype)
@@ -368,6 +496,8 @@ def _run(layer, x, weight, transposed, bias, y, e, argmax):
         biases,
         y.reshape(-1),
         g,
+        phases,
+        taps,
         terms,
         CONFIGURATION,
         blocks,
@@ -393,7 +523,7 @@ def forward(
     column = column_of_pixels(layer, len(x)) if not e.pool_h else layer
     if column is not layer:
         layer, x = column, x.reshape(1, *column.image, column.channels)
-    _run(layer, x, weight, False, bias, y, e, argmax)
+    _run(_forward_job(layer, len(x), e.pool_h), x, weight, False, bias, y, e, argmax)
 
 
 def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.ndarray) -> None:
@@ -401,4 +531,9 @@ def backward_input(layer: Layer, dout: np.ndarray, weight: np.ndarray, dx: np.nd
     column = column_of_pixels(layer, len(dout))
     if column is not layer:
         layer, dout = column, dout.reshape(1, *column.out_image, column.filters)
-    _run(layer.exchanged, dout, weight, True, None, dx, NO_EPILOGUE, NOWHERE)
+    jobs = _backward_jobs(layer, len(dout))
+    if len(jobs) < min(layer.rows.stride, layer.image[0]) * min(layer.columns.stride, layer.image[1]):
+        # What no tap meets.
+        clear_all(dx)
+    for job in jobs:
+        _run(job, dout, weight, True, None, dx, NO_EPILOGUE, NOWHERE)

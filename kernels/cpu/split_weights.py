@@ -21,7 +21,7 @@ from . import matrix_unit
 from .direct import Layer
 from .matrix_unit import ALL, BLOCK, CONFIGURATION, LEADING, OTHERS, SIDE, TERMS, multiply, write_sums
 from .split import SQUARES, pack_channels, pack_pixels, words_of_panel
-from .split_direct import Grid, block_of, blocks_of, fits, gain, grid
+from .split_direct import Grid, block_of, blocks_of, fits, forward_axis, gain, phases_of, plan
 from .vectors import pointer
 from .workspace import clear, scratch
 
@@ -44,6 +44,8 @@ class Cut(NamedTuple):
     kernel_w: int
     dilation_h: int
     dilation_w: int
+    top: int  # zeros above and to the left of an image
+    left: int
 
 
 class Task(NamedTuple):
@@ -70,25 +72,35 @@ def _task(g, cut, taps, number):
 
 
 @kernel
-def _pack_image(x, g, cut, block, task, tame, squares, packed):
+def _pack_image(x, g, phases, cut, block, task, tame, squares, packed):
     """Turn a task's channels of a block of pixels, see `split_direct`; whether all are finite."""
+    finite = True
+    for p in range(len(phases)):
+        finite &= _pack_phase(x, g, phases[p], p * g.phase, cut, block, task, tame, squares, packed)
+    return finite
+
+
+@kernel
+def _pack_phase(x, g, phase, begin, cut, block, task, tame, squares, packed):
+    h0, w0, tall, wide, top, left = phase
     n, many, first, rows = block
+    pixel = g.step_w * g.channels
     finite = True
     for i in range((max(g.block_images, 1) - 1) * g.height + g.block_rows + g.reach):
-        row = first - g.top + i
+        row = first - top + i
         image = n + row // g.height
         h = row - row // g.height * g.height
-        there = h < g.image_h and n <= image < n + many and i < (many - 1) * g.height + rows + g.reach
-        source = (image * g.image_h + h) * g.image_w * g.channels + task.channel
+        there = h < tall and n <= image < n + many and i < (many - 1) * g.height + rows + g.reach
+        source = ((image * g.image_h + h0 + h * g.step_h) * g.image_w + w0) * g.channels + task.channel
         # Zeros end a row, and may begin the next one, which is written later.
         for k in range(0, g.width, TERMS):
-            pixels = min(max(g.image_w - k, 0), TERMS) if there else 0
-            at = source + k * g.channels if pixels > 0 else 0
+            pixels = min(max(wide - k, 0), TERMS) if there else 0
+            at = source + k * pixel if pixels > 0 else 0
             for c in range(0, task.channels, SIDE):
                 some = min(task.channels - c, SIDE)
-                place = c * cut.pitch + g.left + i * g.width + k
+                place = c * cut.pitch + begin + left + i * g.width + k
                 finite &= pack_channels(
-                    x, at + c, g.channels, pixels, some, tame, squares, packed, place, cut.pitch, cut.part
+                    x, at + c, pixel, pixels, some, tame, squares, packed, place, cut.pitch, cut.part
                 )
     return finite
 
@@ -120,8 +132,12 @@ def _add_wild(x, dout, g, cut, block, task, sums, drowned):
             if value - value == 0:
                 continue
             for t in range(task.taps):
-                row = h + g.top - (task.tap + t) // cut.kernel_w * cut.dilation_h
-                column = w + g.left - (task.tap + t) % cut.kernel_w * cut.dilation_w
+                # The place in the image where the output begins that sees the pixel by this tap.
+                row = h + cut.top - (task.tap + t) // cut.kernel_w * cut.dilation_h
+                column = w + cut.left - (task.tap + t) % cut.kernel_w * cut.dilation_w
+                if row % g.step_h != 0 or column % g.step_w != 0:
+                    continue
+                row, column = row // g.step_h, column // g.step_w
                 mark = t * task.channels + c
                 if drowned[mark] or not (first <= row < first + rows and 0 <= column < g.out_w):
                     continue
@@ -169,6 +185,7 @@ def _add(
     dout,
     dweight,
     g,
+    phases,
     cut,
     tasks,
     steps,
@@ -194,9 +211,9 @@ def _add(
             block = block_of(g, i)
             _, many, _, rows = block
             outputs = ((many - 1) * g.height + rows - 1) * g.width + g.out_w
-            if not _pack_image(x, g, cut, block, task, False, squares, image):
+            if not _pack_image(x, g, phases, cut, block, task, False, squares, image):
                 _add_wild(x, dout, g, cut, block, task, sums, drowned)
-                _pack_image(x, g, cut, block, task, True, squares, image)
+                _pack_image(x, g, phases, cut, block, task, True, squares, image)
             of_block = terms[: (outputs + TERMS - 1) // TERMS]
             for panel in range((task.filters + BLOCK - 1) // BLOCK):
                 which = ALL
@@ -226,6 +243,7 @@ def _add(
 
 class _Plan(NamedTuple):
     grid: Grid
+    phases: np.ndarray
     cut: Cut
     tasks: int
     steps: np.ndarray  # where each tap begins
@@ -235,11 +253,10 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _plan(layer: Layer, images: int, threads: int) -> _Plan:
-    g = grid(layer, images, 1)
     rows, columns = layer.rows, layer.columns
-    steps = np.add.outer(
-        np.arange(rows.kernel) * rows.dilation * g.width, np.arange(columns.kernel) * columns.dilation
-    ).ravel()
+    axes = forward_axis(rows), forward_axis(columns)
+    of = plan(layer, axes, (images, layer.channels, layer.filters), layer.out_image, 1)
+    g, steps = of.grid, of.places[np.argsort(of.taps)]
     tall = max(g.block_images, 1)
     outputs = ((tall - 1) * g.height + g.block_rows - 1) * g.width + g.out_w
     place = np.arange(-(-outputs // TERMS) * TERMS)
@@ -247,8 +264,7 @@ def _plan(layer: Layer, images: int, threads: int) -> _Plan:
     image, h = np.divmod(row, g.height)
     there = (column < g.out_w) & (h < g.block_rows) & (place < outputs)
     places = np.where(there, (image * g.out_h + h) * g.out_w + column, -1)
-    written = g.left + ((tall - 1) * g.height + g.block_rows + g.reach) * g.width + TERMS
-    part = -(-max(written, len(place) + int(steps[-1])) // _LINE) * _LINE
+    part = -(-max(len(of.phases) * g.phase, len(place) + int(steps.max())) // _LINE) * _LINE
     pitch = 3 * part
     pitch += _LINE * (1 - pitch // _LINE % 2)
     # Channels are cut first: the others' gradients are packed again, which is less than to turn the image.
@@ -265,26 +281,32 @@ def _plan(layer: Layer, images: int, threads: int) -> _Plan:
         columns.kernel,
         rows.dilation,
         columns.dilation,
+        rows.padding[0],
+        columns.padding[0],
     )
     tasks = -(-layer.channels // cut.channels) * -(-panels // cut.panels) * -(-taps // cut.taps)
-    return _Plan(g, cut, tasks, steps, places, np.arange(len(place) // TERMS) * TERMS)
+    return _Plan(g, of.phases, cut, tasks, steps, places, np.arange(len(place) // TERMS) * TERMS)
 
 
 @lru_cache(maxsize=1024)
 def suits(layer: Layer, images: int, dtype: np.dtype) -> bool:
     """Whether a layer's gradient of the weights is faster on the matrix unit."""
-    repays = gain(layer, 2, 1) >= _LEAST_GAIN and images * layer.multiply_adds >= _LEAST_WORK
-    return repays and fits(layer, dtype)
+    phases = phases_of(layer)
+    # Rows of several phases would be turned in registers that are less than half full.
+    if phases > 1 and 2 * layer.out_image[1] < TERMS:
+        return False
+    repays = gain(layer, layer.channels, layer.filters, 2 * phases, 1) >= _LEAST_GAIN
+    return repays and images * layer.multiply_adds >= _LEAST_WORK and fits(layer, dtype)
 
 
 def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: np.ndarray) -> None:
     """Add the gradient of the weights to `dweight`."""
-    plan = _plan(layer, len(x), get_num_threads())
-    g, cut, dtype = plan.grid, plan.cut, x.dtype
-    parts = min(part_count(plan.tasks, len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), plan.tasks)
+    of = _plan(layer, len(x), get_num_threads())
+    g, cut, dtype = of.grid, of.cut, x.dtype
+    parts = min(part_count(of.tasks, len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), of.tasks)
     channels = -(-min(cut.channels, layer.channels) // BLOCK) * BLOCK
     images = scratch("turned pixels", (parts, channels * cut.pitch), np.int16)
-    panels = scratch("split panel", (parts, words_of_panel(len(plan.places))), np.int32)
+    panels = scratch("split panel", (parts, words_of_panel(len(of.places))), np.int32)
     sums = channels * cut.panels * BLOCK * cut.taps
     rooms = scratch("sums", (parts, SQUARES + sums), dtype)
     marks = scratch("drowned", (parts, channels * cut.taps), np.bool_)
@@ -294,11 +316,12 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
         dout.reshape(-1),
         dweight.reshape(-1),
         g,
+        of.phases,
         cut,
-        plan.tasks,
-        plan.steps,
-        plan.places,
-        plan.terms,
+        of.tasks,
+        of.steps,
+        of.places,
+        of.terms,
         CONFIGURATION,
         images,
         panels,
