@@ -5,7 +5,8 @@ for each. Here they are the terms: the image is turned, channel by channel, and 
 that begins some pixels further on. The gradients of pixels that are none are zero.
 
 A task is some channels, some filters and some taps, whose sums it keeps while it goes through all images: no
-sum depends on how tasks are cut.
+sum depends on how tasks are cut. If there are few sums, the images are cut in pieces, too, by their sizes
+alone, and what the pieces sum is added up afterwards.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..threads import get_num_threads, parallel, part_count, span
 from . import matrix_unit
 from .direct import Layer
 from .matrix_unit import ALL, BLOCK, CONFIGURATION, LEADING, OTHERS, SIDE, TERMS, multiply, write_sums
+from .pieces import blocks, span_elements
 from .split import SQUARES, pack_channels, pack_pixels, words_of_panel
 from .split_direct import Grid, block_of, blocks_of, fits, forward_axis, gain, phases_of, plan
 from .vectors import pointer
@@ -27,6 +29,9 @@ from .workspace import clear, scratch
 
 # So many numbers of 16 bits in a line of a cache; rows an even number of lines apart would meet in few sets.
 _LINE = 32
+# Pieces of the images, of so few sums.
+_PIECES = 8
+_FEW_RESULTS = 20_000
 # What is multiplied for each number that is packed, so that the unit repays it.
 _LEAST_GAIN = 60
 _LEAST_WORK = 1 << 22
@@ -36,6 +41,7 @@ _MULTIPLY_ADDS_PER_BYTE = 20
 class Cut(NamedTuple):
     """How many channels, panels of filters and taps a task has; and how its pixels lie."""
 
+    pieces: int  # of the images
     channels: int
     panels: int
     taps: int
@@ -49,8 +55,9 @@ class Cut(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The first of some channels, filters and taps, and how many they are."""
+    """A piece of the images; the first of some channels, filters and taps, and how many they are."""
 
+    piece: int
     channel: int
     channels: int
     filter: int
@@ -64,11 +71,13 @@ def _task(g, cut, taps, number):
     tap_cuts = (taps + cut.taps - 1) // cut.taps
     panels = (g.filters + BLOCK - 1) // BLOCK
     panel_cuts = (panels + cut.panels - 1) // cut.panels
-    c = number // (panel_cuts * tap_cuts) * cut.channels
+    channel_cuts = (g.channels + cut.channels - 1) // cut.channels
+    c = number // (panel_cuts * tap_cuts) % channel_cuts * cut.channels
     f = number // tap_cuts % panel_cuts * cut.panels * BLOCK
     tap = number % tap_cuts * cut.taps
     channels, filters = min(g.channels - c, cut.channels), min(g.filters - f, cut.panels * BLOCK)
-    return Task(c, channels, f, filters, tap, min(taps - tap, cut.taps))
+    piece = number // (panel_cuts * tap_cuts * channel_cuts)
+    return Task(piece, c, channels, f, filters, tap, min(taps - tap, cut.taps))
 
 
 @kernel
@@ -164,16 +173,17 @@ def _multiply_panel(image, cut, steps, terms, gradients, task, panel, which, sum
 
 
 @kernel
-def _write_all(sums, g, task, bias, dweight):
-    """Add a task's sums to the gradient."""
-    place = 0
+def _write_all(sums, g, cut, task, steps, bias, dweight):
+    """Add a task's sums to the gradient; or write them to that of its piece, if there are several."""
+    place, begin = 0, task.piece * steps.size * g.channels * g.filters
     for f in range(0, task.filters, BLOCK):
         columns = min(task.filters - f, BLOCK)
         for c in range(0, task.channels, BLOCK):
             rows = min(task.channels - c, BLOCK)
             for tap in range(task.tap, task.tap + task.taps):
-                target = (tap * g.channels + task.channel + c) * g.filters + task.filter + f
-                write_sums(sums, place, bias, 0, 0, dweight, target, g.filters, rows, columns, True)
+                target = begin + (tap * g.channels + task.channel + c) * g.filters + task.filter + f
+                adds = cut.pieces == 1
+                write_sums(sums, place, bias, 0, 0, dweight, target, g.filters, rows, columns, adds)
                 place += BLOCK * BLOCK
 
 
@@ -207,7 +217,8 @@ def _add(
         clear(sums, 0, sums.size)
         clear(image, 0, image.size)
         clear(drowned, 0, drowned.size)
-        for i in range(blocks_of(g)):
+        first, last = span(task.piece, cut.pieces, blocks_of(g))
+        for i in range(first, last):
             block = block_of(g, i)
             _, many, _, rows = block
             outputs = ((many - 1) * g.height + rows - 1) * g.width + g.out_w
@@ -237,8 +248,20 @@ def _add(
                         pointer(sums),
                     )
                     which = OTHERS if which == LEADING else -1
-        _write_all(pointer(sums), g, task, pointer(x), pointer(dweight))
+        _write_all(pointer(sums), g, cut, task, steps, pointer(x), pointer(dweight))
     matrix_unit.end()
+
+
+@parallel
+def _add_pieces(part, parts, pieces, dweight):
+    """Add the sums of each piece to the gradient."""
+    keep_out_of_line()
+    first, last = span_elements(part, parts, dweight.size)
+    results = dweight[first:last]
+    for piece in range(len(pieces)):
+        values = pieces[piece, first:last]
+        for i in range(results.size):
+            results[i] += values[i]
 
 
 class _Plan(NamedTuple):
@@ -257,7 +280,11 @@ def _plan(layer: Layer, images: int, threads: int) -> _Plan:
     axes = forward_axis(rows), forward_axis(columns)
     of = plan(layer, axes, (images, layer.channels, layer.filters), layer.out_image, 1)
     g, steps = of.grid, of.places[np.argsort(of.taps)]
+    pieces = _PIECES if len(steps) * layer.channels * layer.filters <= _FEW_RESULTS else 1
+    if g.block_images:
+        g = g._replace(block_images=min(g.block_images, -(-images // pieces)))
     tall = max(g.block_images, 1)
+    pieces = min(pieces, -(-images // tall) * (1 if g.block_images else -(-g.out_h // g.block_rows)))
     outputs = ((tall - 1) * g.height + g.block_rows - 1) * g.width + g.out_w
     place = np.arange(-(-outputs // TERMS) * TERMS)
     row, column = np.divmod(place, g.width)
@@ -269,10 +296,12 @@ def _plan(layer: Layer, images: int, threads: int) -> _Plan:
     pitch += _LINE * (1 - pitch // _LINE % 2)
     # Channels are cut first: the others' gradients are packed again, which is less than to turn the image.
     groups, panels, taps = -(-layer.channels // BLOCK), -(-layer.filters // BLOCK), len(steps)
-    cuts = [min(groups, threads), 1, 1]
+    shares = -(-threads // pieces)
+    cuts = [min(groups, shares), 1, 1]
     for axis, most in ((1, panels), (2, taps)):
-        cuts[axis] = min(most, -(-threads // (cuts[0] * cuts[1])))
+        cuts[axis] = min(most, -(-shares // (cuts[0] * cuts[1])))
     cut = Cut(
+        pieces,
         -(-groups // cuts[0]) * BLOCK,
         -(-panels // cuts[1]),
         -(-taps // cuts[2]),
@@ -284,7 +313,7 @@ def _plan(layer: Layer, images: int, threads: int) -> _Plan:
         rows.padding[0],
         columns.padding[0],
     )
-    tasks = -(-layer.channels // cut.channels) * -(-panels // cut.panels) * -(-taps // cut.taps)
+    tasks = pieces * -(-layer.channels // cut.channels) * -(-panels // cut.panels) * -(-taps // cut.taps)
     return _Plan(g, of.phases, cut, tasks, steps, places, np.arange(len(place) // TERMS) * TERMS)
 
 
@@ -303,18 +332,21 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
     """Add the gradient of the weights to `dweight`."""
     of = _plan(layer, len(x), get_num_threads())
     g, cut, dtype = of.grid, of.cut, x.dtype
-    parts = min(part_count(of.tasks, len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE), of.tasks)
+    work = len(x) * layer.multiply_adds / _MULTIPLY_ADDS_PER_BYTE
+    parts = min(part_count(of.tasks, work), of.tasks, get_num_threads())
     channels = -(-min(cut.channels, layer.channels) // BLOCK) * BLOCK
     images = scratch("turned pixels", (parts, channels * cut.pitch), np.int16)
     panels = scratch("split panel", (parts, words_of_panel(len(of.places))), np.int32)
     sums = channels * cut.panels * BLOCK * cut.taps
     rooms = scratch("sums", (parts, SQUARES + sums), dtype)
     marks = scratch("drowned", (parts, channels * cut.taps), np.bool_)
+    flat = dweight.reshape(-1)
+    apart = scratch("pieces", (cut.pieces, flat.size), dtype) if cut.pieces > 1 else flat.reshape(1, -1)
     _add(
         parts,
         x.reshape(-1),
         dout.reshape(-1),
-        dweight.reshape(-1),
+        apart.reshape(-1),
         g,
         of.phases,
         cut,
@@ -328,3 +360,5 @@ def add_weight_gradient(layer: Layer, dout: np.ndarray, x: np.ndarray, dweight: 
         rooms,
         marks,
     )
+    if cut.pieces > 1:
+        _add_pieces(part_count(blocks(flat.size), apart.nbytes), apart, flat)
