@@ -20,6 +20,7 @@ from fastcnn.kernels.cpu import (
     simd,
     split,
     split_direct,
+    split_grid,
     split_linear,
     split_weights,
 )
@@ -387,7 +388,7 @@ def arguments(case):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of few rows, so that images are cut."""
-    monkeypatch.setattr(split_direct, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(split_grid, "_BLOCK_BYTES", 1)
     caches = split_direct._forward_job, split_direct._backward_jobs, split_weights._plan
     for cache in caches:
         cache.cache_clear()

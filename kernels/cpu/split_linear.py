@@ -3,6 +3,10 @@
 A task is a block of rows and panels of columns of C, whose sums stay in the second-level cache. Some terms at
 a time, A's rows and then each panel of B are packed as `split` says, so short that they end in the first
 cache: to write them to the second takes three times as long.
+
+Where there are few rows, what is large passes by once: a weight's gradient is written row by row; the
+gradient to the input is computed as its transpose, so that it and the few rows are turned, and not the
+weight; many terms are cut into pieces, by the sizes alone, whose sums are added up afterwards.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from .direct import Layer
 from .matrix_unit import ALL, BLOCK, CONFIGURATION, LEADING, OTHERS, SIDE, TERMS, multiply, write_sums
 from .pieces import blocks, span_elements
 from .split import SQUARES, pack_channels, pack_pixels, words_of_panel
-from .split_direct import Grid, block_of, blocks_of, fits, forward_axis, gain, phases_of, plan
+from .split_grid import Grid, block_of, blocks_of, fits, forward_axis, gain, phases_of, plan
 from .vectors import pointer
 from .workspace import clear, scratch
 
@@ -82,7 +82,7 @@ def _task(g, cut, taps, number):
 
 @kernel
 def _pack_image(x, g, phases, cut, block, task, tame, squares, packed):
-    """Turn a task's channels of a block of pixels, see `split_direct`; whether all are finite."""
+    """Turn a task's channels of a block of pixels, see `split_grid`; whether all are finite."""
     finite = True
     for p in range(len(phases)):
         finite &= _pack_phase(x, g, phases[p], p * g.phase, cut, block, task, tame, squares, packed)
