@@ -297,8 +297,13 @@ def _multiply_outer(part, parts, x, dout, accumulate, dweight):
 
 
 @parallel
-def _multiply_small(part, parts, a, b, b_k, b_column, bias, c, row, crow, col, accumulate, memory):
-    """C (+)= bias + A B of few numbers, in one part: A is read where it lies, B packed at once."""
+def _multiply_small(part, parts, a, b, b_k, b_column, bias, c, tables, rows, accumulate, memory):
+    """C (+)= bias + A B of few numbers, in one part: A is read where it lies, B packed at once.
+
+    The tables are those of A's rows and of C's, `rows` each, and of k: looking at an array takes as long as
+    some tiles do.
+    """
+    row, crow, col = tables[:rows], tables[rows : 2 * rows], tables[2 * rows :]
     depth, columns = col.size, c.shape[1]
     lanes = lanes_of(a)
     width = TILE_VECTORS * lanes
@@ -418,12 +423,12 @@ def _plan(
 @lru_cache(maxsize=512)
 def _small_tables(
     rows: int, depth: int, columns: int, a_row: int, a_k: int, dtype: np.dtype
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Elements of scratch that a small product takes, and the tables of A's rows, C's rows and k."""
+) -> tuple[int, np.ndarray, int]:
+    """Elements of scratch that a small product takes, its tables, and the size of the first two of them."""
     row, crow = (padded_rows(np.arange(rows) * step) for step in (a_row, columns))
     width = simd.panel_width(dtype)
     size = -(-columns // width) * width * (depth + 1) + width * simd.lanes(dtype)
-    return size, row, crow, np.arange(depth) * a_k
+    return size, np.concatenate([row, crow, np.arange(depth) * a_k]), row.size
 
 
 def _product(
@@ -443,9 +448,9 @@ def _product(
         return
     biases = NOTHING[dtype] if bias is None else bias
     if results * depth <= _SMALL_PRODUCT and depth <= _SMALL_DEPTH and results <= _SMALL_RESULT:
-        size, row, crow, col = _small_tables(rows, depth, columns, *a_strides, dtype)
+        size, tables, padded = _small_tables(rows, depth, columns, *a_strides, dtype)
         memory = scratch("weights", size, dtype)
-        _multiply_small(1, a, b, *b_strides, biases, c, row, crow, col, accumulate, memory)
+        _multiply_small(1, a, b, *b_strides, biases, c, tables, padded, accumulate, memory)
         return
     if split_linear.suits(rows, depth, columns, a_strides[1], b_strides[1], dtype):
         split_linear.product(a, a_strides, b, b_strides, depth, biases, c, accumulate)
