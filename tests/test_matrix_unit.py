@@ -22,11 +22,13 @@ from fastcnn.kernels.cpu import (
     split_direct,
     split_grid,
     split_linear,
+    split_pointwise,
     split_weights,
 )
-from fastcnn.kernels.cpu.epilogue import NO_EPILOGUE
+from fastcnn.kernels.cpu.epilogue import DEAD, NO_EPILOGUE, Epilogue
 from fastcnn.kernels.cpu.matrix_unit import PANEL_WORDS, PARTS, ROW_WORDS, SIDE, TERMS
 from fastcnn.kernels.cpu.vectors import pointer
+from fastcnn.kernels.cpu.workspace import NOWHERE
 from fastcnn.kernels.threads import Recording, parallel
 
 with_unit = pytest.mark.skipif(not matrix_unit.is_there(), reason="the processor has no matrix unit")
@@ -516,6 +518,86 @@ def test_the_gradient_where_infinity_meets_infinity(case, small_blocks):
     assert (expected[:, :, 7, 3] == -np.inf).any()
     assert np.array_equal(dweight[~finite], expected[~finite], equal_nan=True)
     assert error(dweight[finite], expected[finite]) < BOUND
+
+
+@with_unit
+@pytest.mark.parametrize(
+    ("shape", "filters"),
+    [
+        ((2, 5, 7, 33), 40),
+        ((3, 8, 8, 64), 64),
+        ((1, 3, 3, 1100), 31),
+        ((9, 6, 6, 70), 300),
+        ((1, 1, 2, 2100), 90),
+        ((2, 1, 1, 1), 1),
+    ],
+)
+def test_filters_of_one_pixel(shape, filters, team, scratch):
+    rng = np.random.default_rng(12)
+    layer = direct.layer(shape, (1, 1), shape[3], filters, 1, 0, 1, 1)
+    x, weight, bias, dout = (
+        rng.standard_normal(size).astype(F32)
+        for size in (shape, (1, 1, shape[3], filters), filters, (*shape[:3], filters))
+    )
+    exact = [array.astype(np.float64) for array in (x, weight, bias, dout)]
+    y = reference.conv2d_forward(*exact[:3])
+    positive = np.maximum(y, 0)
+    dx = reference.conv2d_backward_input(exact[3], exact[1], shape)
+    dweight = reference.conv2d_backward_weight(exact[3], exact[0], (1, 1))
+    results = []
+    for count in (1, 2):
+        team(count)
+        ours = [np.full(array.shape, np.nan, F32) for array in (y, y, y, y, dx)]
+        argmax = np.full(y.shape, 99, np.uint8)
+        split_pointwise.forward(layer, x, weight, bias, ours[0])
+        split_pointwise.forward(layer, x, weight, None, ours[1])
+        for keeps, result, where in ((True, ours[2], argmax), (False, ours[3], NOWHERE)):
+            e = pooled_convolution._epilogue(layer, 1, True, keeps)
+            split_pointwise.forward(layer, x, weight, bias, result, e, where)
+        split_pointwise.backward_input(layer, dout, weight, ours[4])
+        ours.append(np.ones(weight.shape, F32))
+        split_pointwise.add_weight_gradient(layer, dout, x, ours[5])
+        for got, expected in zip(ours, (y, y - bias, positive, positive, dx, dweight + 1), strict=True):
+            assert error(got, expected) < BOUND
+        assert np.array_equal(argmax, np.where(ours[0] > 0, 0, DEAD))
+        results.append(b"".join(array.tobytes() for array in (*ours, argmax)))
+    assert results[0] == results[1]
+    scratch.check(shape)
+
+
+@with_unit
+def test_layers_of_one_pixel_are_taken_to_products(switch):
+    dtype = np.dtype(F32)
+    relu, pool = (
+        Epilogue(pool_h=n, pool_w=n, relu=1, out_h=16 // n, out_w=16 // n, filters=96, keeps=1)
+        for n in (1, 2)
+    )
+
+    def ways(stride=1, padding=0, groups=1, dtype=dtype, e=NO_EPILOGUE):
+        layer = direct.layer((16, 16, 16, 96), (1, 1), 96 // groups, 96, stride, padding, 1, groups)
+        return (
+            convolution.forward_way(layer, 16, dtype, e, True) is split_pointwise.forward,
+            convolution.input_way(layer, 16, dtype, True) is split_pointwise.backward_input,
+            convolution._weight_way(layer, 16, dtype, True) is split_pointwise.add_weight_gradient,
+        )
+
+    assert all(ways())
+    assert all(ways(e=relu))
+    assert not ways(e=pool)[0]
+    assert not ways(e=relu._replace(relu=0))[0]
+    for others in ({"stride": 2}, {"padding": 1}, {"groups": 2}, {"dtype": np.dtype(np.float64)}):
+        assert not any(ways(**others))
+
+
+@with_unit
+def test_threads_have_equal_shares():
+    """Of 49 half blocks of rows one thread would have four of seven tasks."""
+    strides = (512, 1), (512, 1), (512, 1)
+    for threads in (1, 2):
+        plan = split_linear._plan(1568, 512, 512, *strides, False, threads)
+        share = -(-plan.tasks // threads) * plan.sizes.block_rows
+        assert share <= 1.05 * 1568 / threads
+    assert split_linear._plan(1568, 512, 512, *strides, False, 1).sizes.block_rows == 224
 
 
 @with_unit

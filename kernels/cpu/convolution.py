@@ -1,10 +1,10 @@
 """Convolution: forward, and backward to the input and to the weights.
 
 The functions check their arguments and choose the way by the layer's sizes: `direct` and `direct_weights`
-convolve by the definition, `split_direct` and `split_weights` do so on a matrix unit if there is one,
-`winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so do `winograd_rows` and
-`winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`, `depth_lanes`,
-`few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
+convolve by the definition, `split_pointwise`, `split_direct` and `split_weights` do so on a matrix unit if
+there is one, `winograd`, `winograd_weights` and `winograd_strided` in fewer multiplications, so do
+`winograd_rows` and `winograd_rows_weights` for few channels; `depthwise`, `image_lanes`, `winograd_lanes`,
+`depth_lanes`, `few_channels` and `few_pixels` where sizes are too small to fill vectors or to repay packing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from . import (
     narrow_groups,
     simd,
     split_direct,
+    split_pointwise,
     split_weights,
     winograd,
     winograd_lanes,
@@ -63,6 +64,8 @@ def forward_way(layer: direct.Layer, images: int, dtype: np.dtype, e: Epilogue, 
         and winograd_lanes.suits_forward(layer, images, dtype, e)
     ):
         return depth_lanes.forward
+    if split_pointwise.suits_forward(layer, images, dtype, e):
+        return split_pointwise.forward
     if few_pixels.suits_forward(layer, images, dtype):
         return few_pixels.forward
     if winograd.suits(layer, images, dtype) and winograd.ends_in(layer, e):
@@ -120,6 +123,8 @@ def input_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool) 
         return winograd_lanes.backward_input
     if image_lanes.suits_input(layer, images, dtype):
         return image_lanes.backward_input
+    if split_pointwise.suits_input(layer, images, dtype):
+        return split_pointwise.backward_input
     if few_channels.suits(layer, dtype):
         return few_channels.backward_input
     if winograd.suits(layer, images, dtype):
@@ -139,6 +144,8 @@ def _weight_way(layer: direct.Layer, images: int, dtype: np.dtype, allowed: bool
         return depthwise.add_weight_gradient
     if narrow_groups.suits_forward(layer, dtype):
         return narrow_groups.add_weight_gradient
+    if split_pointwise.suits_weight(layer, images, dtype):
+        return split_pointwise.add_weight_gradient
     if allowed and _exchange_pays(layer, images, dtype):
         return partial(_exchanged, _weight_way(layer.exchanged, images, dtype, allowed))
     if winograd_lanes_weights.suits(layer, images, dtype):

@@ -81,7 +81,7 @@ def _pass_positive(keeps, kind, z, source, y, argmax, target, mask):
 
 @kernel
 def _finish_pixels(keeps, z, width, pixels, y, y0, filters, argmax, columns):
-    """ReLU of `pixels` pixels; see `finish_panel`."""
+    """See `pass_positive`."""
     keep_in_line()
     block, result, where = pointer(z), pointer(y), pointer(argmax)
     lanes, kind = lanes_of(z), argmax.dtype.type(0)
@@ -96,6 +96,17 @@ def _finish_pixels(keeps, z, width, pixels, y, y0, filters, argmax, columns):
 
 
 @kernel
+def pass_positive(z, width, pixels, e, y, y0, argmax, columns):
+    """ReLU of `pixels` pixels of `width` filters, as `finish_panel` does it; z may be y."""
+    keep_out_of_line()
+    # Literals: what is done for each vector is then known beforehand.
+    if e.keeps:
+        _finish_pixels(True, z, width, pixels, y, y0, e.filters, argmax, columns)
+    else:
+        _finish_pixels(False, z, width, pixels, y, y0, e.filters, argmax, columns)
+
+
+@kernel
 def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
     """Pool `rows` rows of windows of a block, and write them from y[y0] on.
 
@@ -104,11 +115,7 @@ def finish_panel(z, width, rows, e, taps, y, y0, argmax, columns):
     """
     keep_out_of_line()
     if taps.size == 1 and e.relu:
-        # Literals: what is done for each vector is then known beforehand.
-        if e.keeps:
-            _finish_pixels(True, z, width, rows * e.out_w, y, y0, e.filters, argmax, columns)
-        else:
-            _finish_pixels(False, z, width, rows * e.out_w, y, y0, e.filters, argmax, columns)
+        pass_positive(z, width, rows * e.out_w, e, y, y0, argmax, columns)
         return
     lanes = lanes_of(z)
     line = e.out_w * e.pool_w * width

@@ -11,7 +11,7 @@ weight; many terms are cut into pieces, by the sizes alone, whose sums are added
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from ..jit import keep_out_of_line, kernel
 from ..threads import get_num_threads, parallel, part_count, span
 from . import matrix_unit
+from .epilogue import NO_EPILOGUE, Epilogue, finish, pass_positive
 from .image_tiles import scatter_images
 from .matrix_unit import (
     ALL,
@@ -35,7 +36,7 @@ from .matrix_unit import (
 )
 from .split import SQUARES, pack_columns, pack_panel, pack_rows, pack_turned_panel, words_of_panel
 from .vectors import pointer
-from .workspace import NOTHING, scratch
+from .workspace import NOTHING, NOWHERE, scratch
 
 # Terms that are packed at a time.
 _BLOCK_K = 512
@@ -48,10 +49,11 @@ _PIECE_K = 1024
 _MOST_PIECES = 16
 # Words of B's panels that stay from one block of rows to the next.
 _MOST_STAYING = 1 << 16
-# Multiply-adds, in all and for each number that is packed or written, so that the unit repays it; those of
-# the right factor, often read from memory, count twice.
+# Multiply-adds, in all and for each number that is packed, so that the unit repays it. To pack one of the
+# right factor, often read from memory, takes longer, and to write a result less long.
 _LEAST_WORK = 1 << 23
-_LEAST_GAIN = 22
+_LEAST_GAIN = 31
+_PACKING_RIGHT, _WRITING = 1.3, 0.25
 _MULTIPLY_ADDS_PER_BYTE = 20
 
 
@@ -151,7 +153,22 @@ def _write(sums, size_of_sums, bias, c, c0, p, panel0, panel1, rows):
 
 @parallel
 def _multiply(
-    part, parts, a, b, bias, c, p, terms, configuration, lefts, rights, rooms, left_flags, right_flags
+    part,
+    parts,
+    a,
+    b,
+    bias,
+    c,
+    p,
+    terms,
+    configuration,
+    lefts,
+    rights,
+    rooms,
+    left_flags,
+    right_flags,
+    e,
+    argmax,
 ):
     keep_out_of_line()
     matrix_unit.start(pointer(configuration))
@@ -198,6 +215,10 @@ def _multiply(
                     _pack_left(a, p, row, k0, rows, depth, False, squares, packed, finite)
         c0 = piece * p.rows * p.columns + row * p.c_row
         _write(sums, size_of_sums, bias, c, c0, p, panel0, panel1, rows)
+        if e.relu:
+            first, last = panel0 * BLOCK, min(panel1 * BLOCK, p.columns)
+            place = c0 + first
+            pass_positive(c[place:], p.c_row, rows, e, c, place, argmax, last - first)
     matrix_unit.end()
 
 
@@ -232,6 +253,11 @@ def _stays(depth: int, panels: int) -> bool:
     return depth <= _BLOCK_K and panels * words_of_panel(depth) <= _MOST_STAYING
 
 
+def _longest_share(halves: int, times: int, threads: int, block: int) -> int:
+    """Half blocks of the thread with most of them, of tasks of `block` of them each."""
+    return -(-times * -(-halves // block) // threads) * block
+
+
 @lru_cache(maxsize=512)
 def _plan(
     rows: int,
@@ -263,6 +289,8 @@ def _plan(
         else:
             across += 1
     block, block_panels = -(-halves // down), -(-panels // across)
+    # Somewhat shorter ones, if all threads then have as much to do as each other.
+    block = min(range(block, block // 2, -1), key=partial(_longest_share, halves, pieces * across, threads))
     block_k = -(-piece_k // (-(-piece_k // _BLOCK_K) * TERMS)) * TERMS
     step = block * BLOCK * ROW_WORDS
     stay = block_panels == panels and _stays(piece_k, panels)
@@ -307,7 +335,8 @@ def suits(rows: int, depth: int, columns: int, a_k: int, b_column: int, dtype: n
         return False
     if _exchanges(rows, depth, columns, a_k, b_column):
         rows, columns = columns, rows
-    moved = rows * depth + 2 * depth * columns + rows * columns
+    left = rows * -(-depth // TERMS) * TERMS
+    moved = left + _PACKING_RIGHT * depth * columns + _WRITING * rows * columns
     return work >= _LEAST_GAIN * moved and matrix_unit.is_there()
 
 
@@ -320,8 +349,13 @@ def product(
     bias: np.ndarray,
     c: np.ndarray,
     accumulate: bool,
+    e: Epilogue = NO_EPILOGUE,
+    argmax: np.ndarray = NOWHERE,
 ) -> None:
-    """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns."""
+    """C (+)= bias + A B; the strides are in elements: of A's rows and k, of B's k and columns.
+
+    What `e` may end it in is ReLU alone, and of a C that is overwritten, B's columns lying side by side.
+    """
     rows, columns = c.shape
     c_strides = columns, 1
     if not accumulate and not bias.size and _exchanges(rows, depth, columns, a_strides[1], b_strides[1]):
@@ -332,10 +366,10 @@ def product(
     p, work = plan.sizes, rows * columns * depth / _MULTIPLY_ADDS_PER_BYTE
     parts = min(part_count(plan.tasks, work), threads)
     flat = c.ravel()
-    start, sizes, target = bias, p, flat
+    start, sizes, target, end = bias, p, flat, e
     if p.pieces > 1:
         target = scratch("pieces", p.pieces * c.size, np.float32)
-        start, sizes = NOTHING[bias.dtype], p._replace(accumulate=0)
+        start, sizes, end = NOTHING[bias.dtype], p._replace(accumulate=0), NO_EPILOGUE
     lefts = scratch("split rows", (parts, p.step * len(plan.terms)), np.int32)
     right = p.right_step * p.block_panels or words_of_panel(p.block_k)
     rights = scratch("split panel", (parts, right), np.int32)
@@ -356,6 +390,11 @@ def product(
         rooms,
         left_flags,
         right_flags,
+        end,
+        argmax.reshape(-1),
     )
     if p.pieces > 1:
         _add_pieces(part_count(rows, target.nbytes), target, p.pieces, bias, flat, p)
+        if e.relu:
+            image = c.reshape(-1, e.out_h, e.out_w, columns)
+            finish(image, image, e, argmax)
