@@ -22,7 +22,7 @@ def _is_linear(layer: Layer) -> bool:
 def suits_forward(layer: Layer, images: int, dtype: np.dtype, e: Epilogue) -> bool:
     """Whether the forward pass that ends in `e` is faster there."""
     channels, filters, pixels = layer.channels, layer.filters, _pixels(layer, images)
-    ends = e == NO_EPILOGUE or (e.relu and e.pool_h == e.pool_w == 1)
+    ends = e == NO_EPILOGUE or (bool(e.relu) and e.pool_h == e.pool_w == 1)
     return ends and _is_linear(layer) and split_linear.suits(pixels, channels, filters, 1, 1, dtype)
 
 
