@@ -236,6 +236,8 @@ PRODUCTS = [
     (40, 4500, 70),
     (11, 90, 700),
     (34, 530, 301),
+    (70, 700, 33),
+    (300, 800, 64),
 ]
 every_product = pytest.mark.parametrize("sizes", PRODUCTS)
 

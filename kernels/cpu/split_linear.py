@@ -38,8 +38,9 @@ from .split import SQUARES, pack_columns, pack_panel, pack_rows, pack_turned_pan
 from .vectors import pointer
 from .workspace import NOTHING, NOWHERE, scratch
 
-# Terms that are packed at a time.
+# Terms that are packed at a time, and if what is packed stays.
 _BLOCK_K = 512
+_MOST_STAYING_K = 768
 # The most rows of a task, and of its sums.
 _BLOCK_ROWS = 256
 _MOST_SUMS = 1 << 17
@@ -48,7 +49,7 @@ _FEW_BLOCKS = 2
 _PIECE_K = 1024
 _MOST_PIECES = 16
 # Words of B's panels that stay from one block of rows to the next.
-_MOST_STAYING = 1 << 16
+_MOST_STAYING = 1 << 18
 # Multiply-adds, in all and for each number that is packed, so that the unit repays it. To pack one of the
 # right factor, often read from memory, takes longer, and to write a result less long.
 _LEAST_WORK = 1 << 23
@@ -250,7 +251,7 @@ class _Plan(NamedTuple):
 
 def _stays(depth: int, panels: int) -> bool:
     """Whether all panels of the right factor, packed at once, stay for the next block of rows."""
-    return depth <= _BLOCK_K and panels * words_of_panel(depth) <= _MOST_STAYING
+    return depth <= _MOST_STAYING_K and panels * words_of_panel(depth) <= _MOST_STAYING
 
 
 def _longest_share(halves: int, times: int, threads: int, block: int) -> int:
@@ -291,9 +292,10 @@ def _plan(
     block, block_panels = -(-halves // down), -(-panels // across)
     # Somewhat shorter ones, if all threads then have as much to do as each other.
     block = min(range(block, block // 2, -1), key=partial(_longest_share, halves, pieces * across, threads))
-    block_k = -(-piece_k // (-(-piece_k // _BLOCK_K) * TERMS)) * TERMS
+    stays = _stays(piece_k, panels)
+    longest = _MOST_STAYING_K if stays else _BLOCK_K
+    block_k = -(-piece_k // (-(-piece_k // longest) * TERMS)) * TERMS
     step = block * BLOCK * ROW_WORDS
-    stay = block_panels == panels and _stays(piece_k, panels)
     sizes = min(rows, block * BLOCK), block_panels, block_k, pieces, piece_k, step
     return _Plan(
         Product(
@@ -304,7 +306,7 @@ def _plan(
             *b_strides,
             *c_strides,
             *sizes,
-            words_of_panel(block_k) if stay else 0,
+            words_of_panel(block_k) if stays and block_panels == panels else 0,
             int(accumulate),
         ),
         np.arange(block_k // TERMS) * step,
